@@ -1,0 +1,22 @@
+"""Settings: schema, presets, loading, and the rules that span several of them."""
+
+from megatron_mm.config.load import changes, describe_fields, differences, load, preset_names, save, to_yaml
+from megatron_mm.config.rules import check_world
+from megatron_mm.config.schema import AudioConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig, VisionConfig
+
+__all__ = [
+    "AudioConfig",
+    "Config",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "VisionConfig",
+    "changes",
+    "check_world",
+    "describe_fields",
+    "differences",
+    "load",
+    "preset_names",
+    "save",
+    "to_yaml",
+]

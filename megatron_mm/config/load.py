@@ -1,0 +1,171 @@
+"""From a preset and overrides to a checked `Config`, and back to YAML."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_mm.config import rules
+from megatron_mm.config.schema import Config
+from megatron_mm.errors import ConfigError
+
+PRESET_DIR = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with the package."""
+    return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
+
+
+def load(preset: str, overrides: Sequence[str] = ()) -> Config:
+    """Return the checked configuration of `preset` with `section.key=value` overrides applied.
+
+    `preset` is a name from `preset_names()` or the path of a YAML file, such as the config.yaml of an earlier run.
+    Raises ConfigError with every unknown key, ill-typed value and broken rule at once.
+    """
+    settings = _read(preset)
+    problems = _apply(settings, overrides)
+    problems += _take_out_unknown(settings)
+    try:
+        config = Config(**{"preset": preset, **settings})
+    except ValidationError as error:
+        problems += [
+            f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']} (found {detail['input']!r})"
+            for detail in error.errors()
+        ]
+    else:
+        problems += rules.failures(config)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """Return `config` as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def save(config: Config) -> Path:
+    """Write `config` to config.yaml in its run_dir, and return the file."""
+    path = Path(config.run_dir) / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_yaml(config))
+    return path
+
+
+def differences(before: Config, after: Config) -> dict[str, str]:
+    """Return a line 'section.key: value before -> value after' for every setting that differs, by its key."""
+    old, new = _flat(before), _flat(after)
+    return {key: f"{key}: {old[key]} -> {value}" for key, value in new.items() if old[key] != value}
+
+
+def changes(config: Config) -> list[str]:
+    """Return how `config` differs from its preset, one line a setting."""
+    return list(differences(load(config.preset), config).values())
+
+
+def describe_fields() -> Iterator[tuple[str, str, str, str]]:
+    """Yield (key, type, default, explanation) of every setting, in the order of the schema."""
+    for path, info in _fields(Config):
+        kind = getattr(info.annotation, "__name__", None) if not get_args(info.annotation) else None
+        kind = kind or str(info.annotation).replace("typing.", "")
+        default = "required" if info.is_required() else repr(info.default)
+        yield path, kind, default, " ".join((info.description or "").split())
+
+
+def _read(preset: str) -> dict[str, Any]:
+    path = PRESET_DIR / f"{preset}.yaml"
+    if not path.exists():
+        path = Path(preset)
+    if not path.is_file():
+        near = difflib.get_close_matches(preset, preset_names(), n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"no preset and no file is called {preset!r}: the presets are {preset_names()}.{hint}")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds {type(settings).__name__}, not sections of settings.")
+    return settings
+
+
+def _apply(settings: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Write each override into `settings`; return what could not be read."""
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(f"{override!r} is not an override: write section.key=value.")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(f"{override!r}: the value is not YAML; quote it.")
+            continue
+        if isinstance(value, str) and _is_number(value):  # YAML 1.1 reads 2e-4 as a string
+            value = float(value)
+        section = settings
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            if not isinstance(section.setdefault(parent, {}), dict):
+                break
+            section = section[parent]
+        else:
+            section[leaf] = value
+            continue
+        problems.append(_unknown(key))
+    return problems
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _fields(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info
+
+
+def _unknown(key: str) -> str:
+    known = list(dict(_fields(Config)))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    same_leaf = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    hint = (near or same_leaf)[:1]
+    return f"{key} is not a setting." + (f" Did you mean {hint[0]}?" if hint else " See --help for all of them.")
+
+
+def _take_out_unknown(settings: dict[str, Any]) -> list[str]:
+    """Remove what the schema does not know, so that the rules still see the rest; return a message for each."""
+    problems = []
+    for name, value in list(settings.items()):
+        field = Config.model_fields.get(name)
+        if field is None:
+            problems.append(_unknown(name))
+            del settings[name]
+        elif isinstance(value, dict):
+            for inner in [inner for inner in value if inner not in field.annotation.model_fields]:
+                problems.append(_unknown(f"{name}.{inner}"))
+                del value[inner]
+    return problems
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    dump = config.model_dump(mode="json")
+    flat = {}
+    for path, _ in _fields(Config):
+        value: Any = dump
+        for part in path.split("."):
+            value = value[part]
+        flat[path] = value
+    return flat

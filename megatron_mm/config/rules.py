@@ -1,0 +1,138 @@
+"""Rules over several settings. Each returns what is wrong and how to mend it; all failures are reported at once.
+
+Much of what megatron-core needs is checked only in `megatron.training`'s arguments, which this package does not use:
+those checks live here.
+"""
+
+from collections.abc import Callable, Iterator
+
+from megatron_mm.config.schema import Config
+from megatron_mm.errors import ConfigError
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of `number`, ascending."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _tensor_parallel(config: Config) -> Iterator[str]:
+    tp = config.parallel.tp
+    model = config.model
+    for key, size in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.ffn_hidden_size", model.ffn_hidden_size),
+        ("model.vocab_size", model.vocab_size),
+        ("data.seq_len x training.micro_batch_size", config.tokens_per_micro_batch),
+    ):
+        if size % tp:
+            fitting = [d for d in divisors(size) if d <= 64]
+            yield f"parallel.tp={tp} does not divide {key}={size}. Use tp in {fitting}."
+
+
+def _query_groups(config: Config) -> Iterator[str]:
+    heads, groups, tp = config.model.num_attention_heads, config.model.num_query_groups, config.parallel.tp
+    if heads % groups:
+        yield (
+            f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}: each group "
+            f"serves the same number of heads. Use one of {divisors(heads)}."
+        )
+    elif groups % tp and tp % groups:
+        yield (
+            f"model.num_query_groups={groups} and parallel.tp={tp} must divide one another: a tensor rank holds "
+            f"whole groups, or a part of one. Use num_query_groups in "
+            f"{[g for g in divisors(heads) if g % tp == 0 or tp % g == 0]}."
+        )
+
+
+def _head_dim(config: Config) -> Iterator[str]:
+    if config.model.head_dim % 2:
+        yield f"model.head_dim={config.model.head_dim} is odd: rotary embedding turns pairs. Use an even number."
+    for name, encoder in (("vision", config.vision), ("audio", config.audio)):
+        if encoder.hidden_size % encoder.num_attention_heads:
+            yield (
+                f"{name}.num_attention_heads={encoder.num_attention_heads} does not divide "
+                f"{name}.hidden_size={encoder.hidden_size}. Use one of {divisors(encoder.hidden_size)}."
+            )
+    if config.audio.hidden_size % config.audio.pos_conv_groups:
+        yield (
+            f"audio.pos_conv_groups={config.audio.pos_conv_groups} does not divide "
+            f"audio.hidden_size={config.audio.hidden_size}. Use one of {divisors(config.audio.hidden_size)}."
+        )
+
+
+def _pipeline(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    slots = config.model.num_layers + parallel.embedding_slot + parallel.loss_slot
+    extra = " + ".join(
+        name for name, on in (("embedding", parallel.embedding_slot), ("loss", parallel.loss_slot)) if on
+    )
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield f"parallel.vpp={parallel.vpp} needs more than one pipeline stage. Use vpp=1 or pp>1."
+    if slots % (parallel.pp * parallel.vpp):
+        yield (
+            f"parallel.pp={parallel.pp} x vpp={parallel.vpp} does not divide the {slots} slots (model.num_layers="
+            f"{config.model.num_layers}{' + ' + extra if extra else ''}). Use pp x vpp in {divisors(slots)}, or set "
+            "parallel.embedding_slot / parallel.loss_slot."
+        )
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    if config.schedule.warmup_steps >= config.decay_steps:
+        yield (
+            f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of the {config.decay_steps} steps of "
+            "the schedule to decay over. Use fewer."
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        yield f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}."
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    shared = sorted(set(config.data.train) & set(config.data.validation))
+    if shared:
+        yield f"data.validation holds {shared}, which data.train trains on: held-out documents must not be trained on."
+
+
+RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
+    _tensor_parallel,
+    _query_groups,
+    _head_dim,
+    _pipeline,
+    _schedule,
+    _evaluation,
+)
+
+
+def failures(config: Config) -> list[str]:
+    """Return what is wrong with `config` on any number of ranks; empty if nothing is."""
+    return [failure for rule in RULES for failure in rule(config)]
+
+
+def world_failures(config: Config, world_size: int) -> list[str]:
+    """Return what is wrong with running `config` on `world_size` ranks; empty if nothing is."""
+    parallel, training = config.parallel, config.training
+    if world_size % (parallel.tp * parallel.pp):
+        return [
+            f"{world_size} ranks cannot be cut into replicas of parallel.tp={parallel.tp} x pp={parallel.pp} = "
+            f"{parallel.tp * parallel.pp} ranks. Launch a multiple of that, or change tp and pp."
+        ]
+    found = []
+    dp_size = world_size // (parallel.tp * parallel.pp)
+    if training.global_batch_size % (training.micro_batch_size * dp_size):
+        found.append(
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of training.micro_batch_size="
+            f"{training.micro_batch_size} x dp={dp_size} (dp = {world_size} ranks / (tp={parallel.tp} x "
+            f"pp={parallel.pp}))."
+        )
+    elif parallel.vpp > 1 and config.num_micro_batches(dp_size) % parallel.pp:
+        found.append(
+            f"parallel.vpp={parallel.vpp} needs the {config.num_micro_batches(dp_size)} micro-batches of a step to be "
+            f"a multiple of parallel.pp={parallel.pp}. Change training.global_batch_size, or use vpp=1."
+        )
+    return found
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Pass if `config` can run on `world_size` ranks; raise ConfigError with every reason otherwise."""
+    found = world_failures(config, world_size)
+    if found:
+        raise ConfigError("\n".join(found))

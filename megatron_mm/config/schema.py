@@ -1,0 +1,231 @@
+"""Every setting of a run: frozen, typed, explained under its field. What can be derived is a property."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class Section(BaseModel):
+    """A group of settings; `python -m megatron_mm.train --help` prints the docstring of each field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The decoder: RMSNorm, SwiGLU, RoPE, multi- or grouped-query attention, no biases, an untied head."""
+
+    num_layers: PositiveInt
+    """Transformer layers."""
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    ffn_hidden_size: PositiveInt
+    """Width of the SwiGLU feed-forward network (each of gate and up)."""
+    num_attention_heads: PositiveInt
+    """Query heads."""
+    num_query_groups: PositiveInt = 1
+    """Key/value heads: 1 is multi-query attention, num_attention_heads is multi-head attention."""
+    head_dim: PositiveInt
+    """Width of one head."""
+    vocab_size: PositiveInt
+    """Rows of the token embedding and of the head; at least the tokenizer's ids, a multiple of tp."""
+    rope_theta: PositiveFloat = 500_000.0
+    """Base of the rotary position embedding."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of new weights; residual projections get init_std / sqrt(2 num_layers)."""
+
+
+class VisionConfig(Section):
+    """The image encoder, a ViT with 16 x 16 patches at 224 x 224 pixels (196 tokens an image), and its projector."""
+
+    num_layers: PositiveInt
+    """Encoder layers."""
+    hidden_size: PositiveInt
+    """Width of the encoder and of its features."""
+    ffn_hidden_size: PositiveInt
+    """Width of the encoder's MLP."""
+    num_attention_heads: PositiveInt
+    """Attention heads of the encoder."""
+    trainable: bool = False
+    """Train the encoder with the decoder; the projector is always trained."""
+
+
+class AudioConfig(Section):
+    """The sound encoder, a Wav2Vec 2.0 over one-second chunks of 16 kHz sound (49 tokens each), and its projector."""
+
+    num_layers: PositiveInt
+    """Encoder layers."""
+    hidden_size: PositiveInt
+    """Width of the encoder and of its features."""
+    ffn_hidden_size: PositiveInt
+    """Width of the encoder's feed-forward network."""
+    num_attention_heads: PositiveInt
+    """Attention heads of the encoder."""
+    conv_channels: PositiveInt = 512
+    """Channels of the seven convolutions under the transformer."""
+    pos_conv_kernel: PositiveInt = 128
+    """Kernel of the convolutional position embedding, in frames."""
+    pos_conv_groups: PositiveInt = 16
+    """Groups of the convolutional position embedding."""
+    form: Literal["ls960", "lv60k"] = "ls960"
+    """ls960: as pretrained on Librispeech (group norm, post-norm layers, waveform as it is).
+    lv60k: as pretrained on Libri-Light (layer norm, conv biases, pre-norm layers, each clip normalised)."""
+    trainable: bool = False
+    """Train the encoder with the decoder; the projector is always trained."""
+
+
+class DataConfig(Section):
+    """Where the samples come from. A batch is a pure function of (seed, step)."""
+
+    train: tuple[str, ...]
+    """Prefixes of the shards to train on, as tools/preprocess_data.py wrote them."""
+    validation: tuple[str, ...] = ()
+    """Prefixes of held-out shards; empty: no validation."""
+    seq_len: PositiveInt
+    """Tokens of one packed sample."""
+    seed: NonNegativeInt = 1234
+    """Key of the order in which samples are seen."""
+    prefetch_steps: NonNegativeInt = 1
+    """Steps that are read and decoded ahead in a background thread; 0 reads in the foreground."""
+
+
+class ParallelConfig(Section):
+    """How the model is cut. Data parallelism is what remains: dp = ranks / (tp pp)."""
+
+    tp: PositiveInt = 1
+    """Tensor-parallel ranks; above 1 the sequence is sharded between the blocks as well (sequence parallelism)."""
+    pp: PositiveInt = 1
+    """Pipeline stages."""
+    vpp: PositiveInt = 1
+    """Model chunks on each stage (interleaved 1F1B); 1 is plain 1F1B."""
+    embedding_slot: bool = False
+    """Count the embedding and the encoders as one layer when layers are dealt to stages."""
+    loss_slot: bool = False
+    """Count the head and the loss as one layer when layers are dealt to stages."""
+
+
+class TrainingConfig(Section):
+    """How long, how much at a time, in which precision."""
+
+    steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    stop_after: PositiveInt | None = None
+    """Save and end after this step, to go on later, in another layout if need be; null goes to the last step."""
+    global_batch_size: PositiveInt
+    """Samples of one optimizer step, over all ranks."""
+    micro_batch_size: PositiveInt = 1
+    """Samples of one forward and backward pass of one rank."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: BF16 weights and activations, FP32 gradients, master weights and optimizer state."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, those of the attention core, or whole layers."""
+    seed: NonNegativeInt = 1234
+    """Key of the initial weights, which do not depend on the layout."""
+    kernels: Literal["auto", "reference", "native"] = "auto"
+    """Which kernels run: auto takes the native ones where they are built and the device is a GPU."""
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter 2019). Norms, biases and other vectors are never decayed."""
+
+    lr: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 2e-5
+    """Learning rate at the end of the decay."""
+    encoder_lr_scale: PositiveFloat = 0.1
+    """Learning rate of trainable encoders, as a fraction of the decoder's at every step."""
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    """Decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices."""
+    decay_embeddings: bool = False
+    """Decay the token embedding too; the head is always decayed."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps: linear warm-up, then a cosine down to optimizer.min_lr."""
+
+    warmup_steps: NonNegativeInt = 10_000
+    """Optimizer steps over which lr climbs from 0 to its peak."""
+    decay_steps: PositiveInt | None = None
+    """Optimizer step at which lr reaches its minimum; null is training.steps."""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved; it resumes from its newest whole checkpoint, into any layout."""
+
+    interval: NonNegativeInt = 1_000
+    """Steps between checkpoints; the last step is always saved. 0 saves nothing."""
+    keep: PositiveInt = 3
+    """Newest checkpoints that are kept."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint in run_dir; false refuses a run_dir that has one."""
+
+
+class EvaluationConfig(Section):
+    """The loss on held-out documents, by the kind of file they came from."""
+
+    interval: NonNegativeInt = 1_000
+    """Steps between evaluations; the first and the last step are always evaluated. 0 evaluates never."""
+    samples: PositiveInt = 512
+    """Held-out samples of one evaluation, from the first; fewer if there are fewer."""
+
+
+class LoggingConfig(Section):
+    """What a run writes beside its checkpoints: metrics.jsonl always, plots and TensorBoard events as chosen."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to run_dir/tensorboard."""
+    progress_bar: bool = True
+    """Show a progress bar with the time that remains, where the console is a terminal."""
+
+
+class Config(Section):
+    """One run, complete: this is what is saved beside every checkpoint."""
+
+    preset: str = ""
+    """The preset that this configuration started from."""
+    run_dir: str
+    """Folder of checkpoints, metrics, plots and the resolved configuration."""
+    model: ModelConfig
+    vision: VisionConfig
+    audio: AudioConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of one optimizer step, over all ranks."""
+        return self.training.global_batch_size * self.data.seq_len
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Positions of one forward pass of one model replica."""
+        return self.training.micro_batch_size * self.data.seq_len
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer step after which this launch ends."""
+        return min(self.training.stop_after or self.training.steps, self.training.steps)
+
+    @property
+    def decay_steps(self) -> int:
+        """Optimizer step at which the learning rate reaches its minimum."""
+        return self.schedule.decay_steps or self.training.steps
+
+    def num_micro_batches(self, dp_size: int) -> int:
+        """Forward passes of one optimizer step on each of `dp_size` replicas."""
+        return self.training.global_batch_size // (self.training.micro_batch_size * dp_size)

@@ -1,0 +1,1 @@
+"""From shards to micro-batches: packing, order, decoding, loading."""

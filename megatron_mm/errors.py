@@ -1,0 +1,9 @@
+"""The two mistakes that a user can mend; everything else is ours and is an assertion."""
+
+
+class ConfigError(ValueError):
+    """A setting cannot be honoured: the message names the key as the user types it, and a value that works."""
+
+
+class DataError(ValueError):
+    """A file is not what it should be: the message names the path, the record, and what to do."""

@@ -1,0 +1,121 @@
+"""Settings: presets, overrides, and what a user reads when one is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_mm import config as configs
+from megatron_mm.config.rules import world_failures
+from megatron_mm.errors import ConfigError
+
+
+@pytest.mark.parametrize("preset", ["tiny", "mm_1b", "mm_88b"])
+def test_every_preset_loads(preset: str) -> None:
+    assert preset in configs.preset_names()
+    assert configs.load(preset).preset == preset
+
+
+def test_the_88b_is_the_published_one() -> None:
+    config = configs.load("mm_88b")
+    assert (config.model.num_layers, config.model.hidden_size, config.model.num_attention_heads) == (110, 8192, 64)
+    assert (config.model.num_query_groups, config.model.head_dim, config.data.seq_len) == (1, 128, 8192)
+    assert config.tokens_per_step == 4_194_304
+    assert config.tokens_per_step * config.training.steps == pytest.approx(2e12, rel=1e-6)
+
+
+def test_an_override_is_typed_by_the_schema() -> None:
+    config = configs.load(
+        "tiny", ["optimizer.lr=2e-3", "data.train=[a, b]", "schedule.decay_steps=null", "parallel.tp=2"]
+    )
+    assert config.optimizer.lr == 2e-3
+    assert config.data.train == ("a", "b")
+    assert config.schedule.decay_steps is None
+    assert config.parallel.tp == 2
+
+
+def test_an_unknown_key_is_answered_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"training\.stepz is not a setting\. Did you mean training\.steps\?"):
+        configs.load("tiny", ["training.stepz=3"])
+    with pytest.raises(ConfigError, match=r"steps is not a setting\. Did you mean training\.steps\?"):
+        configs.load("tiny", ["steps=3"])
+    with pytest.raises(ConfigError, match="Did you mean 'mm_88b'"):
+        configs.load("mm_8b")
+
+
+def test_all_failures_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as failure:
+        configs.load("mm_88b", ["parallel.tp=3", "parallel.pp=5", "nonsense=1", "schedule.warmup_steps=999999"])
+    message = str(failure.value)
+    assert "nonsense is not a setting" in message
+    assert "parallel.tp=3 does not divide model.num_attention_heads=64. Use tp in [1, 2, 4, 8, 16, 32, 64]" in message
+    assert "parallel.pp=5 x vpp=7 does not divide the 112 slots" in message
+    assert "schedule.warmup_steps=999999" in message
+
+
+def test_ill_typed_values_name_their_key_and_what_was_found() -> None:
+    with pytest.raises(ConfigError) as failure:
+        configs.load("tiny", ["model.num_layers=six", "parallel.tp=0", "training.precision=fp7"])
+    message = str(failure.value)
+    for part in ("model.num_layers", "'six'", "parallel.tp", "training.precision", "'fp7'"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("no_equals", "is not an override"),
+        ("parallel.tp=[", "not YAML"),
+        ("model.head_dim=15", "is odd"),
+        ("model.num_query_groups=3", "does not divide model.num_attention_heads"),
+        ("parallel.vpp=2", "needs more than one pipeline stage"),
+        ("optimizer.min_lr=1.0", "is above optimizer.lr"),
+        ("data.validation=[build/sample_data/train]", "must not be trained on"),
+        ("vision.num_attention_heads=5", "does not divide vision.hidden_size"),
+        ("audio.pos_conv_groups=5", "does not divide audio.hidden_size"),
+    ],
+)
+def test_each_rule_says_what_is_wrong(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configs.load("tiny", [override])
+
+
+def test_groups_and_tensor_ranks_must_divide_one_another() -> None:
+    overrides = [
+        "model.num_attention_heads=12",
+        "model.num_query_groups=6",
+        "parallel.tp=4",
+        "model.ffn_hidden_size=48",
+    ]
+    with pytest.raises(ConfigError, match=r"model\.num_query_groups=6 and parallel\.tp=4 must divide one another"):
+        configs.load("tiny", overrides)
+
+
+def test_the_number_of_ranks_must_fit() -> None:
+    tiny = configs.load("tiny", ["parallel.tp=2", "parallel.pp=2"])
+    assert world_failures(tiny, 4) == []
+    assert "6 ranks cannot be cut into replicas of parallel.tp=2 x pp=2 = 4 ranks" in world_failures(tiny, 6)[0]
+    assert "training.global_batch_size" in world_failures(tiny, 4 * 3)[0]
+    interleaved = configs.load("tiny", ["parallel.pp=4", "parallel.vpp=2", "training.global_batch_size=4"])
+    assert "micro-batches of a step to be a multiple of parallel.pp=4" in world_failures(interleaved, 4)[0]
+
+
+def test_a_saved_configuration_is_read_back(tmp_path: Path) -> None:
+    config = configs.load("tiny", ["optimizer.lr=0.002", f"run_dir={tmp_path}"])
+    path = configs.save(config)
+    assert configs.load(str(path)) == config
+    assert configs.changes(config) == [f"run_dir: runs/tiny -> {tmp_path}", "optimizer.lr: 0.003 -> 0.002"]
+
+
+def test_a_configuration_is_frozen() -> None:
+    config = configs.load("tiny")
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.steps = 3
+
+
+def test_every_field_is_explained() -> None:
+    fields = list(configs.describe_fields())
+    assert len(fields) > 50
+    for key, kind, default, explanation in fields:
+        assert explanation.endswith("."), key
+        assert kind, key
+        assert default, key
