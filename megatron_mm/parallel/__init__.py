@@ -1,0 +1,1 @@
+"""Where a run stands: its device, and its ranks."""

@@ -1,0 +1,133 @@
+"""The ranks of a run and the groups that they speak in: the only reader of megatron-core's `parallel_state`."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+from megatron_mm.config import Config, check_world
+from megatron_mm.parallel import device
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective waits for a rank that is late, before it fails."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this rank stands: its place and size along each axis, and the group of each.
+
+    Ranks count tp fastest, then dp, then pp (megatron-core's order), so that a tensor-parallel group is one node.
+    """
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    pp_rank: int
+    pp_size: int
+    vpp_size: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank is the one that logs and writes what all ranks agree on."""
+        return self.rank == 0
+
+    @property
+    def computes_loss(self) -> bool:
+        """Whether this rank holds the last model chunk and counts once among tensor ranks."""
+        return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0
+
+    def is_first_chunk(self, chunk: int) -> bool:
+        """Whether model chunk `chunk` of this rank holds the embedding and the encoders."""
+        return self.pp_rank == 0 and chunk == 0
+
+    def is_last_chunk(self, chunk: int) -> bool:
+        """Whether model chunk `chunk` of this rank holds the head and the loss."""
+        return self.pp_rank == self.pp_size - 1 and chunk == self.vpp_size - 1
+
+    def describe(self) -> str:
+        """Return the layout in the field's words."""
+        vpp = f" VPP{self.vpp_size}" if self.vpp_size > 1 else ""
+        return f"TP{self.tp_size} PP{self.pp_size}{vpp} DP{self.dp_size}"
+
+
+def world_size() -> int:
+    """Return the number of ranks that torchrun (or srun) started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(config: Config) -> Mesh:
+    """Join the ranks of this run and cut them into groups. Collective over all ranks.
+
+    Without a launcher the run has one rank. Raises ConfigError if the layout does not fit the number of ranks.
+    """
+    size = world_size()
+    check_world(config, size)
+    device.prepare(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if not dist.is_initialized():
+        if size > 1:
+            dist.init_process_group(device.backend(), timeout=TIMEOUT)
+        else:
+            dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    return cut(config)
+
+
+def cut(config: Config) -> Mesh:
+    """Cut the ranks of the initialized process group into the groups of `config`. Collective over all ranks."""
+    parallel = config.parallel
+    fake = dist.get_backend() == "fake"
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        parallel.tp,
+        parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        create_gloo_process_groups=not fake,
+    )
+    # Nothing here draws random numbers, but megatron-core's blocks fork this tracker under sequence parallelism.
+    get_cuda_rng_tracker().reset()
+    model_parallel_cuda_manual_seed(config.training.seed)
+    torch.manual_seed(config.training.seed)
+    return Mesh(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel.tp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel.pp,
+        vpp_size=parallel.vpp,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+
+
+def alone(config: Config) -> Mesh:
+    """Return a mesh of one rank that never communicates: for looking at a model without running it.
+
+    Raises RuntimeError if this process has joined a run already.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("this process is a rank of a run: mesh.alone() would take its groups away.")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    device.prepare()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    layout = config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": 1})
+    return cut(config.model_copy(update={"parallel": layout}))
+
+
+def leave() -> None:
+    """Leave the run: free every group. Collective over all ranks."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -1,0 +1,107 @@
+"""run_ranks: call a function on several gloo ranks of this machine and return what each of them returned.
+
+run_command: run the package's command line in such a process, without the seconds that its imports take.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 240
+PRELOAD = ["megatron_mm.training.loop", "megatron_mm.train", "tokenizers", "PIL.Image"]
+
+# One clean server imports what the ranks need and forks them: neither an import nor an autograd thread for each.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOAD)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def run_command(*arguments: str) -> Ended:
+    """Return how `python -m megatron_mm.train ARGUMENTS` ends."""
+    (ended,) = _run(1, _main, list(arguments), joined=False)
+    return ended
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    """Return [function(*args, **kwargs) on rank 0, on rank 1, ...]; raise what a rank raised, with its rank."""
+    return _run(world_size, function, *args, joined=True, **kwargs)
+
+
+def _main(arguments: list[str]) -> Ended:
+    from megatron_mm.train import main
+
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        status = main(arguments)
+    return Ended(status, stdout.getvalue(), stderr.getvalue())
+
+
+def _run(world_size: int, function: Callable[..., Any], *args: Any, joined: bool, **kwargs: Any) -> list[Any]:
+    """Run a function in `world_size` processes, `joined` in a process group or not."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            _context.Process(target=_run_rank, args=(rank, world_size, folder, joined, function, args, kwargs))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+            if any(Path(folder, f"{rank}.error").exists() for rank in range(world_size)):
+                time.sleep(1.0)  # the others may fail for the same reason: let the first cause be written
+                break
+            time.sleep(0.02)
+        late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        for rank in range(world_size):
+            error = Path(folder, f"{rank}.error")
+            if error.exists():
+                raise AssertionError(f"rank {rank} of {world_size} failed:\n{error.read_text()}")
+        if late:
+            raise AssertionError(f"ranks {late} of {world_size} did not finish in {TIMEOUT_SECONDS} s")
+        return [pickle.loads(Path(folder, f"{rank}.result").read_bytes()) for rank in range(world_size)]
+
+
+def _run_rank(
+    rank: int, world_size: int, folder: str, joined: bool, function: Callable[..., Any], args: tuple, kwargs: dict
+) -> None:
+    try:
+        import torch
+        import torch.distributed as dist
+
+        from megatron_mm.parallel import device
+
+        torch.set_num_threads(1)
+        if joined:
+            device.prepare(rank, world_size)
+            store = dist.FileStore(f"{folder}/store", world_size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        result = function(*args, **kwargs)
+        partial = Path(folder, f"{rank}.partial")
+        partial.write_bytes(pickle.dumps(result))
+        if joined:
+            dist.barrier()
+        partial.rename(Path(folder, f"{rank}.result"))
+        if joined:
+            dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
+        raise SystemExit(1) from None
