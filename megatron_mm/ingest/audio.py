@@ -1,0 +1,76 @@
+"""Sound of any container, codec and rate to 16 kHz mono FLAC."""
+
+import io
+
+import av
+import numpy as np
+import soxr
+
+from megatron_mm.errors import DataError
+from megatron_mm.ingest.document import AudioSegment
+from megatron_mm.modality import SAMPLE_RATE, audio_chunk_frames
+
+MISSING_FRACTION = 0.02
+"""A recording that is shorter than its header says by more than this is taken to be cut off."""
+STREAMED_RIFF_BYTES = 0xFFFFFF00
+"""Writers that do not know the length yet leave about this much in a WAV header."""
+
+
+def read_audio(data: bytes) -> AudioSegment:
+    """Return the first sound track in `data` as 16 kHz mono.
+
+    Raises DataError if it is damaged, cut off or too short.
+    """
+    _check_riff_length(data)
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            if not container.streams.audio:
+                raise DataError("it holds no sound")
+            stream = container.streams.audio[0]
+            declared = float(stream.duration * stream.time_base) if stream.duration else None
+            rate = stream.rate
+            parts = [_to_mono(frame) for frame in container.decode(stream)]
+    except (av.error.FFmpegError, ValueError) as error:
+        raise DataError(f"the sound is damaged: {error}") from error
+    samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    seconds = len(samples) / rate
+    if declared and seconds < declared * (1 - MISSING_FRACTION):
+        raise DataError(f"the sound is cut off: {seconds:.2f} of {declared:.2f} seconds are there")
+    samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
+    if not audio_chunk_frames(len(samples)):
+        raise DataError(f"the sound has {len(samples)} samples, too few for one frame")
+    return AudioSegment(encode_flac(samples), len(samples))
+
+
+def _check_riff_length(data: bytes) -> None:
+    """Raise DataError if a WAV file ends before its header says; FFmpeg takes what is there without a word."""
+    if data[:4] != b"RIFF" or len(data) < 8:
+        return
+    declared = int.from_bytes(data[4:8], "little") + 8
+    if len(data) < declared < STREAMED_RIFF_BYTES:
+        raise DataError(f"the sound is cut off: {len(data)} of {declared} bytes are there")
+
+
+def encode_flac(samples: np.ndarray) -> bytes:
+    """Return `samples`, (num_samples,) in [-1, 1] at 16 kHz, as 16-bit mono FLAC."""
+    quantized = (samples.clip(-1.0, 1.0) * 32767.0).round().astype(np.int16)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="flac") as container:
+        stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(quantized[None, :], format="s16", layout="mono")
+        frame.sample_rate = SAMPLE_RATE
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            container.mux(packet)
+    return buffer.getvalue()
+
+
+def _to_mono(frame: av.AudioFrame) -> np.ndarray:
+    """Return the mean over channels, (num_samples,) float32 in [-1, 1]."""
+    values = frame.to_ndarray()
+    channels = frame.layout.nb_channels
+    values = values if frame.format.is_planar else values.reshape(-1, channels).T  # (channels, num_samples)
+    if values.dtype == np.uint8:
+        values = values.astype(np.float32) / 128.0 - 1.0
+    elif values.dtype.kind == "i":
+        values = values.astype(np.float32) / -float(np.iinfo(values.dtype).min)
+    return values.astype(np.float32).mean(axis=0)

@@ -1,0 +1,47 @@
+"""What a file becomes before it is tokenized: an ordered list of text, images and sound."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_mm.modality import Source
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """Some text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImageSegment:
+    """An image in a plain encoding: upright, 8-bit RGB or grey, without transparency; any decoder reads it alike."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class AudioSegment:
+    """Sound as 16 kHz mono FLAC."""
+
+    data: bytes
+    num_samples: int
+
+
+Segment = TextSegment | ImageSegment | AudioSegment
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: its segments in reading order, and what kind of file it came from."""
+
+    segments: Sequence[Segment]
+    source: Source
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Something that was left out, and why: a file, a line of one ('notes.jsonl:12'), or a part of one."""
+
+    path: str
+    reason: str

@@ -1,0 +1,145 @@
+"""Text files and web pages."""
+
+import base64
+import binascii
+import codecs
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from lxml import etree, html
+
+from megatron_mm.errors import DataError
+from megatron_mm.ingest.document import Rejection, Segment, TextSegment
+from megatron_mm.ingest.image import read_image
+
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+INVISIBLE = {"script", "style", "noscript", "template", "head", "svg", "iframe", "object", "nav", "form", "button"}
+BLOCKS = {
+    *("address", "article", "aside", "blockquote", "body", "br", "dd", "div", "dl", "dt", "fieldset", "figcaption"),
+    *(
+        "figure",
+        "footer",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "header",
+        "hr",
+        "li",
+        "main",
+        "ol",
+        "p",
+        "pre",
+        "section",
+    ),
+    *("table", "td", "th", "tr", "ul"),
+}
+
+
+def decode_text(data: bytes) -> str:
+    """Return the text of `data`: UTF-8, or UTF-16 with a byte-order mark. Raises DataError if it is neither."""
+    encoding = "utf-16" if data.startswith(UTF16_MARKS) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(f"it is not {encoding.upper()} text: byte {error.start} cannot be decoded") from error
+    if not text.strip():
+        raise DataError("it holds no text")
+    if "\0" in text:
+        raise DataError("it holds zero bytes, which text does not have")
+    return text.replace("\r\n", "\n")
+
+
+def read_text(path: Path) -> list[Segment]:
+    """Return the text of a file as one segment. Raises DataError if it is not text."""
+    return [TextSegment(decode_text(path.read_bytes()))]
+
+
+def read_html(path: Path) -> tuple[list[Segment], list[Rejection]]:
+    """Return what a reader of the page sees: its text by blocks, its images in place, and the images left out.
+
+    Images are read from data: addresses and from files beside or below the page; others are not fetched. Raises
+    DataError if the page holds nothing to see.
+    """
+    page = html.document_fromstring(decode_text(path.read_bytes()).encode(), parser=html.HTMLParser(encoding="utf-8"))
+    body = page.find("body")
+    visitor = _PageReader(path)
+    visitor.visit(page if body is None else body)
+    segments = visitor.finish()
+    if not segments:
+        raise DataError("the page holds nothing to see")
+    return segments, visitor.rejections
+
+
+class _PageReader:
+    """Walks a page and collects its segments."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rejections: list[Rejection] = []
+        self._segments: list[Segment] = []
+        self._blocks: list[str] = []
+        self._line: list[str] = []
+
+    def visit(self, element: html.HtmlElement) -> None:
+        tag = element.tag if isinstance(element.tag, str) else "script"  # comments have a function for a tag
+        if tag not in INVISIBLE:
+            if tag in BLOCKS:
+                self._end_block()
+            if tag == "img":
+                self._add_image(element)
+            elif tag == "pre":
+                self._blocks.append(element.text_content().strip("\n"))
+            else:
+                self._line.append(element.text or "")
+                for child in element:
+                    self.visit(child)
+            if tag in BLOCKS:
+                self._end_block()
+        self._line.append(element.tail or "")
+
+    def finish(self) -> list[Segment]:
+        self._end_text()
+        return self._segments
+
+    def _end_block(self) -> None:
+        line = re.sub(r"\s+", " ", "".join(self._line)).strip()
+        self._line = []
+        if line:
+            self._blocks.append(line)
+
+    def _end_text(self) -> None:
+        self._end_block()
+        if self._blocks:
+            self._segments.append(TextSegment("\n\n".join(self._blocks) + "\n"))
+        self._blocks = []
+
+    def _add_image(self, element: html.HtmlElement) -> None:
+        address = element.get("src", "")
+        try:
+            data = self._fetch(address)
+            if data is None:
+                return
+            segment = read_image(data)
+        except (DataError, OSError, binascii.Error) as error:
+            self.rejections.append(Rejection(f"{self.path}#{address[:80]}", str(error)))
+            return
+        self._end_text()
+        self._segments.append(segment)
+
+    def _fetch(self, address: str) -> bytes | None:
+        if address.startswith("data:image/"):
+            return base64.b64decode(address.partition(",")[2])
+        parts = urlsplit(address)
+        folder = self.path.resolve().parent
+        target = (folder / unquote(parts.path)).resolve()
+        if parts.scheme or parts.netloc or not parts.path or not target.is_relative_to(folder):
+            return None
+        return target.read_bytes()
+
+
+PARSE_ERRORS = (etree.ParserError, etree.XMLSyntaxError)
+"""What lxml raises on a page that it cannot make anything of."""

@@ -1,0 +1,45 @@
+"""Fixtures that every test may use, and the count of skipped tests."""
+
+import re
+from pathlib import Path
+
+import pytest
+import small
+
+from megatron_mm.noise import WARNINGS
+
+MAX_SKIPPED = 0
+"""Tests that may be skipped on a machine without a GPU; raise it only together with the reason for the new one."""
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prefix of small shards with every kind of document."""
+    return small.write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def heldout(shards: Path) -> Path:
+    """Other documents, with the same tokenizer."""
+    return small.write_shards(shards.parent, "heldout", seed=1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep quiet what the package keeps quiet; pytest sets warning filters of its own."""
+    for message in WARNINGS:
+        config.addinivalue_line("filterwarnings", f"ignore:.*{re.escape(message)}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests were skipped, and why."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    terminalreporter.write_line(f"{len(skipped)} tests skipped, {MAX_SKIPPED} expected")
+    for report in skipped:
+        terminalreporter.write_line(f"  {report.nodeid}: {report.longrepr[2]}")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail when more tests are skipped than are known to be."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if exitstatus == 0 and len(reporter.stats.get("skipped", [])) > MAX_SKIPPED:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

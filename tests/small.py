@@ -1,0 +1,115 @@
+"""The smallest model and data that still have every part: what most tests train."""
+
+import io
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from megatron_mm import config as configs
+from megatron_mm.config import Config
+from megatron_mm.ingest.audio import encode_flac
+from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, Segment, TextSegment
+from megatron_mm.ingest.encode import encode_document
+from megatron_mm.modality import SAMPLE_RATE, Source
+from megatron_mm.shards import ShardWriter
+from megatron_mm.tokenizer import TextTokenizer, train_tokenizer
+
+VOCAB_SIZE = 320
+WORDS = "the a of and to in on by red blue tall small lake hill bird house sees sings under over near far"
+SMALL = (
+    *("model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=4", "model.head_dim=8"),
+    *("model.vocab_size=320", "vision.hidden_size=16", "vision.ffn_hidden_size=32", "vision.num_attention_heads=2"),
+    *("audio.hidden_size=16", "audio.ffn_hidden_size=32", "audio.num_attention_heads=2", "audio.conv_channels=8"),
+    *("audio.pos_conv_kernel=8", "audio.pos_conv_groups=2", "data.seq_len=256", "data.prefetch_steps=0"),
+    *("vision.trainable=false", "audio.trainable=false"),
+    *("training.global_batch_size=8", "training.micro_batch_size=1", "training.steps=6", "schedule.warmup_steps=2"),
+    *("checkpoint.interval=0", "evaluation.interval=0", "logging.tensorboard=false"),
+)
+"""Overrides of the preset tiny; six layers and two slots, so that every layout up to pp=2 vpp=2 or pp=4 fits."""
+
+
+TRAINED = ("vision.trainable=true", "audio.trainable=true")
+"""Overrides that train the encoders too."""
+
+
+def small_config(shards: str | Path, run_dir: str | Path, *overrides: str) -> Config:
+    """Return the small model's configuration over `shards`."""
+    return configs.load(
+        "tiny", [*SMALL, f"data.train=[{shards}]", "data.validation=[]", f"run_dir={run_dir}", *overrides]
+    )
+
+
+def layout(text: str) -> list[str]:
+    """Turn 'tp=2 pp=2' into overrides."""
+    return [f"parallel.{part}" for part in text.split()]
+
+
+def sentence(rng: np.random.Generator, words: int) -> str:
+    """Return `words` random words."""
+    return " ".join(rng.choice(WORDS.split(), words)) + "\n"
+
+
+def png(rng: np.random.Generator, width: int = 40, height: int = 30) -> bytes:
+    """Return a PNG of smooth colours."""
+    small = rng.integers(0, 255, (3, 4, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tone(rng: np.random.Generator, num_samples: int) -> np.ndarray:
+    """Return a chirp: (num_samples,) float32."""
+    time = np.arange(num_samples) / SAMPLE_RATE
+    return (0.3 * np.sin(2 * np.pi * (rng.uniform(100, 900) * time + 200 * time**2))).astype(np.float32)
+
+
+def save_tokenizer(path: Path) -> Path:
+    """Write a tokenizer of VOCAB_SIZE ids that knows WORDS."""
+    rng = np.random.default_rng(0)
+    train_tokenizer([sentence(rng, 40) for _ in range(200)], vocab_size=VOCAB_SIZE).save(str(path))
+    return path
+
+
+def documents(seed: int = 0) -> list[Document]:
+    """Return documents of every kind and many lengths: short and long text, captions, speech, and pages of both.
+
+    Some samples hold no media and some hold several items; one recording ends in a part of a second, and one document
+    is longer than a sample.
+    """
+    rng = np.random.default_rng(seed)
+
+    def text(words: int) -> TextSegment:
+        return TextSegment(sentence(rng, words))
+
+    def image() -> ImageSegment:
+        return ImageSegment(png(rng))
+
+    def audio(num_samples: int) -> AudioSegment:
+        return AudioSegment(encode_flac(tone(rng, num_samples)), num_samples)
+
+    made: list[tuple[list[Segment], Source]] = [([text(int(words))], Source.TEXT) for words in rng.integers(3, 150, 40)]
+    made += [([image(), text(int(words))], Source.IMAGE) for words in rng.integers(3, 20, 12)]
+    made += [([audio(int(samples)), text(6)], Source.AUDIO) for samples in rng.integers(6_000, 50_000, 8)]
+    made += [([text(20), image(), text(300), audio(20_000), text(60), image(), text(9)], Source.PDF)]
+    made += [([text(4)], Source.TEXT) for _ in range(20)]
+    return [Document(segments, source) for segments, source in made]
+
+
+def write_shards(folder: Path, name: str = "train", *, seed: int = 0) -> Path:
+    """Write the documents as shards `folder/name` and return the prefix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tokenizer.json"
+    tokenizer = TextTokenizer(path if path.exists() else save_tokenizer(path))
+    with ShardWriter(folder / name, tokenizer=tokenizer.info) as writer:
+        for document in documents(seed):
+            writer.add(encode_document(document, tokenizer))
+    return folder / name
+
+
+def decode_samples(data: bytes) -> np.ndarray:
+    """Return the samples of a 16-bit FLAC: (num_samples,) float32."""
+    with av.open(io.BytesIO(data)) as container:
+        frames = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
+    return np.concatenate(frames).astype(np.float32) / 32768.0
