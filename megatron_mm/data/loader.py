@@ -1,0 +1,227 @@
+"""From a step number to this rank's micro-batches: a pure function of (seed, step), read ahead in the background."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_mm.batch import MediaUnits, MicroBatch
+from megatron_mm.config import Config
+from megatron_mm.data.decode import decode_chunks, decode_pixels
+from megatron_mm.data.order import SampleOrder
+from megatron_mm.data.packing import plan_packing
+from megatron_mm.errors import DataError
+from megatron_mm.modality import CHUNK_SAMPLES, Media, audio_frames
+from megatron_mm.parallel.mesh import Mesh
+from megatron_mm.shards import ShardReader, open_shards
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One image, or one chunk of sound, of a micro-batch: where it lies and where its features go."""
+
+    shard: int
+    item: np.ndarray
+    """ITEM record."""
+    chunk: int
+    """Which second of a recording; 0 of an image."""
+    position: int
+    """Of its first token, in the micro-batch."""
+    num_tokens: int
+
+
+class Loader:
+    """Reads packed samples of one set of shards for one rank.
+
+    Every rank reads tokens by itself; media only where the encoders are, and there only the units dealt to this rank.
+    """
+
+    def __init__(self, prefixes: Sequence[str], *, config: Config, mesh: Mesh) -> None:
+        self.shards: list[ShardReader] = open_shards(prefixes)
+        self.config, self.mesh = config, mesh
+        tokenizer = self.shards[0].tokenizer
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise DataError(
+                f"{prefixes[0]} uses {tokenizer.vocab_size} ids, model.vocab_size={config.model.vocab_size} has fewer. "
+                f"Use model.vocab_size of at least that, a multiple of parallel.tp."
+            )
+        self.special_ids = tokenizer.special_ids
+        self.plan = plan_packing(self.shards, seq_len=config.data.seq_len)
+        self.order = SampleOrder(self.plan.num_samples, seed=config.data.seed)
+        self._encodes = mesh.is_first_chunk(0)
+
+    def step_samples(self, step: int) -> np.ndarray:
+        """Return the samples of optimizer step `step`, counted from 0, in global order: (global_batch_size,) int64."""
+        size = self.config.training.global_batch_size
+        return self.order.samples(np.arange(step * size, (step + 1) * size))
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of optimizer step `step`."""
+        return self.micro_batches(self.step_samples(step))
+
+    def micro_batches(self, samples: np.ndarray) -> list[MicroBatch]:
+        """Return this rank's share of `samples`: sample i goes to micro-batch i // (dp micro_batch_size).
+
+        A sample of -1 is empty: padding without loss.
+        """
+        size = self.config.training.micro_batch_size
+        shares = samples.reshape(-1, self.mesh.dp_size, size)[:, self.mesh.dp_rank]
+        return [self.micro_batch(share) for share in shares]
+
+    def micro_batch(self, samples: Sequence[int]) -> MicroBatch:
+        """Return `samples` packed end to end, with the media units that this rank encodes."""
+        num_tokens = len(samples) * self.plan.seq_len
+        text = _TextArrays(num_tokens, pad=self.special_ids["pad"])
+        units: dict[Media, list[Unit]] = {Media.IMAGE: [], Media.AUDIO: []}
+        for number, sample in enumerate(samples):
+            text.position = number * self.plan.seq_len
+            for piece in self.plan.sample(int(sample)) if sample >= 0 else ():
+                self._add_piece(piece, text, units)
+            text.end_sample((number + 1) * self.plan.seq_len)
+        text.mask_labels([self.special_ids["image"], self.special_ids["audio"]])
+        images, audio = (self._media(units[kind], num_tokens) for kind in (Media.IMAGE, Media.AUDIO))
+        return MicroBatch(**text.tensors(), images=images, audio=audio)
+
+    def _add_piece(self, piece: np.ndarray, text: "_TextArrays", units: dict[Media, list[Unit]]) -> None:
+        shard = self.shards[piece["shard"]]
+        document, start, length = int(piece["document"]), int(piece["start"]), int(piece["length"])
+        tokens = shard.tokens(document, start, start + length + 1)
+        for item in shard.media(document):
+            first = int(item["token_offset"]) - start
+            if not 0 <= first < length:
+                continue
+            kind = Media(int(item["kind"]))
+            run = tokens[first : first + int(item["num_tokens"])]
+            if (run != self.special_ids[kind.name.lower()]).any():
+                raise DataError(
+                    f"{shard.prefix}: document {document} has no placeholders where its media run should be; its "
+                    ".bin and .media.idx do not belong together. Preprocess the inputs again."
+                )
+            units[kind] += _units(item, int(piece["shard"]), text.position + first)
+        text.add_document(tokens, source=shard.source(document))
+
+    def _media(self, units: list[Unit], num_tokens: int) -> MediaUnits:
+        """Deal units over the tensor ranks and decode this rank's."""
+        tp_rank, tp_size = self.mesh.tp_rank, self.mesh.tp_size
+        if not self._encodes:
+            nothing = torch.empty(0, dtype=torch.int64)
+            return MediaUnits((), 0, nothing, nothing)
+        rows, positions, rows_per_rank = deal_rows(units, tp_size=tp_size)
+        shard_len = num_tokens // tp_size
+        local = positions // shard_len == tp_rank
+        return MediaUnits(
+            inputs=tuple(self._decode(units[tp_rank::tp_size])),
+            rows_per_rank=rows_per_rank,
+            rows=torch.from_numpy(rows[local]),
+            positions=torch.from_numpy(positions[local] - tp_rank * shard_len),
+        )
+
+    def _decode(self, units: list[Unit]) -> Iterator[Tensor]:
+        normalize = self.config.audio.form == "lv60k"
+
+        @functools.cache
+        def chunks(shard: int, offset: int) -> list[Tensor]:
+            return decode_chunks(self.shards[shard].media_bytes(items[shard, offset]), normalize=normalize)
+
+        items = {(unit.shard, int(unit.item["offset"])): unit.item for unit in units}
+        for unit in units:
+            if unit.item["kind"] == Media.IMAGE:
+                yield decode_pixels(self.shards[unit.shard].media_bytes(unit.item))
+            else:
+                yield chunks(unit.shard, int(unit.item["offset"]))[unit.chunk]
+
+
+def _units(item: np.ndarray, shard: int, position: int) -> list[Unit]:
+    """Cut one media item into the units that are encoded on their own."""
+    if item["kind"] == Media.IMAGE:
+        return [Unit(shard, item, 0, position, int(item["num_tokens"]))]
+    step = audio_frames(CHUNK_SAMPLES)
+    stop = int(item["num_tokens"])
+    return [
+        Unit(shard, item, chunk, position + offset, min(step, stop - offset))
+        for chunk, offset in enumerate(range(0, stop, step))
+    ]
+
+
+def deal_rows(units: Sequence[Unit], *, tp_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return (gathered row, position) of every media token, and the rows that each rank contributes.
+
+    Unit u is encoded by rank u mod tp_size; a rank's features stand end to end, padded to the longest rank's, rank
+    after rank. Shapes: rows, positions (num_media_tokens,) int64.
+    """
+    totals = [sum(unit.num_tokens for unit in units[rank::tp_size]) for rank in range(tp_size)]
+    rows_per_rank = max(totals, default=0)
+    filled = [rank * rows_per_rank for rank in range(tp_size)]
+    rows, positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for number, unit in enumerate(units):
+        rank = number % tp_size
+        rows.append(filled[rank] + np.arange(unit.num_tokens))
+        positions.append(unit.position + np.arange(unit.num_tokens))
+        filled[rank] += unit.num_tokens
+    return np.concatenate(rows), np.concatenate(positions), rows_per_rank
+
+
+class _TextArrays:
+    """The token side of a micro-batch while it is filled."""
+
+    def __init__(self, num_tokens: int, *, pad: int) -> None:
+        self.position = 0
+        self.tokens = np.full(num_tokens, pad, np.int64)
+        self.labels = np.zeros(num_tokens, np.int64)
+        self.loss_mask = np.zeros(num_tokens, np.float32)
+        self.sources = np.zeros(num_tokens, np.int64)
+        self.positions = np.zeros(num_tokens, np.int64)
+        self.doc_lengths: list[int] = []
+
+    def add_document(self, tokens: np.ndarray, *, source: int) -> None:
+        """Lay one piece at the current position: all tokens but the last are inputs, all but the first labels."""
+        length = len(tokens) - 1
+        place = slice(self.position, self.position + length)
+        self.tokens[place], self.labels[place] = tokens[:-1], tokens[1:]
+        self.loss_mask[place], self.sources[place] = 1.0, source
+        self.positions[place] = np.arange(length)
+        self.doc_lengths.append(length)
+        self.position += length
+
+    def end_sample(self, stop: int) -> None:
+        """Make what is left of the sample a document of padding."""
+        if stop > self.position:
+            self.positions[self.position : stop] = np.arange(stop - self.position)
+            self.doc_lengths.append(stop - self.position)
+
+    def mask_labels(self, placeholders: list[int]) -> None:
+        """Take the loss off labels that are media placeholders."""
+        self.loss_mask[np.isin(self.labels, placeholders)] = 0.0
+
+    def tensors(self) -> dict[str, Tensor | tuple[int, ...]]:
+        """Return the fields of a MicroBatch that are not media."""
+        arrays = {"tokens", "labels", "loss_mask", "sources", "positions"}
+        return {
+            **{name: torch.from_numpy(getattr(self, name)) for name in arrays},
+            "doc_lengths": tuple(self.doc_lengths),
+            "cu_seqlens": torch.tensor([0, *np.cumsum(self.doc_lengths)], dtype=torch.int32),
+        }
+
+
+class Prefetcher:
+    """Reads the steps of a range ahead in a background thread. Raises what reading raised, at the step concerned."""
+
+    def __init__(self, loader: Loader, *, steps: range, ahead: int) -> None:
+        self._loader, self._steps, self._ahead = loader, steps, ahead
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        if not self._ahead:
+            yield from map(self._loader.step, self._steps)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
+            waiting: list[Future[list[MicroBatch]]] = []
+            for step in self._steps:
+                waiting.append(pool.submit(self._loader.step, step))
+                if len(waiting) > self._ahead:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
