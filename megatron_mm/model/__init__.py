@@ -1,0 +1,1 @@
+"""The multimodal decoder: encoders, embedding, transformer, loss."""

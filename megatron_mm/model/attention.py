@@ -1,0 +1,176 @@
+"""Multi- and grouped-query attention that communicates only what it must under tensor parallelism.
+
+megatron-core 0.19.2, when there are fewer key/value heads than tensor ranks, shards the fused QKV weight, all-gathers
+the whole QKV activation and throws most of it away. Here the query weight is sharded by heads and the key/value weight
+is replicated and applied to the sequence shard: only keys and values are gathered.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_mm.batch import MicroBatch
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """megatron-core's description of a packed sequence, with the lengths where the host can read them."""
+
+    doc_lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, micro_batch: MicroBatch) -> "PackedDocuments":
+        """Describe the documents of `micro_batch`."""
+        longest = max(micro_batch.doc_lengths)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=micro_batch.cu_seqlens,
+            cu_seqlens_kv=micro_batch.cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            doc_lengths=micro_batch.doc_lengths,
+        )
+
+
+class ReplicatedLinear(nn.Module):
+    """A linear layer whose weight every tensor rank holds whole and applies to its own sequence shard.
+
+    Its gradient is partial over the sequence, so the weight is marked `sequence_parallel`: finalize_model_grads sums
+    it over the tensor ranks once a step.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig) -> None:
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """Return (hidden @ weight.T, no bias), as megatron-core's linear layers do. No communication."""
+        return F.linear(hidden, self.weight), None
+
+
+class DocumentAttention(nn.Module):
+    """Causal attention inside each packed document, by torch's scaled_dot_product_attention."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, documents: PackedDocuments) -> Tensor:
+        """Return the context of each position. No communication.
+
+        Shapes: query (num_tokens, heads/tp, head_dim); key, value (num_tokens, groups, head_dim) with heads/tp a
+        multiple of groups; returns (num_tokens, heads/tp, head_dim).
+        """
+        lengths = documents.doc_lengths
+        contexts = [
+            F.scaled_dot_product_attention(
+                *(part.transpose(0, 1).unsqueeze(0) for part in parts),  # (1, heads, length, head_dim)
+                is_causal=True,
+                enable_gqa=True,
+            )
+            for parts in zip(query.split(lengths), key.split(lengths), value.split(lengths))
+        ]
+        return torch.cat(contexts, dim=2).squeeze(0).transpose(0, 1)
+
+
+@dataclass
+class AttentionSubmodules:
+    """What attention is made of; a backend chooses the classes."""
+
+    linear_q: Callable[..., nn.Module]
+    linear_proj: Callable[..., nn.Module]
+    core_attention: Callable[..., nn.Module]
+
+
+class GroupedQueryAttention(MegatronModule):
+    """Self-attention with `num_query_groups` key/value heads, from one (multi-query) to one a query head.
+
+    With at least as many groups as tensor ranks, keys and values are sharded by groups like the queries. With fewer,
+    their weight is replicated, applied to the sequence shard, and the result all-gathered over tp: each rank keeps the
+    group that its query heads read.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: AttentionSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+        self.head_dim = config.kv_channels
+        self.groups = config.num_query_groups
+        self.shards_groups = self.groups % self.tp_group.size() == 0
+        query_size = config.num_attention_heads * self.head_dim
+        key_value_size = 2 * self.groups * self.head_dim
+        column = {"config": config, "init_method": config.init_method, "bias": False, "gather_output": False}
+        column |= {"skip_bias_add": False, "is_expert": False, "tp_comm_buffer_name": "qkv", "tp_group": self.tp_group}
+        self.linear_q = submodules.linear_q(config.hidden_size, query_size, **column)
+        # Rows of linear_kv: for each group its key, then its value, so that a shard of rows is a set of whole groups.
+        if self.shards_groups:
+            self.linear_kv = submodules.linear_q(config.hidden_size, key_value_size, **column)
+        else:
+            self.linear_kv = ReplicatedLinear(config.hidden_size, key_value_size, config=config)
+        self.core_attention = submodules.core_attention()
+        self.recompute_core = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        self.linear_proj = submodules.linear_proj(
+            query_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=self.tp_group,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: PackedDocuments,
+        **inference: None,
+    ) -> tuple[Tensor, None]:
+        """Return (attention output, no bias). Collective over tp: gathers hidden states, and keys and values.
+
+        Shapes: hidden_states (num_tokens/tp, 1, hidden); rotary_pos_emb (num_tokens, 1, 1, head_dim), the angle of
+        each position; returns (num_tokens/tp, 1, hidden).
+        """
+        assert attention_mask is None and all(value is None for value in inference.values()), "training only"
+        query = self.linear_q(hidden_states)[0]
+        query = query.view(query.shape[0], 1, -1, self.head_dim)  # (num_tokens, 1, heads/tp, head_dim)
+        key, value = self._keys_and_values(hidden_states)
+        query, key = (apply_rotary_pos_emb(part, rotary_pos_emb, self.config).squeeze(1) for part in (query, key))
+
+        def core(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return self.core_attention(query, key, value, documents=packed_seq_params)
+
+        if self.recompute_core and self.training:
+            context = tensor_parallel.checkpoint(core, False, query, key, value.squeeze(1))
+        else:
+            context = core(query, key, value.squeeze(1))
+        return self.linear_proj(context.reshape(context.shape[0], 1, -1))
+
+    def _keys_and_values(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that this rank's heads read, each (num_tokens, 1, groups, head_dim)."""
+        key_value = self.linear_kv(hidden_states)[0]
+        if not self.shards_groups:
+            key_value = tensor_parallel.gather_from_sequence_parallel_region(key_value, True, self.tp_group)
+        key_value = key_value.view(key_value.shape[0], 1, -1, 2, self.head_dim)
+        if not self.shards_groups and self.groups > 1:
+            own = self.tp_group.rank() * self.groups // self.tp_group.size()
+            key_value = key_value[:, :, own : own + 1]
+        return key_value.unbind(dim=3)

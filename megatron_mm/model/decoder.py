@@ -1,0 +1,122 @@
+"""The decoder: megatron-core's TransformerBlock with our attention and a norm that knows sequence parallelism."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from torch import Tensor, nn
+
+from megatron_mm.config import Config
+from megatron_mm.model.attention import AttentionSubmodules, DocumentAttention, GroupedQueryAttention
+from megatron_mm.parallel import device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich 2019) over a sequence shard.
+
+    megatron-core's own wrapper refuses sequence parallelism without TransformerEngine.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        place = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=place))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return hidden / rms(hidden) * weight, over the last dimension."""
+        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Translate `config` into megatron-core's terms."""
+    model, parallel, training = config.model, config.parallel, config.training
+    dtype = DTYPES[training.precision]
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[training.recompute]
+    interleaved = parallel.vpp > 1
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        # Weights are drawn by model.initialize, the same for every layout.
+        perform_initialization=False,
+        use_cpu_initialization=not device.has_gpu(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=training.precision == "bf16",
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if interleaved else None,
+        sequence_parallel=parallel.tp > 1,
+        # The two stages of pp=2 are both neighbours of each other: megatron-core 0.19.2 then mismatches batched sends
+        # of an interleaved schedule without a word.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=True,
+        account_for_embedding_in_pipeline_split=parallel.embedding_slot,
+        account_for_loss_in_pipeline_split=parallel.loss_slot,
+        calculate_per_token_loss=True,
+        **recompute,
+    )
+
+
+def block_submodules(config: TransformerConfig, *, chunk: int, pp_rank: int) -> TransformerBlockSubmodules:
+    """Return what the transformer block of model chunk `chunk` of stage `pp_rank` is built of."""
+    attention = AttentionSubmodules(
+        linear_q=ColumnParallelLinear, linear_proj=RowParallelLinear, core_attention=DocumentAttention
+    )
+    feed_forward = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(module=GroupedQueryAttention, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=partial(MLP.as_mlp_submodule, submodules=feed_forward),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    num_layers = len(layers_of_chunk(config, chunk=chunk, pp_rank=pp_rank))
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def layers_of_chunk(config: TransformerConfig, *, chunk: int, pp_rank: int) -> range:
+    """Return the layers, counted from 0, that model chunk `chunk` of stage `pp_rank` holds."""
+    vp_stage = chunk if config.virtual_pipeline_model_parallel_size else None
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    return range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))

@@ -1,0 +1,93 @@
+"""From a micro-batch to decoder inputs: token rows, and media features over their placeholders.
+
+The result stands in the sequence-parallel layout at once: no rank ever holds the embedding of the whole sequence.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import VocabParallelEmbedding, gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_mm.batch import MediaUnits, MicroBatch
+from megatron_mm.config import Config
+from megatron_mm.kernels import ops
+from megatron_mm.model.audio import AudioEncoder
+from megatron_mm.model.vision import VisionEncoder
+from megatron_mm.parallel.mesh import Mesh
+
+
+class Projector(nn.Module):
+    """Encoder features to decoder inputs: LayerNorm, Linear, GELU, Linear.
+
+    The modality-type embedding is added to the last bias, not to the output, so that an export that folds it there is
+    exact to the bit.
+    """
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.linear_1 = nn.Linear(width, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        self.type_embedding = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return decoder inputs: (num_tokens, width) to (num_tokens, hidden). No communication."""
+        inner = F.gelu(self.linear_1(self.norm(features)))
+        return F.linear(inner, self.linear_2.weight, self.linear_2.bias + self.type_embedding)
+
+
+class MediaEmbedding(nn.Module):
+    """One modality's encoder, split over the tensor ranks, and its projector."""
+
+    def __init__(self, encoder: VisionEncoder | AudioEncoder, *, hidden_size: int, mesh: Mesh) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = Projector(encoder.width, hidden_size)
+        self.tp_group = mesh.tp_group
+        for parameter in self.parameters():
+            # Each rank sees some of the items and some of the positions: gradients are summed over tp.
+            parameter.sequence_parallel = mesh.tp_size > 1
+
+    def forward(self, units: MediaUnits) -> Tensor:
+        """Return the decoder inputs that fall into this rank's sequence shard: (num_local_tokens, hidden).
+
+        Collective over tp: all-gathers features at encoder width; the backward pass reduce-scatters their gradients.
+        """
+        features = self.encoder(units.inputs)
+        features = F.pad(features, (0, 0, 0, units.rows_per_rank - features.shape[0]))
+        if self.tp_group.size() > 1:
+            features = gather_from_sequence_parallel_region(features, True, self.tp_group)
+        return self.projector(features.index_select(0, units.rows))
+
+
+class MultimodalEmbedding(MegatronModule):
+    """Token, image and sound embedding of one micro-batch."""
+
+    def __init__(self, config: Config, transformer_config: TransformerConfig, mesh: Mesh) -> None:
+        super().__init__(transformer_config)  # a plain Module would save its sharded children as if they were whole
+        self.tp_group = mesh.tp_group
+        hidden_size = config.model.hidden_size
+        self.word_embeddings = VocabParallelEmbedding(
+            config.model.vocab_size,
+            hidden_size,
+            init_method=transformer_config.init_method,
+            reduce_scatter_embeddings=transformer_config.sequence_parallel,
+            config=transformer_config,
+            tp_group=mesh.tp_group,
+        )
+        self.text_type_embedding = nn.Parameter(torch.empty(hidden_size))
+        self.text_type_embedding.sequence_parallel = transformer_config.sequence_parallel
+        self.image = MediaEmbedding(VisionEncoder(config.vision), hidden_size=hidden_size, mesh=mesh)
+        self.audio = MediaEmbedding(AudioEncoder(config.audio), hidden_size=hidden_size, mesh=mesh)
+
+    def forward(self, micro_batch: MicroBatch) -> Tensor:
+        """Return decoder inputs (num_tokens/tp, 1, hidden). Collective over tp: reduce-scatters the token rows."""
+        tokens = self.word_embeddings(micro_batch.tokens.unsqueeze(0)).flatten(0, 1)  # (num_tokens/tp, hidden)
+        features = torch.cat([self.image(micro_batch.images), self.audio(micro_batch.audio)])
+        positions = torch.cat([micro_batch.images.positions, micro_batch.audio.positions])
+        hidden = ops.assemble_embeddings(
+            tokens, text_type=self.text_type_embedding, features=features, positions=positions
+        )
+        return hidden.unsqueeze(1)  # (num_tokens/tp, 1, hidden)

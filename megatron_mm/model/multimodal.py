@@ -1,0 +1,105 @@
+"""One model chunk of one pipeline stage: embedding, layers, head, as many of them as the stage holds."""
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_mm.batch import MicroBatch
+from megatron_mm.config import Config
+from megatron_mm.model.attention import PackedDocuments
+from megatron_mm.model.decoder import block_submodules, transformer_config
+from megatron_mm.model.embedding import MultimodalEmbedding
+from megatron_mm.model.initialize import initialize_weights
+from megatron_mm.parallel.mesh import Mesh
+
+
+class MultimodalModel(MegatronModule):
+    """A chunk of the decoder; the first one also embeds, the last one also computes the loss of each position."""
+
+    def __init__(self, config: Config, transformer: TransformerConfig, *, mesh: Mesh, chunk: int) -> None:
+        super().__init__(transformer)
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.tp_group = mesh.tp_group
+        self.vp_stage = chunk if mesh.vpp_size > 1 else None
+        self.pre_process, self.post_process = mesh.is_first_chunk(chunk), mesh.is_last_chunk(chunk)
+        self.seq_len = config.data.seq_len
+        if self.pre_process:
+            self.embedding = MultimodalEmbedding(config, transformer, mesh)
+        self.rotary = RotaryEmbedding(
+            config.model.head_dim, 1.0, rotary_base=config.model.rope_theta, use_cpu_initialization=True
+        )
+        self.decoder = TransformerBlock(
+            transformer,
+            block_submodules(transformer, chunk=chunk, pp_rank=mesh.pp_rank),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            vp_stage=self.vp_stage,
+        )
+        if self.post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.model.hidden_size,
+                config.model.vocab_size,
+                config=transformer,
+                init_method=transformer.init_method,
+                bias=False,
+                gather_output=False,
+                tp_group=mesh.tp_group,
+            )
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take what the stage before has sent; megatron-core's schedules call this."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """Return the parameters as parts of whole tensors, under names that do not depend on the layout.
+
+        megatron-core's linear layers add an empty extra state each; ours do not, and which of them holds a weight
+        depends on the layout.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+    def forward(self, micro_batch: MicroBatch) -> Tensor:
+        """Return hidden states (num_tokens/tp, 1, hidden), or on the last chunk losses (num_tokens,) in float32.
+
+        Collective over tp, in every layer.
+        """
+        hidden = self.embedding(micro_batch) if self.pre_process else None
+        angles = self.rotary(self.seq_len).to(micro_batch.positions.device)
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=angles.index_select(0, micro_batch.positions),
+            packed_seq_params=PackedDocuments.of(micro_batch),
+        )
+        if not self.post_process:
+            return hidden
+        logits, _ = self.output_layer(hidden)  # (num_tokens, 1, vocab/tp)
+        return vocab_parallel_cross_entropy(
+            logits.float(), micro_batch.labels.unsqueeze(1), tp_group=self.tp_group
+        ).squeeze(1)
+
+
+def build_chunks(config: Config, mesh: Mesh) -> list[MultimodalModel]:
+    """Build this rank's model chunks with their initial weights, which are the same in every layout."""
+    transformer = transformer_config(config)
+    chunks = [MultimodalModel(config, transformer, mesh=mesh, chunk=chunk) for chunk in range(mesh.vpp_size)]
+    for chunk in chunks:
+        if any(parameter.is_meta for parameter in chunk.parameters()):
+            continue
+        chunk.to(dtype=transformer.params_dtype)
+        if not transformer.use_cpu_initialization:
+            chunk.to(torch.cuda.current_device())
+        initialize_weights(chunk, config=config, mesh=mesh)
+    return chunks

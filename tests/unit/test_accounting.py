@@ -1,0 +1,56 @@
+"""What a preset amounts to, counted from the modules that it builds."""
+
+import json
+import time
+
+import pytest
+from launch import run_command
+
+
+def describe(*arguments: str) -> dict:
+    ended = run_command(*arguments, "--describe")
+    assert ended.status == 0, ended.stderr
+    assert len(ended.stdout.splitlines()) == 1
+    return json.loads(ended.stdout)
+
+
+def test_mm_88b_has_the_published_parameters_in_seconds() -> None:
+    started = time.monotonic()
+    described = describe("mm_88b", "--world-size", "1024")
+    assert time.monotonic() - started < 60  # not a speed but a kind: memory for 88B would never be had here
+    counts = described["parameters"]
+    assert counts["total"] == 88_579_360_384
+    assert counts["decoder"] == 86_970_703_872
+    assert counts["token_embedding"] == counts["head"] == 51_200 * 8_192
+    assert counts["vision_tower"] == 303_301_632  # timm's vit_large_patch16_224 without its classifier
+    assert counts["audio_tower"] == 315_437_696  # torchaudio's wav2vec2_large_lv60k
+    assert described["layout"] == {"ranks": 1024, "tp": 8, "pp": 4, "vpp": 7, "dp": 32}
+    assert described["tokens_per_step"] == 4_194_304
+    assert described["micro_batches_per_step"] == 16
+    assert described["tokens_of_the_run"] == pytest.approx(2e12, rel=1e-6)
+    stages = described["layers_by_stage"]
+    assert [len(stage) for stage in stages] == [7] * 4
+    assert [len(chunk) for chunk in stages[0]] == [3, 4, 4, 4, 4, 4, 4]  # the embedding takes a slot
+    assert [len(chunk) for chunk in stages[3]] == [4, 4, 4, 4, 4, 4, 3]  # so does the loss
+    order = [layer for chunk in range(7) for stage in stages for layer in stage[chunk]]
+    assert order == list(range(110))
+
+
+def test_the_librispeech_form_is_smaller_by_its_norms_and_biases() -> None:
+    counts = describe("mm_88b", "audio.form=ls960")["parameters"]
+    assert counts["audio_tower"] == 315_427_968  # torchaudio's wav2vec2_large
+    assert counts["total"] == 88_579_360_384 - 9_728
+
+
+def test_mm_1b_keeps_its_pretrained_towers_as_they_are() -> None:
+    counts = (described := describe("mm_1b"))["parameters"]
+    assert sum(counts.values()) == 2 * counts["total"]
+    assert all(counts.values())
+    assert described["trainable_parameters"] == counts["total"] - counts["vision_tower"] - counts["audio_tower"]
+
+
+def test_tiny_trains_all_but_the_norm_that_a_projector_starts_from() -> None:
+    counts = (described := describe("tiny"))["parameters"]
+    assert sum(counts.values()) == 2 * counts["total"]
+    assert all(counts.values())
+    assert described["trainable_parameters"] == counts["total"] - 2 * 64
