@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The main job, end to end, on a laptop: real files in, a trained multimodal model out, through a stop and another layout.
+#   examples/pretrain_tiny.sh [RUN_DIR]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run_dir=${1:-runs/demo}
+shards=$run_dir/shards
+rm -rf "$run_dir"
+
+# 1. Files to shards. An image or recording and the text file of the same name are one document.
+for split in train heldout; do
+  python tools/preprocess_data.py --input "examples/sample_data/$split" --output-prefix "$shards/$split" \
+    --tokenizer examples/sample_data/tokenizer.json --workers 2
+done
+
+train() {
+  torchrun --nproc-per-node 4 -m megatron_mm.train tiny run_dir="$run_dir" \
+    data.train="[$shards/train]" data.validation="[$shards/heldout]" training.steps="${DEMO_STEPS:-140}" "$@"
+}
+
+# 2. Half of the steps: two tensor ranks with sequence parallelism, times two pipeline stages.
+train parallel.tp=2 parallel.pp=2 training.stop_after="$((${DEMO_STEPS:-140} / 2))"
+
+# 3. The other half from the checkpoint, in another layout: two pipeline stages, times two data ranks.
+train parallel.tp=1 parallel.pp=2
+
+# 4. What came of it.
+python tools/report_run.py "$run_dir"

@@ -1,0 +1,83 @@
+"""python -m megatron_mm.train PRESET [section.key=value ...]: train, on one rank or under torchrun on many."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import textwrap
+
+from megatron_mm import config as configs
+from megatron_mm.errors import ConfigError, DataError
+
+log = logging.getLogger("megatron_mm")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status: 2 for a mistake that the user can mend."""
+    options = _parser().parse_args(arguments)
+    _set_up_logging()
+    try:
+        config = configs.load(options.preset, options.overrides)
+        if options.describe:
+            print(json.dumps(_describe(config, options.world_size)))
+        else:
+            _train(config)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(config: configs.Config) -> None:
+    from megatron_mm.parallel import mesh as meshes
+    from megatron_mm.training.loop import train
+
+    mesh = meshes.initialize(config)
+    train(config, mesh)
+    meshes.leave()
+
+
+def _describe(config: configs.Config, world_size: int | None) -> dict:
+    from megatron_mm.model import accounting
+
+    size = world_size or config.parallel.tp * config.parallel.pp
+    configs.check_world(config, size)
+    return accounting.describe(config, size)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_mm.train",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a multimodal decoder. Without torchrun it runs on one rank; without a GPU, on the CPU.",
+        epilog=_explain_fields(),
+    )
+    parser.add_argument("preset", metavar="PRESET", help=f"one of {', '.join(configs.preset_names())}, or a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that differ from the preset"
+    )
+    parser.add_argument("--describe", action="store_true", help="print what the preset amounts to, as JSON, and exit")
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks to describe the run for (default: one replica, tp x pp)"
+    )
+    return parser
+
+
+def _explain_fields() -> str:
+    lines = ["settings:"]
+    for key, kind, default, explanation in configs.describe_fields():
+        lines.append(f"  {key} ({kind}, {default if default == 'required' else 'default ' + default})")
+        lines.append(textwrap.fill(explanation, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines)
+
+
+def _set_up_logging() -> None:
+    """Let rank 0 speak at INFO and the others, with their rank, at WARNING."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

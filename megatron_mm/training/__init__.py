@@ -1,0 +1,1 @@
+"""The run: state, step, loop, evaluation, checkpoints, metrics."""

@@ -1,0 +1,147 @@
+"""What a run tells: a line a step on the console, a progress bar, metrics.jsonl, TensorBoard, and plots."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from megatron_mm.config import Config
+from megatron_mm.model.loss import by_name
+from megatron_mm.parallel import device
+from megatron_mm.parallel.mesh import Mesh
+from megatron_mm.training.step import StepResult
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Writes what the run measures; only rank 0 speaks, the others pass through.
+
+    metrics.jsonl holds one object a line: {"step": ..., "layout": ..., "parameters": ...} at each start of the run,
+    {"step": ..., "loss": ..., ...} after each step, {"step": ..., "heldout/loss": ..., ...} after each evaluation.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, *, first_step: int) -> None:
+        self.config = config
+        self._speaks = mesh.speaks
+        self._tokens = first_step * config.tokens_per_step
+        if not self._speaks:
+            return
+        folder = Path(config.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        _forget_after(path, first_step)
+        self._file = path.open("a")
+        self._board = None
+        if config.logging.tensorboard:
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._bar = tqdm(
+            total=config.last_step,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (config.logging.progress_bar and sys.stderr.isatty()),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._speaks:
+            self._bar.close()
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+
+    def start(self, *, step: int, layout: str, parameters: int) -> None:
+        """Record that the run starts, or goes on, after step `step`."""
+        if self._speaks:
+            self._file.write(json.dumps({"step": step, "layout": layout, "parameters": parameters}) + "\n")
+
+    def step(self, result: StepResult, *, step: int, seconds: float) -> None:
+        """Record optimizer step `step`, counted from 1, which took `seconds`."""
+        self._tokens += self.config.tokens_per_step
+        values = {
+            **by_name(result.losses),
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "updated": result.updated,
+            "tokens": self._tokens,
+            "step_seconds": seconds,
+            "tokens_per_second": self.config.tokens_per_step / seconds,
+            "peak_gib": device.memory_gib(),
+        }
+        self._write(step, values)
+        if self._speaks:
+            with self._bar.external_write_mode():
+                log.info(step_line(step, values))
+            self._bar.update()
+
+    def evaluation(self, losses: Any, *, step: int) -> dict[str, float]:
+        """Record and return the held-out losses after step `step`."""
+        values = {f"heldout/{name}": value for name, value in by_name(losses).items()}
+        self._write(step, values)
+        if self._speaks:
+            text = " | ".join(f"{name.removeprefix('heldout/')} {value:.4f}" for name, value in values.items())
+            with self._bar.external_write_mode():
+                log.info("step %d | held-out | %s", step, text)
+        return values
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        if not self._speaks:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items() if self._board is not None else ():
+            self._board.add_scalar(name, value, step)
+
+
+def step_line(step: int, values: Mapping[str, Any]) -> str:
+    """Return the console line of one step."""
+    return " | ".join(
+        (
+            f"step {step}",
+            f"loss {values['loss']:.4f}",
+            f"grad_norm {values['grad_norm']:.2f}",
+            f"lr {values['lr']:.1e}",
+            f"{_short(values['tokens'])} tok",
+            f"{values['step_seconds']:.2f} s",
+            f"{_short(values['tokens_per_second'])} tok/s",
+            f"{values['peak_gib']:.1f} GiB",
+        )
+    )
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Return the records of a run's metrics.jsonl, in order."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _short(number: float) -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop records of steps after `step`, which a run that was cut off did and a resumed one does again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # the run was killed while it wrote this line
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)

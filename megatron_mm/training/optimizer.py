@@ -1,0 +1,135 @@
+"""AdamW over megatron-core's distributed optimizer, and which parameters it treats how."""
+
+import megatron.core.optimizer as mcore_optimizer
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from megatron_mm.config import Config
+
+UNDECAYED = ("cls_token", "position_embeddings", "parametrizations.weight.original0")
+"""Encoder parameters that are no matrices, whatever their shape: tokens, positions, weight-norm magnitudes."""
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch's fused AdamW behind the interface of TransformerEngine's FusedAdam: one step count for a whole group.
+
+    megatron-core 0.19.2 restores torch.optim.AdamW wrongly from a checkpoint, once in silence (all parameters share
+    one step tensor, which every one of them advances); with this interface it takes the path that it takes on GPUs.
+    """
+
+    def __init__(
+        self,
+        params: list[dict],
+        lr: float,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ) -> None:
+        assert adam_w_mode and not capturable
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            for param in params:
+                if not self.state[param]:
+                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+            beta1, beta2 = group["betas"]
+            adamw(
+                params,
+                [param.grad for param in params],
+                [self.state[param]["exp_avg"] for param in params],
+                [self.state[param]["exp_avg_sq"] for param in params],
+                [],
+                [torch.tensor(group["step"] - 1.0, device=param.device) for param in params],  # adamw adds the one
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def is_decayed(parameter: Tensor, name: str, *, decay_embeddings: bool) -> bool:
+    """Tell whether weight decay applies: to matrices and convolutions, not to vectors, tokens and positions."""
+    if parameter.dim() <= 1 or any(part in name for part in UNDECAYED):
+        return False
+    return decay_embeddings or "word_embeddings" not in name
+
+
+def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Return the optimizer of this rank's model chunks. Collective over all ranks."""
+    if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
+        # Neither TransformerEngine nor apex is installed.
+        mcore_optimizer.Adam = distrib_optimizer.Adam = AdamW
+        mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    settings = config.optimizer
+    decay_embeddings = settings.decay_embeddings
+    overrides = {
+        _where("undecayed", lambda p, name: not is_decayed(p, name, decay_embeddings=decay_embeddings)): {
+            "wd_mult": 0.0
+        },
+        _where("encoders", lambda p, name: ".encoder." in name): {
+            "max_lr": settings.lr * settings.encoder_lr_scale,
+            "min_lr": settings.min_lr * settings.encoder_lr_scale,
+        },
+    }
+    bf16 = config.training.precision == "bf16"
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            clip_grad=settings.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=True,
+        ),
+        models,
+        config_overrides=overrides,
+    )
+
+
+def _where(name: str, predicate) -> ParamKey:
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=predicate))
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer, *, step: int) -> OptimizerParamScheduler:
+    """Return the learning-rate schedule as it stands after `step` steps: a function of the configuration alone."""
+    settings = config.optimizer
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=config.schedule.warmup_steps,
+        lr_decay_steps=config.decay_steps,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    scheduler.step(step)
+    return scheduler

@@ -1,0 +1,63 @@
+"""What a run holds between two steps."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mm.config import Config
+from megatron_mm.model.multimodal import MultimodalModel, build_chunks
+from megatron_mm.parallel import device
+from megatron_mm.parallel.mesh import Mesh
+from megatron_mm.training.optimizer import build_optimizer, build_scheduler
+
+
+@dataclass
+class TrainState:
+    """The model of one rank, its optimizer, and how far the run has come."""
+
+    config: Config
+    mesh: Mesh
+    chunks: list[MultimodalModel]
+    """This rank's model chunks, bare."""
+    models: list[DistributedDataParallel]
+    """The same, wrapped for data parallelism: what schedules run."""
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    step: int = 0
+    """Optimizer steps done."""
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        """megatron-core's configuration, shared by all chunks."""
+        return self.chunks[0].config
+
+
+def build_state(config: Config, mesh: Mesh) -> TrainState:
+    """Build the state at step 0. Collective over all ranks."""
+    chunks = build_chunks(config, mesh)
+    transformer = chunks[0].config
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    wrapped = [Float16Module(transformer, chunk) for chunk in chunks] if transformer.bf16 else chunks
+    models = [DistributedDataParallel(transformer, ddp, module) for module in wrapped]
+    optimizer = build_optimizer(config, models)
+    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.grad_scale_func = optimizer.scale_loss
+    return TrainState(config, mesh, chunks, models, optimizer, build_scheduler(config, optimizer, step=0))
+
+
+def total_parameters(state: TrainState) -> int:
+    """Return the parameters of the whole model, each counted once. Collective over all ranks."""
+    mesh = state.mesh
+    parameters = [parameter for chunk in state.chunks for parameter in chunk.parameters()]
+    sharded = [getattr(parameter, "tensor_model_parallel", False) for parameter in parameters]
+    counted = mesh.dp_rank == 0
+    own = sum(p.numel() for p, is_shard in zip(parameters, sharded) if counted and (is_shard or mesh.tp_rank == 0))
+    total = torch.tensor(own, device=device.current())
+    dist.all_reduce(total)
+    return int(total)

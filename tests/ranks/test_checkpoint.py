@@ -1,0 +1,174 @@
+"""Saving and going on: to the bit in the same layout, to 1e-5 in another, and never from a damaged checkpoint."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import run_ranks
+from small import TRAINED, layout, small_config
+from test_layouts import TOLERANCE, assert_same_gradients, full_gradients
+
+from megatron_mm.config import Config
+from megatron_mm.data.loader import Loader
+from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.model.loss import by_name
+from megatron_mm.parallel import mesh as meshes
+from megatron_mm.training import checkpoint
+from megatron_mm.training.state import TrainState, build_state
+from megatron_mm.training.step import train_step
+
+
+def small_run(shards: Path, run_dir: Path, *overrides: str) -> Config:
+    """Return a configuration whose steps are cheap."""
+    return small_config(shards, run_dir, "training.global_batch_size=4", *overrides)
+
+
+def go_on(config: Config, *, stop: int, save: bool = False) -> dict[str, Any]:
+    """Train to step `stop`, from the newest checkpoint if there is one, and return what each step did."""
+    mesh = meshes.cut(config)
+    loader = Loader(config.data.train, config=config, mesh=mesh)
+    state = build_state(config, mesh)
+    path = checkpoint.newest(config)
+    if path is not None:
+        spoil(state)  # nothing may be right by having been so before
+        checkpoint.load(state, path)
+    seen: dict[str, Any] = {"first": state.step, "losses": [], "grad_norms": [], "lr": [], "samples": []}
+    while state.step < stop:
+        seen["samples"].append(loader.step_samples(state.step).tolist())
+        result = train_step(state, loader.step(state.step))
+        seen["losses"].append(by_name(result.losses))
+        seen["grad_norms"].append(result.grad_norm)
+        seen["lr"].append(result.lr)
+    seen["gradients"] = full_gradients(state)
+    seen["weights"] = {name: value.clone() for chunk in state.chunks for name, value in chunk.named_parameters()}
+    if save:
+        checkpoint.save(state)
+    return seen
+
+
+def spoil(state: TrainState) -> None:
+    with torch.no_grad():
+        for chunk in state.chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(0.123)
+
+
+CHANGES = {
+    ("tp=2 pp=2", 4): [("tp=2 pp=2", 4), ("", 1), ("tp=1 pp=2", 4), ("pp=2 vpp=2", 2), ("tp=4", 4)],
+    ("", 1): [("", 1), ("", 2)],
+    ("", 2): [("", 1)],
+}
+"""Layouts that save, with their ranks, and the layouts that go on from each."""
+
+
+@pytest.mark.parametrize(("saved", "resumed"), CHANGES.items(), ids=str)
+def test_a_resumed_run_is_the_undisturbed_one(
+    saved: tuple[str, int], resumed: list[tuple[str, int]], shards: Path, tmp_path: Path
+) -> None:
+    text, ranks = saved
+    config = small_run(shards, tmp_path, *layout(text))
+    whole = run_ranks(ranks, go_on, small_run(shards, tmp_path / "whole", *layout(text)), stop=6)
+    run_ranks(ranks, go_on, config, stop=3, save=True)
+    for other, other_ranks in resumed:
+        seen = run_ranks(other_ranks, go_on, small_run(shards, tmp_path, *layout(other)), stop=6)
+        same_layout = (other, other_ranks) == saved
+        for rank, rest in enumerate(seen):
+            assert rest["first"] == 3
+            assert rest["samples"] == whole[0]["samples"][3:]
+            assert rest["lr"] == whole[0]["lr"][3:]
+            for step in range(3):
+                tolerance = 0.0 if same_layout else TOLERANCE
+                assert rest["losses"][step] == pytest.approx(whole[0]["losses"][3 + step], rel=tolerance, abs=0.0)
+                assert rest["grad_norms"][step] == pytest.approx(
+                    whole[0]["grad_norms"][3 + step], rel=tolerance, abs=0.0
+                )
+            assert_same_gradients(rest["gradients"], whole[0]["gradients"], tolerance)
+            if same_layout:
+                for name, weight in whole[rank]["weights"].items():
+                    assert torch.equal(rest["weights"][name], weight), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_kind_of_parameter_is_saved(precision: str, shards: Path, tmp_path: Path) -> None:
+    kinds = [f"training.precision={precision}", *TRAINED, *layout("tp=2")]
+    run_ranks(2, go_on, small_run(shards, tmp_path, *kinds), stop=2, save=True)
+    whole = run_ranks(2, go_on, small_run(shards, tmp_path / "whole", *kinds), stop=4)
+    rest = run_ranks(2, go_on, small_run(shards, tmp_path, *kinds), stop=4)
+    for rank in range(2):
+        for name, weight in whole[rank]["weights"].items():
+            assert torch.equal(rest[rank]["weights"][name], weight), name
+
+
+@pytest.fixture(scope="module")
+def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run_dir with checkpoints of steps 1 and 2."""
+    run_dir = tmp_path_factory.mktemp("saved")
+    run_ranks(1, save_each, small_run(shards, run_dir), steps=2)
+    return run_dir
+
+
+def save_each(config: Config, *, steps: int) -> list[str]:
+    mesh = meshes.cut(config)
+    loader = Loader(config.data.train, config=config, mesh=mesh)
+    state = build_state(config, mesh)
+    for step in range(steps):
+        train_step(state, loader.step(step))
+        checkpoint.save(state)
+    return sorted(path.name for path in checkpoint.folder(config).iterdir())
+
+
+def test_only_the_newest_are_kept(shards: Path, tmp_path: Path) -> None:
+    (names,) = run_ranks(1, save_each, small_run(shards, tmp_path, "checkpoint.keep=2"), steps=4)
+    assert names == ["step_00000003", "step_00000004"]
+
+
+def test_a_half_written_checkpoint_is_not_a_checkpoint(saved: Path, shards: Path) -> None:
+    config = small_run(shards, saved)
+    partial = checkpoint.folder(config) / "step_00000009.partial"
+    partial.mkdir()
+    assert checkpoint.newest(config).name == "step_00000002"
+    partial.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: os.truncate(next(path.glob("*.distcp")), 100), "has 100 bytes, its manifest says"),
+        (lambda path: next(path.glob("*.distcp")).unlink(), "has no bytes"),
+        (lambda path: (path / ".metadata").unlink(), "has no bytes"),
+        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    ],
+    ids=["cut", "missing", "no-metadata", "no-manifest"],
+)
+def test_a_damaged_checkpoint_is_refused_with_its_file(
+    damage, message: str, saved: Path, shards: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints")
+    config = small_run(shards, tmp_path)
+    damage(checkpoint.newest(config))
+    with pytest.raises(AssertionError, match=message) as failure:
+        run_ranks(1, go_on, config, stop=3)
+    assert DataError.__name__ in str(failure.value)
+
+
+def test_a_setting_that_must_not_change_is_named(saved: Path, shards: Path) -> None:
+    for override in ("model.init_std=0.01", "data.seed=7", "optimizer.lr=0.1", "training.precision=bf16"):
+        with pytest.raises(AssertionError, match=override.split("=")[0]) as failure:
+            run_ranks(1, go_on, small_run(shards, saved, override), stop=3)
+        assert ConfigError.__name__ in str(failure.value)
+
+
+def test_a_longer_run_goes_on(saved: Path, shards: Path) -> None:
+    (seen,) = run_ranks(1, go_on, small_run(shards, saved, "training.steps=9"), stop=3)
+    assert seen["first"] == 2
+
+
+def test_the_manifest_lists_every_file(saved: Path, shards: Path) -> None:
+    path = checkpoint.newest(small_run(shards, saved))
+    listed = json.loads((path / "manifest.json").read_text())["bytes"]
+    assert listed.keys() == {file.name for file in path.iterdir()} - {"manifest.json"}

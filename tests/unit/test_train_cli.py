@@ -1,0 +1,37 @@
+"""The command line: help that explains, errors that a user can mend, no traceback for them."""
+
+import subprocess
+import sys
+
+import pytest
+from launch import run_command
+
+from megatron_mm import config as configs
+
+
+def test_help_explains_every_field() -> None:
+    command = [sys.executable, "-m", "megatron_mm.train", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0
+    text = " ".join(shown.stdout.split())
+    for key, _, _, explanation in configs.describe_fields():
+        assert f" {key} (" in text
+        assert explanation in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tinny"], "Did you mean 'tiny'?"),
+        (["tiny", "training.stepz=3"], "Did you mean training.steps?"),
+        (["tiny", "parallel.tp=2"], "1 ranks cannot be cut into replicas of parallel.tp=2 x pp=1 = 2 ranks"),
+        (["tiny", "data.train=[/nowhere/p]"], "/nowhere/p.json is missing"),
+        (["tiny", "training.kernels=native", "data.train=[/nowhere/p]"], "training.kernels=native, but"),
+        (["mm_88b", "--describe", "--world-size", "100"], "100 ranks cannot be cut"),
+    ],
+)
+def test_a_mistake_is_told_without_a_traceback(arguments: list[str], message: str) -> None:
+    failed = run_command(*arguments)
+    assert failed.status == 2
+    assert failed.stderr.startswith("error: ")
+    assert message in failed.stderr

@@ -1,0 +1,121 @@
+"""The optimizer, the guard and the metrics, each alone."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_mm import config as configs
+from megatron_mm.training.guard import MAX_SKIPPED_STEPS, Guard, TrainingDiverged
+from megatron_mm.training.metrics import _forget_after, read_metrics, step_line
+from megatron_mm.training.optimizer import AdamW, is_decayed
+from megatron_mm.training.step import StepResult
+
+
+def test_adamw_is_torchs() -> None:
+    torch.manual_seed(0)
+    shapes = [(5, 3), (7,), (2, 2, 2)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    settings = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    optimizer = AdamW([{"params": ours[:2]}, {"params": ours[2:], "weight_decay": 0.0}], **settings)
+    reference = torch.optim.AdamW([{"params": theirs[:2]}, {"params": theirs[2:], "weight_decay": 0.0}], **settings)
+    for step in range(20):
+        for mine, other in zip(ours, theirs):
+            mine.grad = torch.randn_like(mine) * (step + 1)
+            other.grad = mine.grad.clone()
+        optimizer.step()
+        reference.step()
+    for mine, other in zip(ours, theirs):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+    assert [group["step"] for group in optimizer.param_groups] == [20, 20]
+
+
+def test_adamw_goes_on_from_its_saved_state() -> None:
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(4))
+    settings = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    gradients = [torch.randn(4) for _ in range(6)]
+
+    def run(optimizer: AdamW, parameter: torch.nn.Parameter, part: list[torch.Tensor]) -> None:
+        for gradient in part:
+            parameter.grad = gradient
+            optimizer.step()
+
+    first = AdamW([{"params": [parameter]}], **settings)
+    run(first, parameter, gradients[:3])
+    twin = torch.nn.Parameter(parameter.detach().clone())
+    second = AdamW([{"params": [twin]}], **settings)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(first, parameter, gradients[3:])
+    run(second, twin, gradients[3:])
+    assert torch.equal(parameter, twin)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "decayed"),
+    [
+        ("decoder.layers.0.self_attention.linear_q.weight", (4, 4), True),
+        ("decoder.layers.0.mlp.linear_fc1.weight", (8, 4), True),
+        ("output_layer.weight", (16, 4), True),
+        ("embedding.image.projector.linear_1.weight", (4, 4), True),
+        ("embedding.audio.encoder.tower.feature_extractor.conv_layers.0.conv.weight", (4, 1, 10), True),
+        ("embedding.word_embeddings.weight", (16, 4), False),
+        ("decoder.layers.0.input_layernorm.weight", (4,), False),
+        ("embedding.image.projector.linear_1.bias", (4,), False),
+        ("embedding.text_type_embedding", (4,), False),
+        ("embedding.image.encoder.tower.embeddings.cls_token", (1, 1, 4), False),
+        ("embedding.image.encoder.tower.embeddings.position_embeddings", (1, 197, 4), False),
+        (
+            "embedding.audio.encoder.tower.encoder.pos_conv_embed.conv.parametrizations.weight.original0",
+            (1, 1, 8),
+            False,
+        ),
+    ],
+)
+def test_matrices_are_decayed_and_nothing_else(name: str, shape: tuple[int, ...], decayed: bool) -> None:
+    assert is_decayed(torch.empty(shape), name, decay_embeddings=False) == decayed
+
+
+def test_embeddings_are_decayed_on_request() -> None:
+    assert is_decayed(torch.empty(16, 4), "module.embedding.word_embeddings.weight", decay_embeddings=True)
+
+
+def result(updated: bool) -> StepResult:
+    return StepResult(torch.zeros(4, 2), math.inf if not updated else 1.0, 1e-3, updated)
+
+
+def test_the_guard_stops_a_run_whose_gradients_stay_non_finite() -> None:
+    guard = Guard()
+    for step in range(MAX_SKIPPED_STEPS - 1):
+        guard.check(result(False), step=step)
+    guard.check(result(True), step=20)
+    for step in range(MAX_SKIPPED_STEPS - 1):
+        guard.check(result(False), step=30 + step)
+    with pytest.raises(TrainingDiverged, match=f"the last {MAX_SKIPPED_STEPS} steps, up to 50"):
+        guard.check(result(False), step=50)
+
+
+def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    _forget_after(tmp_path / "metrics.jsonl", 3)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_step_is_one_line_in_a_fixed_order() -> None:
+    values = {"loss": 2.41834, "grad_norm": 0.7132, "lr": 1.5e-4, "tokens": 8_388_608, "step_seconds": 10.9}
+    values |= {"tokens_per_second": 769_600.0, "peak_gib": 61.23}
+    line = step_line(1200, values)
+    assert (
+        line == "step 1200 | loss 2.4183 | grad_norm 0.71 | lr 1.5e-04 | 8.39M tok | 10.90 s | 769.60k tok/s | 61.2 GiB"
+    )
+
+
+def test_presets_warm_up_within_their_run() -> None:
+    for preset in configs.preset_names():
+        config = configs.load(preset)
+        assert config.schedule.warmup_steps < config.decay_steps <= config.training.steps
