@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The main job, end to end, on a laptop: real files in, a trained multimodal model out, through a stop and another layout.
-#   examples/pretrain_tiny.sh [RUN_DIR]
+#   [DEMO_STEPS=140] examples/pretrain_tiny.sh [RUN_DIR]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run_dir=${1:-runs/demo}
+steps=${DEMO_STEPS:-140}
 shards=$run_dir/shards
-rm -rf "$run_dir"
+rm -rf "$run_dir"/{shards,checkpoints,tensorboard,metrics.jsonl,loss.png,config.yaml}
 
 # 1. Files to shards. An image or recording and the text file of the same name are one document.
 for split in train heldout; do
@@ -15,11 +16,12 @@ done
 
 train() {
   torchrun --nproc-per-node 4 -m megatron_mm.train tiny run_dir="$run_dir" \
-    data.train="[$shards/train]" data.validation="[$shards/heldout]" training.steps="${DEMO_STEPS:-140}" "$@"
+    data.train="[$shards/train]" data.validation="[$shards/heldout]" training.steps="$steps" \
+    schedule.warmup_steps="$((steps / 9))" "$@"
 }
 
 # 2. Half of the steps: two tensor ranks with sequence parallelism, times two pipeline stages.
-train parallel.tp=2 parallel.pp=2 training.stop_after="$((${DEMO_STEPS:-140} / 2))"
+train parallel.tp=2 parallel.pp=2 training.stop_after="$((steps / 2))"
 
 # 3. The other half from the checkpoint, in another layout: two pipeline stages, times two data ranks.
 train parallel.tp=1 parallel.pp=2

@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             _train(config)
     except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # each rank speaks: torchrun ends the others as soon as one has failed
+        print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,0 +1,58 @@
+"""The report and the plot of a run, from its metrics.jsonl."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_mm.training.report import plot_losses, write_report
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Four steps in two layouts, each with its held-out losses before and after."""
+    records = [{"step": 0, "layout": "TP2", "parameters": 1234567}, heldout(0, 5.0), step(1, 4.9), step(2, 4.5)]
+    records += [{"step": 2, "layout": "DP2", "parameters": 1234567}, step(3, 4.2), step(4, 4.0), heldout(4, 4.1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path
+
+
+def step(number: int, loss: float) -> dict:
+    return {"step": number, "loss": loss, "grad_norm": 1.0, "tokens": 100 * number, "tokens_per_second": 10.0 * number}
+
+
+def heldout(number: int, loss: float) -> dict:
+    return {"step": number, "heldout/loss": loss, "heldout/loss/text": loss + 1.0}
+
+
+def test_the_report_says_what_was_run_and_learned(run_dir: Path) -> None:
+    lines = [" ".join(line.split()) for line in write_report(run_dir).splitlines()]
+    assert lines[:8] == [
+        "model 1,234,567 parameters",
+        "layout TP2, steps 0 to 2, 15 tokens/s",
+        "layout DP2, steps 2 to 4, 35 tokens/s",
+        "tokens 400",
+        "training loss 4.900 -> 4.000",
+        "held out after step 0 -> after step 4",
+        "all loss 5.000 -> 4.100",
+        "text loss 6.000 -> 5.100",
+    ]
+
+
+def test_the_curves_are_drawn(run_dir: Path) -> None:
+    with Image.open(plot_losses(run_dir)) as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 20)}
+    assert (0, 0, 0) in colours, "the held-out loss is drawn in black"
+    assert any(max(colour) - min(colour) > 100 for colour in colours), "and that of each source in a colour"
+
+
+def test_a_folder_without_a_run_is_said(tmp_path: Path) -> None:
+    tool = [sys.executable, str(ROOT / "tools" / "report_run.py"), str(tmp_path)]
+    failed = subprocess.run(tool, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert f"error: {tmp_path}/metrics.jsonl does not exist" in failed.stderr
