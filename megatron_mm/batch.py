@@ -1,5 +1,7 @@
 """The in-memory border between data and model: one micro-batch, as one rank needs it."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -11,14 +13,14 @@ from torch import Tensor
 class MediaUnits:
     """The images, or the one-second chunks of sound, of one micro-batch.
 
-    Units are dealt to the tensor ranks of the first stage in turn (unit u to rank u mod tp), encoded there once, and
-    their features all-gathered; each rank then projects the rows that fall into its own sequence shard.
+    Units are dealt to the tensor and context ranks of the first stage in turn (unit u to rank u mod (tp cp)), encoded
+    there once, and their features all-gathered; each rank then projects the rows that fall into its own shard.
     """
 
     inputs: tuple[Tensor, ...]
     """This rank's units, in order: images (3, 224, 224) uint8, or waveforms (num_samples,) float32 at 16 kHz."""
     rows_per_rank: int
-    """Feature rows that each tensor rank contributes to the gather: the most that any of them has."""
+    """Feature rows that each rank contributes to the gather: the most that any of them has."""
     rows: Tensor
     """(num_local_tokens,) int64: which gathered rows fall into this rank's sequence shard."""
     positions: Tensor
@@ -26,45 +28,88 @@ class MediaUnits:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """`micro_batch_size` packed samples end to end, as one row of `num_tokens` positions.
+class AttentionSpan:
+    """A run of consecutive positions of the whole row that one rank attends from, cut where documents end.
 
-    Documents never attend to one another, so samples need no batch dimension of their own: `doc_lengths` says where
-    one document ends and the next begins, and padding is a document of its own that bears no loss.
+    Piece i has query_lengths[i] positions, the last ones of its key_lengths[i] keys: causal attention is aligned at the
+    end. Keys of all pieces lie end to end in the row: positions key_start to stop.
+    """
+
+    start: int
+    stop: int
+    key_start: int
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    cu_seqlens_q: Tensor
+    """(num_pieces + 1,) int32 cumulated query_lengths."""
+    cu_seqlens_kv: Tensor
+    """(num_pieces + 1,) int32 cumulated key_lengths."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """`micro_batch_size` packed samples end to end, as one row of positions; a context rank holds 1/cp of them.
+
+    Documents never attend to one another, so samples need no batch dimension of their own: the spans say where one
+    document ends and the next begins, and padding is a document of its own that bears no loss.
     """
 
     tokens: Tensor
-    """(num_tokens,) int64 ids, placeholders included."""
+    """(num_tokens/cp,) int64 ids, placeholders included."""
     labels: Tensor
-    """(num_tokens,) int64: the next token of the same document, 0 where there is none."""
+    """(num_tokens/cp,) int64: the next token of the same document, 0 where there is none."""
     loss_mask: Tensor
-    """(num_tokens,) float32: 1 where a label bears loss, 0 at media placeholders, padding and ends."""
+    """(num_tokens/cp,) float32: 1 where a label bears loss, 0 at media placeholders, padding and ends."""
     sources: Tensor
-    """(num_tokens,) int64 `modality.Source` of the document."""
+    """(num_tokens/cp,) int64 `modality.Source` of the document."""
     positions: Tensor
-    """(num_tokens,) int64 position in the document."""
-    doc_lengths: tuple[int, ...]
-    """Positions of each document; their sum is num_tokens."""
-    cu_seqlens: Tensor
-    """(num_docs + 1,) int32 cumulated doc_lengths."""
+    """(num_tokens/cp,) int64 position in the document."""
+    spans: tuple[AttentionSpan, ...]
+    """Where this rank's positions lie in the whole row, in their order: one span, two of them under cp."""
     images: MediaUnits
     audio: MediaUnits
-
-    @property
-    def num_tokens(self) -> int:
-        """Positions of the micro-batch."""
-        return self.tokens.numel()
 
     def to(self, device: torch.device) -> Self:
         """Return this micro-batch with every tensor on `device`; copies from pinned memory do not wait."""
         return _move(self, device)
 
 
+def context_spans(num_tokens: int, *, cp_rank: int, cp_size: int) -> list[range]:
+    """Return which positions of a row of `num_tokens` a context rank holds, in their order.
+
+    The row is cut into 2 cp chunks and rank r holds chunks r and 2 cp - 1 - r, so that each rank has as many keys to
+    attend to as any other (Megatron-LM's and Llama 3's balance). num_tokens must be a multiple of 2 cp.
+    """
+    if cp_size == 1:
+        return [range(num_tokens)]
+    chunk = num_tokens // (2 * cp_size)
+    return [range(part * chunk, (part + 1) * chunk) for part in (cp_rank, 2 * cp_size - 1 - cp_rank)]
+
+
+def attention_spans(doc_lengths: Sequence[int], *, cp_rank: int, cp_size: int) -> tuple[AttentionSpan, ...]:
+    """Return the spans of a context rank in a row of documents."""
+    stops = list(itertools.accumulate(doc_lengths))
+    documents = [range(stop - length, stop) for length, stop in zip(doc_lengths, stops)]
+    spans = []
+    for own in context_spans(stops[-1], cp_rank=cp_rank, cp_size=cp_size):
+        inside = [document for document in documents if document.start < own.stop and document.stop > own.start]
+        query = tuple(min(document.stop, own.stop) - max(document.start, own.start) for document in inside)
+        key = tuple(min(document.stop, own.stop) - document.start for document in inside)
+        spans.append(
+            AttentionSpan(own.start, own.stop, inside[0].start, query, key, _cumulated(query), _cumulated(key))
+        )
+    return tuple(spans)
+
+
+def _cumulated(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+    if isinstance(value, tuple):
         return tuple(_move(item, device) for item in value)
-    if isinstance(value, MicroBatch | MediaUnits):
+    if isinstance(value, MicroBatch | MediaUnits | AttentionSpan):
         return type(value)(**{field.name: _move(getattr(value, field.name), device) for field in fields(value)})
     return value

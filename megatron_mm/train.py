@@ -42,7 +42,7 @@ def _train(config: configs.Config) -> None:
 def _describe(config: configs.Config, world_size: int | None) -> dict:
     from megatron_mm.model import accounting
 
-    size = world_size or config.parallel.tp * config.parallel.pp
+    size = world_size or config.parallel.ranks_per_replica
     configs.check_world(config, size)
     return accounting.describe(config, size)
 
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--describe", action="store_true", help="print what the preset amounts to, as JSON, and exit")
     parser.add_argument(
-        "--world-size", type=int, metavar="N", help="ranks to describe the run for (default: one replica, tp x pp)"
+        "--world-size", type=int, metavar="N", help="ranks to describe the run for (default: one replica, tp x cp x pp)"
     )
     return parser
 

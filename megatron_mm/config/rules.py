@@ -22,7 +22,7 @@ def _tensor_parallel(config: Config) -> Iterator[str]:
         ("model.num_attention_heads", model.num_attention_heads),
         ("model.ffn_hidden_size", model.ffn_hidden_size),
         ("model.vocab_size", model.vocab_size),
-        ("data.seq_len x training.micro_batch_size", config.tokens_per_micro_batch),
+        ("data.seq_len x training.micro_batch_size / parallel.cp", config.tokens_per_micro_batch // config.parallel.cp),
     ):
         if size % tp:
             fitting = [d for d in divisors(size) if d <= 64]
@@ -41,6 +41,16 @@ def _query_groups(config: Config) -> Iterator[str]:
             f"model.num_query_groups={groups} and parallel.tp={tp} must divide one another: a tensor rank holds "
             f"whole groups, or a part of one. Use num_query_groups in "
             f"{[g for g in divisors(heads) if g % tp == 0 or tp % g == 0]}."
+        )
+
+
+def _context_parallel(config: Config) -> Iterator[str]:
+    cp, num_tokens = config.parallel.cp, config.tokens_per_micro_batch
+    if cp > 1 and num_tokens % (2 * cp):
+        fitting = [d for d in divisors(num_tokens // 2) if d <= 64] if num_tokens % 2 == 0 else [1]
+        yield (
+            f"parallel.cp={cp} cuts a micro-batch into {2 * cp} chunks, which do not divide data.seq_len x "
+            f"training.micro_batch_size={num_tokens}. Use cp in {fitting}."
         )
 
 
@@ -95,6 +105,7 @@ def _evaluation(config: Config) -> Iterator[str]:
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _tensor_parallel,
     _query_groups,
+    _context_parallel,
     _head_dim,
     _pipeline,
     _schedule,
@@ -110,18 +121,18 @@ def failures(config: Config) -> list[str]:
 def world_failures(config: Config, world_size: int) -> list[str]:
     """Return what is wrong with running `config` on `world_size` ranks; empty if nothing is."""
     parallel, training = config.parallel, config.training
-    if world_size % (parallel.tp * parallel.pp):
+    if world_size % parallel.ranks_per_replica:
         return [
-            f"{world_size} ranks cannot be cut into replicas of parallel.tp={parallel.tp} x pp={parallel.pp} = "
-            f"{parallel.tp * parallel.pp} ranks. Launch a multiple of that, or change tp and pp."
+            f"{world_size} ranks cannot be cut into replicas of parallel.tp={parallel.tp} x cp={parallel.cp} x "
+            f"pp={parallel.pp} = {parallel.ranks_per_replica} ranks. Launch a multiple of that, or change the layout."
         ]
     found = []
-    dp_size = world_size // (parallel.tp * parallel.pp)
+    dp_size = world_size // parallel.ranks_per_replica
     if training.global_batch_size % (training.micro_batch_size * dp_size):
         found.append(
             f"training.global_batch_size={training.global_batch_size} is not a multiple of training.micro_batch_size="
             f"{training.micro_batch_size} x dp={dp_size} (dp = {world_size} ranks / (tp={parallel.tp} x "
-            f"pp={parallel.pp}))."
+            f"cp={parallel.cp} x pp={parallel.pp}))."
         )
     elif parallel.vpp > 1 and config.num_micro_batches(dp_size) % parallel.pp:
         found.append(

@@ -91,7 +91,7 @@ class DataConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is cut. Data parallelism is what remains: dp = ranks / (tp pp)."""
+    """How the model is cut. Data parallelism is what remains: dp = ranks / (tp cp pp)."""
 
     tp: PositiveInt = 1
     """Tensor-parallel ranks; above 1 the sequence is sharded between the blocks as well (sequence parallelism)."""
@@ -99,10 +99,17 @@ class ParallelConfig(Section):
     """Pipeline stages."""
     vpp: PositiveInt = 1
     """Model chunks on each stage (interleaved 1F1B); 1 is plain 1F1B."""
+    cp: PositiveInt = 1
+    """Context-parallel ranks: each holds 1/cp of every sequence, and keys and values are all-gathered."""
     embedding_slot: bool = False
     """Count the embedding and the encoders as one layer when layers are dealt to stages."""
     loss_slot: bool = False
     """Count the head and the loss as one layer when layers are dealt to stages."""
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that hold the model once; the others are data-parallel replicas."""
+        return self.tp * self.cp * self.pp
 
 
 class TrainingConfig(Section):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_mm.batch import MediaUnits, MicroBatch
+from megatron_mm.batch import MediaUnits, MicroBatch, attention_spans, context_spans
 from megatron_mm.config import Config
 from megatron_mm.data.decode import decode_chunks, decode_pixels
 from megatron_mm.data.order import SampleOrder
@@ -83,8 +83,11 @@ class Loader:
                 self._add_piece(piece, text, units)
             text.end_sample((number + 1) * self.plan.seq_len)
         text.mask_labels([self.special_ids["image"], self.special_ids["audio"]])
-        images, audio = (self._media(units[kind], num_tokens) for kind in (Media.IMAGE, Media.AUDIO))
-        return MicroBatch(**text.tensors(), images=images, audio=audio)
+        cp_rank, cp_size = self.mesh.cp_rank, self.mesh.cp_size
+        own = np.concatenate([np.asarray(span) for span in context_spans(num_tokens, cp_rank=cp_rank, cp_size=cp_size)])
+        images, audio = (self._media(units[kind], own) for kind in (Media.IMAGE, Media.AUDIO))
+        spans = attention_spans(text.doc_lengths, cp_rank=cp_rank, cp_size=cp_size)
+        return MicroBatch(**text.tensors(own), spans=spans, images=images, audio=audio)
 
     def _add_piece(self, piece: np.ndarray, text: "_TextArrays", units: dict[Media, list[Unit]]) -> None:
         shard = self.shards[piece["shard"]]
@@ -104,20 +107,23 @@ class Loader:
             units[kind] += _units(item, int(piece["shard"]), text.position + first)
         text.add_document(tokens, source=shard.source(document))
 
-    def _media(self, units: list[Unit], num_tokens: int) -> MediaUnits:
-        """Deal units over the tensor ranks and decode this rank's."""
-        tp_rank, tp_size = self.mesh.tp_rank, self.mesh.tp_size
+    def _media(self, units: list[Unit], own: np.ndarray) -> MediaUnits:
+        """Deal units over tp and cp and decode this rank's; `own` are the positions of its context rank."""
+        mesh = self.mesh
         if not self._encodes:
             nothing = torch.empty(0, dtype=torch.int64)
             return MediaUnits((), 0, nothing, nothing)
-        rows, positions, rows_per_rank = deal_rows(units, tp_size=tp_size)
-        shard_len = num_tokens // tp_size
-        local = positions // shard_len == tp_rank
+        num_ranks, rank = mesh.cp_size * mesh.tp_size, mesh.cp_rank * mesh.tp_size + mesh.tp_rank
+        rows, positions, rows_per_rank = deal_rows(units, num_ranks=num_ranks)
+        place = np.full(own.size * mesh.cp_size, -1)  # of each position of the row, on this rank
+        shard = own.reshape(mesh.tp_size, -1)[mesh.tp_rank]
+        place[shard] = np.arange(shard.size)
+        local = place[positions] >= 0
         return MediaUnits(
-            inputs=tuple(self._decode(units[tp_rank::tp_size])),
+            inputs=tuple(self._decode(units[rank::num_ranks])),
             rows_per_rank=rows_per_rank,
             rows=torch.from_numpy(rows[local]),
-            positions=torch.from_numpy(positions[local] - tp_rank * shard_len),
+            positions=torch.from_numpy(place[positions[local]]),
         )
 
     def _decode(self, units: list[Unit]) -> Iterator[Tensor]:
@@ -147,18 +153,18 @@ def _units(item: np.ndarray, shard: int, position: int) -> list[Unit]:
     ]
 
 
-def deal_rows(units: Sequence[Unit], *, tp_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+def deal_rows(units: Sequence[Unit], *, num_ranks: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Return (gathered row, position) of every media token, and the rows that each rank contributes.
 
-    Unit u is encoded by rank u mod tp_size; a rank's features stand end to end, padded to the longest rank's, rank
+    Unit u is encoded by rank u mod num_ranks; a rank's features stand end to end, padded to the longest rank's, rank
     after rank. Shapes: rows, positions (num_media_tokens,) int64.
     """
-    totals = [sum(unit.num_tokens for unit in units[rank::tp_size]) for rank in range(tp_size)]
+    totals = [sum(unit.num_tokens for unit in units[rank::num_ranks]) for rank in range(num_ranks)]
     rows_per_rank = max(totals, default=0)
-    filled = [rank * rows_per_rank for rank in range(tp_size)]
+    filled = [rank * rows_per_rank for rank in range(num_ranks)]
     rows, positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for number, unit in enumerate(units):
-        rank = number % tp_size
+        rank = number % num_ranks
         rows.append(filled[rank] + np.arange(unit.num_tokens))
         positions.append(unit.position + np.arange(unit.num_tokens))
         filled[rank] += unit.num_tokens
@@ -197,14 +203,10 @@ class _TextArrays:
         """Take the loss off labels that are media placeholders."""
         self.loss_mask[np.isin(self.labels, placeholders)] = 0.0
 
-    def tensors(self) -> dict[str, Tensor | tuple[int, ...]]:
-        """Return the fields of a MicroBatch that are not media."""
-        arrays = {"tokens", "labels", "loss_mask", "sources", "positions"}
-        return {
-            **{name: torch.from_numpy(getattr(self, name)) for name in arrays},
-            "doc_lengths": tuple(self.doc_lengths),
-            "cu_seqlens": torch.tensor([0, *np.cumsum(self.doc_lengths)], dtype=torch.int32),
-        }
+    def tensors(self, own: np.ndarray) -> dict[str, Tensor]:
+        """Return the tensors of a MicroBatch that are not media, at positions `own`."""
+        arrays = ("tokens", "labels", "loss_mask", "sources", "positions")
+        return {name: torch.from_numpy(getattr(self, name)[own]) for name in arrays}
 
 
 class Prefetcher:

@@ -29,7 +29,7 @@ def build_on_meta(config: Config) -> MultimodalModel:
     Raises RuntimeError in a process that is a rank of a run.
     """
     mesh = meshes.alone(config)
-    layout = config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": 1})
+    layout = config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": 1, "cp": 1})
     with torch.device("meta"):
         (model,) = build_chunks(config.model_copy(update={"parallel": layout}), mesh)
     return model
@@ -57,12 +57,15 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
     """Return what `config` amounts to on `world_size` ranks, as plain values."""
     parallel = config.parallel
     model = build_on_meta(config)
-    dp_size = world_size // (parallel.tp * parallel.pp)
+    dp_size = world_size // parallel.ranks_per_replica
     return {
         "preset": config.preset,
         "parameters": count_parameters(model),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "layout": {"ranks": world_size, "tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp, "dp": dp_size},
+        "layout": {
+            "ranks": world_size,
+            **{"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp, "cp": parallel.cp, "dp": dp_size},
+        },
         "layers_by_stage": layers_by_stage(config),
         "micro_batches_per_step": config.num_micro_batches(dp_size),
         "tokens_per_step": config.tokens_per_step,

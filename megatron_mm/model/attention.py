@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
@@ -17,28 +18,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
-from megatron_mm.batch import MicroBatch
+from megatron_mm.batch import AttentionSpan
 
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """megatron-core's description of a packed sequence, with the lengths where the host can read them."""
+    """What travels through megatron-core's layers to the attention: the spans of the micro-batch."""
 
-    doc_lengths: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, micro_batch: MicroBatch) -> "PackedDocuments":
-        """Describe the documents of `micro_batch`."""
-        longest = max(micro_batch.doc_lengths)
-        return cls(
-            qkv_format="thd",
-            cu_seqlens_q=micro_batch.cu_seqlens,
-            cu_seqlens_kv=micro_batch.cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-            doc_lengths=micro_batch.doc_lengths,
-        )
+    spans: tuple[AttentionSpan, ...] = ()
 
 
 class ReplicatedLinear(nn.Module):
@@ -62,22 +51,43 @@ class ReplicatedLinear(nn.Module):
 class DocumentAttention(nn.Module):
     """Causal attention inside each packed document, by torch's scaled_dot_product_attention."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, documents: PackedDocuments) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, spans: tuple[AttentionSpan, ...]) -> Tensor:
         """Return the context of each position. No communication.
 
-        Shapes: query (num_tokens, heads/tp, head_dim); key, value (num_tokens, groups, head_dim) with heads/tp a
-        multiple of groups; returns (num_tokens, heads/tp, head_dim).
+        Shapes: query (num_tokens/cp, heads/tp, head_dim), the positions of the spans; key, value (num_tokens, groups,
+        head_dim), the whole row, with heads/tp a multiple of groups; returns (num_tokens/cp, heads/tp, head_dim).
         """
-        lengths = documents.doc_lengths
-        contexts = [
-            F.scaled_dot_product_attention(
-                *(part.transpose(0, 1).unsqueeze(0) for part in parts),  # (1, heads, length, head_dim)
-                is_causal=True,
-                enable_gqa=True,
-            )
-            for parts in zip(query.split(lengths), key.split(lengths), value.split(lengths))
-        ]
-        return torch.cat(contexts, dim=2).squeeze(0).transpose(0, 1)
+        contexts = []
+        for own, span in zip(query.split([span.stop - span.start for span in spans]), spans):
+            row = slice(span.key_start, span.stop)
+            pieces = own.split(span.query_lengths), key[row].split(span.key_lengths), value[row].split(span.key_lengths)
+            contexts += [_attend(*piece) for piece in zip(*pieces)]
+        return torch.cat(contexts)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend causally from the last positions of one document: (num_queries, heads, head_dim), as the query has it."""
+    whole = query.shape[0] == key.shape[0]
+    context = F.scaled_dot_product_attention(
+        *(part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)),  # (1, heads, length, head_dim)
+        attn_mask=None if whole else causal_lower_right(query.shape[0], key.shape[0]),
+        is_causal=whole,
+        enable_gqa=True,
+    )
+    return context.squeeze(0).transpose(0, 1)
+
+
+def gather_row(local: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    """Return the whole row of which each context rank holds the spans of `batch.context_spans`.
+
+    Shapes: local (num_tokens/cp, ...); returns (num_tokens, ...). Collective over cp: an all-gather, and in the
+    backward pass a reduce-scatter.
+    """
+    if group.size() == 1:
+        return local
+    gathered = tensor_parallel.gather_from_sequence_parallel_region(local, True, group)
+    chunks = gathered.unflatten(0, (group.size(), 2, -1))  # (cp, 2, num_tokens/cp/2, ...)
+    return torch.cat([chunks[:, 0], chunks[:, 1].flip(0)]).flatten(0, 1)
 
 
 @dataclass
@@ -106,7 +116,7 @@ class GroupedQueryAttention(MegatronModule):
         name: str | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.head_dim = config.kv_channels
         self.groups = config.num_query_groups
         self.shards_groups = self.groups % self.tp_group.size() == 0
@@ -144,28 +154,31 @@ class GroupedQueryAttention(MegatronModule):
         packed_seq_params: PackedDocuments,
         **inference: None,
     ) -> tuple[Tensor, None]:
-        """Return (attention output, no bias). Collective over tp: gathers hidden states, and keys and values.
+        """Return (attention output, no bias). Collective over tp and cp: gathers hidden states, and keys and values.
 
-        Shapes: hidden_states (num_tokens/tp, 1, hidden); rotary_pos_emb (num_tokens, 1, 1, head_dim), the angle of
-        each position; returns (num_tokens/tp, 1, hidden).
+        Shapes: hidden_states (num_tokens/cp/tp, 1, hidden); rotary_pos_emb (num_tokens/cp, 1, 1, head_dim), the angle
+        of each position; returns (num_tokens/cp/tp, 1, hidden).
         """
         assert attention_mask is None and all(value is None for value in inference.values()), "training only"
         query = self.linear_q(hidden_states)[0]
-        query = query.view(query.shape[0], 1, -1, self.head_dim)  # (num_tokens, 1, heads/tp, head_dim)
+        query = query.view(query.shape[0], 1, -1, self.head_dim)  # (num_tokens/cp, 1, heads/tp, head_dim)
         key, value = self._keys_and_values(hidden_states)
         query, key = (apply_rotary_pos_emb(part, rotary_pos_emb, self.config).squeeze(1) for part in (query, key))
+        value = value.squeeze(1)
+        if self.cp_group.size() > 1:
+            key, value = gather_row(torch.stack([key, value], dim=1), group=self.cp_group).unbind(dim=1)
 
         def core(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return self.core_attention(query, key, value, documents=packed_seq_params)
+            return self.core_attention(query, key, value, spans=packed_seq_params.spans)
 
         if self.recompute_core and self.training:
-            context = tensor_parallel.checkpoint(core, False, query, key, value.squeeze(1))
+            context = tensor_parallel.checkpoint(core, False, query, key, value)
         else:
-            context = core(query, key, value.squeeze(1))
+            context = core(query, key, value)
         return self.linear_proj(context.reshape(context.shape[0], 1, -1))
 
     def _keys_and_values(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values that this rank's heads read, each (num_tokens, 1, groups, head_dim)."""
+        """Return the keys and values that this rank's heads read, each (num_tokens/cp, 1, groups, head_dim)."""
         key_value = self.linear_kv(hidden_states)[0]
         if not self.shards_groups:
             key_value = tensor_parallel.gather_from_sequence_parallel_region(key_value, True, self.tp_group)

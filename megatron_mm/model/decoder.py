@@ -82,6 +82,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if interleaved else None,
         sequence_parallel=parallel.tp > 1,
+        context_parallel_size=parallel.cp,
         # The two stages of pp=2 are both neighbours of each other: megatron-core 0.19.2 then mismatches batched sends
         # of an interleaved schedule without a word.
         overlap_p2p_comm=interleaved,

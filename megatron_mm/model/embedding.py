@@ -39,26 +39,27 @@ class Projector(nn.Module):
 
 
 class MediaEmbedding(nn.Module):
-    """One modality's encoder, split over the tensor ranks, and its projector."""
+    """One modality's encoder, split over the tensor and context ranks, and its projector."""
 
     def __init__(self, encoder: VisionEncoder | AudioEncoder, *, hidden_size: int, mesh: Mesh) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = Projector(encoder.width, hidden_size)
-        self.tp_group = mesh.tp_group
+        self.tp_cp_group = mesh.tp_cp_group
         for parameter in self.parameters():
-            # Each rank sees some of the items and some of the positions: gradients are summed over tp.
+            # Each rank sees some of the items and some of the positions: gradients are summed over tp, and over cp as
+            # those of all parameters are.
             parameter.sequence_parallel = mesh.tp_size > 1
 
     def forward(self, units: MediaUnits) -> Tensor:
         """Return the decoder inputs that fall into this rank's sequence shard: (num_local_tokens, hidden).
 
-        Collective over tp: all-gathers features at encoder width; the backward pass reduce-scatters their gradients.
+        Collective over tp_cp: all-gathers features at encoder width; the backward pass reduce-scatters their gradients.
         """
         features = self.encoder(units.inputs)
         features = F.pad(features, (0, 0, 0, units.rows_per_rank - features.shape[0]))
-        if self.tp_group.size() > 1:
-            features = gather_from_sequence_parallel_region(features, True, self.tp_group)
+        if self.tp_cp_group.size() > 1:
+            features = gather_from_sequence_parallel_region(features, True, self.tp_cp_group)
         return self.projector(features.index_select(0, units.rows))
 
 
@@ -83,11 +84,11 @@ class MultimodalEmbedding(MegatronModule):
         self.audio = MediaEmbedding(AudioEncoder(config.audio), hidden_size=hidden_size, mesh=mesh)
 
     def forward(self, micro_batch: MicroBatch) -> Tensor:
-        """Return decoder inputs (num_tokens/tp, 1, hidden). Collective over tp: reduce-scatters the token rows."""
-        tokens = self.word_embeddings(micro_batch.tokens.unsqueeze(0)).flatten(0, 1)  # (num_tokens/tp, hidden)
+        """Return decoder inputs (num_tokens/cp/tp, 1, hidden). Collective over tp: reduce-scatters the token rows."""
+        tokens = self.word_embeddings(micro_batch.tokens.unsqueeze(0)).flatten(0, 1)  # (num_tokens/cp/tp, hidden)
         features = torch.cat([self.image(micro_batch.images), self.audio(micro_batch.audio)])
         positions = torch.cat([micro_batch.images.positions, micro_batch.audio.positions])
         hidden = ops.assemble_embeddings(
             tokens, text_type=self.text_type_embedding, features=features, positions=positions
         )
-        return hidden.unsqueeze(1)  # (num_tokens/tp, 1, hidden)
+        return hidden.unsqueeze(1)  # (num_tokens/cp/tp, 1, hidden)

@@ -71,21 +71,21 @@ class MultimodalModel(MegatronModule):
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
     def forward(self, micro_batch: MicroBatch) -> Tensor:
-        """Return hidden states (num_tokens/tp, 1, hidden), or on the last chunk losses (num_tokens,) in float32.
+        """Return hidden states (num_tokens/cp/tp, 1, hidden), or on the last chunk losses (num_tokens/cp,) in float32.
 
-        Collective over tp, in every layer.
+        Collective over tp and cp, in every layer.
         """
         hidden = self.embedding(micro_batch) if self.pre_process else None
-        angles = self.rotary(self.seq_len).to(micro_batch.positions.device)
+        angles = self.rotary(self.seq_len, packed_seq=True).to(micro_batch.positions.device)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=angles.index_select(0, micro_batch.positions),
-            packed_seq_params=PackedDocuments.of(micro_batch),
+            packed_seq_params=PackedDocuments(qkv_format="thd", spans=micro_batch.spans),
         )
         if not self.post_process:
             return hidden
-        logits, _ = self.output_layer(hidden)  # (num_tokens, 1, vocab/tp)
+        logits, _ = self.output_layer(hidden)  # (num_tokens/cp, 1, vocab/tp)
         return vocab_parallel_cross_entropy(
             logits.float(), micro_batch.labels.unsqueeze(1), tp_group=self.tp_group
         ).squeeze(1)

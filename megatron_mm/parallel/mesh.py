@@ -20,7 +20,7 @@ TIMEOUT = timedelta(minutes=30)
 class Mesh:
     """Where this rank stands: its place and size along each axis, and the group of each.
 
-    Ranks count tp fastest, then dp, then pp (megatron-core's order), so that a tensor-parallel group is one node.
+    Ranks count tp fastest, then cp, dp and pp (megatron-core's order), so that a tensor-parallel group is one node.
     """
 
     rank: int
@@ -32,9 +32,14 @@ class Mesh:
     pp_rank: int
     pp_size: int
     vpp_size: int
+    cp_rank: int
+    cp_size: int
     tp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
-    pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    tp_cp_group: dist.ProcessGroup
+    """The ranks that share the sequences of one replica: they split the encoders' work. tp counts fastest."""
+    dp_cp_group: dist.ProcessGroup
+    """The ranks that hold the same parameters: gradients are summed, and optimizer state is sharded, over them."""
 
     @property
     def speaks(self) -> bool:
@@ -57,7 +62,8 @@ class Mesh:
     def describe(self) -> str:
         """Return the layout in the field's words."""
         vpp = f" VPP{self.vpp_size}" if self.vpp_size > 1 else ""
-        return f"TP{self.tp_size} PP{self.pp_size}{vpp} DP{self.dp_size}"
+        cp = f" CP{self.cp_size}" if self.cp_size > 1 else ""
+        return f"TP{self.tp_size} PP{self.pp_size}{vpp}{cp} DP{self.dp_size}"
 
 
 def world_size() -> int:
@@ -90,6 +96,7 @@ def cut(config: Config) -> Mesh:
         parallel.tp,
         parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
         create_gloo_process_groups=not fake,
     )
     # Nothing here draws random numbers, but megatron-core's blocks fork this tracker under sequence parallelism.
@@ -106,9 +113,12 @@ def cut(config: Config) -> Mesh:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel.pp,
         vpp_size=parallel.vpp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel.cp,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        tp_cp_group=parallel_state.get_tensor_and_context_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
 
 
@@ -123,7 +133,7 @@ def alone(config: Config) -> Mesh:
 
     device.prepare()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    layout = config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": 1})
+    layout = config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": 1, "cp": 1})
     return cut(config.model_copy(update={"parallel": layout}))
 
 

@@ -97,7 +97,7 @@ def _metadata(state: TrainState) -> dict[str, Any]:
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
-        "dp_cp_group": state.mesh.dp_group,
+        "dp_cp_group": state.mesh.dp_cp_group,
     }
 
 

@@ -56,7 +56,7 @@ def total_parameters(state: TrainState) -> int:
     mesh = state.mesh
     parameters = [parameter for chunk in state.chunks for parameter in chunk.parameters()]
     sharded = [getattr(parameter, "tensor_model_parallel", False) for parameter in parameters]
-    counted = mesh.dp_rank == 0
+    counted = mesh.dp_rank == 0 and mesh.cp_rank == 0
     own = sum(p.numel() for p, is_shard in zip(parameters, sharded) if counted and (is_shard or mesh.tp_rank == 0))
     total = torch.tensor(own, device=device.current())
     dist.all_reduce(total)

@@ -29,8 +29,13 @@ LAYOUTS = [
     ("tp=2 pp=2 vpp=2", 4),
     ("", 2),
     ("tp=2", 4),
+    ("cp=2", 2),
+    ("cp=4", 4),
+    ("cp=2", 4),
+    ("tp=2 cp=2", 4),
+    ("pp=2 cp=2", 4),
 ]
-"""Layouts and the ranks that they run on; the last two have two data-parallel replicas."""
+"""Layouts and the ranks that they run on; data parallelism is what remains."""
 
 
 def full_gradients(state: TrainState) -> dict[str, torch.Tensor]:
@@ -39,8 +44,8 @@ def full_gradients(state: TrainState) -> dict[str, torch.Tensor]:
     for model in state.models:
         for buffer in model.buffers:
             for bucket in buffer.buckets:  # the distributed optimizer keeps one shard of each on each rank
-                shards = list(bucket.grad_data.chunk(mesh.dp_size))
-                dist.all_gather(shards, shards[mesh.dp_rank].clone(), group=mesh.dp_group)
+                shards = list(bucket.grad_data.chunk(mesh.dp_cp_group.size()))
+                dist.all_gather(shards, shards[mesh.dp_cp_group.rank()].clone(), group=mesh.dp_cp_group)
     own = {}
     for chunk in state.chunks:
         for name, parameter in chunk.named_parameters():

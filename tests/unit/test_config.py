@@ -93,7 +93,7 @@ def test_groups_and_tensor_ranks_must_divide_one_another() -> None:
 def test_the_number_of_ranks_must_fit() -> None:
     tiny = configs.load("tiny", ["parallel.tp=2", "parallel.pp=2"])
     assert world_failures(tiny, 4) == []
-    assert "6 ranks cannot be cut into replicas of parallel.tp=2 x pp=2 = 4 ranks" in world_failures(tiny, 6)[0]
+    assert "6 ranks cannot be cut into replicas of parallel.tp=2 x cp=1 x pp=2 = 4 ranks" in world_failures(tiny, 6)[0]
     assert "training.global_batch_size" in world_failures(tiny, 4 * 3)[0]
     interleaved = configs.load("tiny", ["parallel.pp=4", "parallel.vpp=2", "training.global_batch_size=4"])
     assert "micro-batches of a step to be a multiple of parallel.pp=4" in world_failures(interleaved, 4)[0]

@@ -1,6 +1,5 @@
 """Micro-batches: a pure function of seed and step, whole over all ranks, with loss only where it belongs."""
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,17 +8,22 @@ import pytest
 import torch
 from small import small_config, write_shards
 
-from megatron_mm.batch import MicroBatch
+from megatron_mm.batch import MicroBatch, attention_spans, context_spans
 from megatron_mm.data.loader import Loader, Prefetcher, deal_rows
 from megatron_mm.errors import DataError
 from megatron_mm.modality import Media
 
 
-def mesh(tp_rank: int = 0, tp_size: int = 1, dp_rank: int = 0, dp_size: int = 1, first: bool = True) -> SimpleNamespace:
+def mesh(*, first: bool = True, **place: int) -> SimpleNamespace:
     """What a loader asks of a mesh."""
-    return SimpleNamespace(
-        tp_rank=tp_rank, tp_size=tp_size, dp_rank=dp_rank, dp_size=dp_size, is_first_chunk=lambda chunk: first
-    )
+    ranks = {f"{axis}_rank": 0 for axis in ("tp", "cp", "dp")} | {f"{axis}_size": 1 for axis in ("tp", "cp", "dp")}
+    return SimpleNamespace(**ranks | place, is_first_chunk=lambda chunk: first)
+
+
+def doc_lengths(batch: MicroBatch) -> tuple[int, ...]:
+    """The documents of a micro-batch whose row is whole."""
+    (span,) = batch.spans
+    return span.query_lengths
 
 
 def loader_of(shards: Path, *overrides: str, **place) -> Loader:
@@ -28,8 +32,9 @@ def loader_of(shards: Path, *overrides: str, **place) -> Loader:
 
 
 def assert_same(first: MicroBatch, second: MicroBatch) -> None:
-    for name in ("tokens", "labels", "loss_mask", "sources", "positions", "cu_seqlens"):
+    for name in ("tokens", "labels", "loss_mask", "sources", "positions"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert doc_lengths(first) == doc_lengths(second)
     for name in ("images", "audio"):
         ours, theirs = getattr(first, name), getattr(second, name)
         assert torch.equal(ours.rows, theirs.rows)
@@ -68,10 +73,11 @@ def test_labels_are_the_next_tokens_of_the_same_document(shards: Path) -> None:
     loader = loader_of(shards)
     ids = loader.special_ids
     for micro_batch in (micro_batch for step in range(4) for micro_batch in loader.step(step)):
-        assert sum(micro_batch.doc_lengths) == micro_batch.num_tokens == 256
-        assert micro_batch.cu_seqlens.tolist() == [0, *np.cumsum(micro_batch.doc_lengths)]
+        assert sum(doc_lengths(micro_batch)) == micro_batch.tokens.numel() == 256
+        (span,) = micro_batch.spans
+        assert span.cu_seqlens_q.tolist() == span.cu_seqlens_kv.tolist() == [0, *np.cumsum(span.key_lengths)]
         start = 0
-        for length in micro_batch.doc_lengths:
+        for length in doc_lengths(micro_batch):
             place = slice(start, start + length)
             tokens, labels = micro_batch.tokens[place], micro_batch.labels[place]
             mask, positions = micro_batch.loss_mask[place], micro_batch.positions[place]
@@ -95,23 +101,70 @@ def test_every_loss_bearing_token_is_met_once_an_epoch(shards: Path) -> None:
     assert batch.loss_mask.sum().item() == expected
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
-def test_media_units_are_dealt_and_every_placeholder_is_filled_once(shards: Path, tp_size: int) -> None:
-    config_shards = [loader_of(shards, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)]
-    samples = config_shards[0].step_samples(0)
-    batches = [loader.micro_batch(samples) for loader in config_shards]
+def all_ranks(shards: Path, *, cp_size: int, tp_size: int) -> list[Loader]:
+    """The loaders of one replica's first stage, in the order of their ranks."""
+    places = [{"cp_rank": cp, "tp_rank": tp} for cp in range(cp_size) for tp in range(tp_size)]
+    return [loader_of(shards, **place, cp_size=cp_size, tp_size=tp_size) for place in places]
+
+
+def position_in_row(batch: MicroBatch) -> torch.Tensor:
+    """Where each position of a context rank lies in the whole row."""
+    return torch.cat([torch.arange(span.start, span.stop) for span in batch.spans])
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_context_ranks_cut_the_row_of_one(shards: Path, cp_size: int) -> None:
+    loaders = all_ranks(shards, cp_size=cp_size, tp_size=1)
+    whole = loader_of(shards).step(1)
+    for number, alone in enumerate(whole):
+        parts = [loader.step(1)[number] for loader in loaders]
+        order = torch.cat([position_in_row(part) for part in parts])
+        assert torch.equal(order.sort().values, torch.arange(256))
+        for name in ("tokens", "labels", "loss_mask", "sources", "positions"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(alone, name)[order]), name
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [(16,), (1, 15), (5, 6, 5), (3, 9, 1, 3), (1,) * 16], ids=str)
+def test_spans_hold_all_earlier_positions_of_the_same_document(lengths: tuple[int, ...], cp_size: int) -> None:
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    seen = np.zeros((16, 16), bool)
+    work = []
+    for rank in range(cp_size):
+        spans = attention_spans(lengths, cp_rank=rank, cp_size=cp_size)
+        assert [range(span.start, span.stop) for span in spans] == context_spans(16, cp_rank=rank, cp_size=cp_size)
+        for span in spans:
+            query, key = span.start, span.key_start
+            for num_queries, num_keys in zip(span.query_lengths, span.key_lengths, strict=True):
+                for offset in range(num_queries):  # aligned at the end: the last query sees the last key
+                    seen[query + offset, key : key + num_keys - (num_queries - 1 - offset)] = True
+                query, key = query + num_queries, key + num_keys
+            assert (query, key) == (span.stop, span.stop)
+            assert span.cu_seqlens_q[-1] == span.stop - span.start
+            assert span.cu_seqlens_kv[-1] == span.stop - span.key_start
+        work.append(sum(span.stop * (span.stop + 1) - span.start * (span.start + 1) for span in spans))
+    assert (seen == (document[:, None] == document[None, :]) & np.tri(16, dtype=bool)).all()
+    assert len(set(work)) == 1, "each context rank has as many keys to attend to"
+
+
+@pytest.mark.parametrize(("cp_size", "tp_size"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_media_units_are_dealt_and_every_placeholder_is_filled_once(shards: Path, cp_size: int, tp_size: int) -> None:
+    loaders = all_ranks(shards, cp_size=cp_size, tp_size=tp_size)
+    samples = loaders[0].step_samples(0)
+    batches = [loader.micro_batch(samples) for loader in loaders]
     whole = loader_of(shards).micro_batch(samples)
+    num_ranks = cp_size * tp_size
     for kind, name in ((Media.IMAGE, "images"), (Media.AUDIO, "audio")):
-        placeholder = config_shards[0].special_ids[kind.name.lower()]
+        placeholder = loaders[0].special_ids[kind.name.lower()]
         units = [getattr(batch, name) for batch in batches]
-        shard_len = batches[0].num_tokens // tp_size
-        filled = torch.cat([unit.positions + rank * shard_len for rank, unit in enumerate(units)])
-        expected = torch.nonzero(batches[0].tokens == placeholder).flatten()
+        own = [position_in_row(batch).chunk(tp_size)[rank % tp_size] for rank, batch in enumerate(batches)]
+        filled = torch.cat([place[unit.positions] for place, unit in zip(own, units)])
+        expected = torch.nonzero(whole.tokens == placeholder).flatten()
         assert torch.equal(filled.sort().values, expected)
         total = len(getattr(whole, name).inputs)
         assert total > 0
-        assert [len(unit.inputs) for unit in units] == [len(range(rank, total, tp_size)) for rank in range(tp_size)]
-        assert max(len(unit.inputs) for unit in units) == -(-total // tp_size), "no rank encodes more than its share"
+        assert [len(unit.inputs) for unit in units] == [len(range(rank, total, num_ranks)) for rank in range(num_ranks)]
+        assert max(len(unit.inputs) for unit in units) == -(-total // num_ranks), "no rank encodes more than its share"
         assert len({unit.rows_per_rank for unit in units}) == 1
         gathered = torch.cat([unit.rows for unit in units])
         assert len(gathered.unique()) == len(gathered), "each feature is laid once"
@@ -119,7 +172,7 @@ def test_media_units_are_dealt_and_every_placeholder_is_filled_once(shards: Path
 
 def test_rows_lead_to_the_features_of_the_right_unit() -> None:
     units = [SimpleNamespace(num_tokens=size, position=start) for size, start in ((3, 10), (2, 40), (4, 20), (1, 0))]
-    rows, positions, rows_per_rank = deal_rows(units, tp_size=2)
+    rows, positions, rows_per_rank = deal_rows(units, num_ranks=2)
     # Rank 0 encodes units 0 and 2 (7 rows), rank 1 units 1 and 3 (3 rows, padded to 7).
     features = np.asarray(
         [[0, 0], [0, 1], [0, 2], [2, 0], [2, 1], [2, 2], [2, 3], [1, 0], [1, 1], [3, 0], *[[9, 9]] * 4]
@@ -128,7 +181,7 @@ def test_rows_lead_to_the_features_of_the_right_unit() -> None:
     expected = [[unit, token] for unit, size in enumerate((3, 2, 4, 1)) for token in range(size)]
     assert features[rows].tolist() == expected
     assert positions.tolist() == [10, 11, 12, 40, 41, 20, 21, 22, 23, 0]
-    assert deal_rows([], tp_size=3)[2] == 0
+    assert deal_rows([], num_ranks=3)[2] == 0
 
 
 def test_later_stages_read_no_media(shards: Path) -> None:
@@ -144,7 +197,7 @@ def test_an_empty_sample_is_padding_without_loss(shards: Path) -> None:
     loader = loader_of(shards)
     batch = loader.micro_batch([-1])
     assert batch.loss_mask.sum() == 0
-    assert batch.doc_lengths == (256,)
+    assert doc_lengths(batch) == (256,)
     assert (batch.tokens == loader.special_ids["pad"]).all()
 
 
@@ -190,11 +243,10 @@ def test_a_micro_batch_moves_whole(shards: Path) -> None:
     tensors = [
         moved.tokens,
         moved.labels,
-        moved.cu_seqlens,
+        moved.spans[0].cu_seqlens_q,
         moved.images.rows,
         *moved.images.inputs,
         *moved.audio.inputs,
     ]
     assert all(tensor.is_meta for tensor in tensors)
-    assert moved.doc_lengths == batch.doc_lengths
-    assert replace(moved, doc_lengths=()).doc_lengths == ()
+    assert doc_lengths(moved) == doc_lengths(batch)

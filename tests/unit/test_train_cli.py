@@ -24,7 +24,7 @@ def test_help_explains_every_field() -> None:
     [
         (["tinny"], "Did you mean 'tiny'?"),
         (["tiny", "training.stepz=3"], "Did you mean training.steps?"),
-        (["tiny", "parallel.tp=2"], "1 ranks cannot be cut into replicas of parallel.tp=2 x pp=1 = 2 ranks"),
+        (["tiny", "parallel.tp=2"], "1 ranks cannot be cut into replicas of parallel.tp=2 x cp=1 x pp=1 = 2 ranks"),
         (["tiny", "data.train=[/nowhere/p]"], "/nowhere/p.json is missing"),
         (["tiny", "training.kernels=native", "data.train=[/nowhere/p]"], "training.kernels=native, but"),
         (["mm_88b", "--describe", "--world-size", "100"], "100 ranks cannot be cut"),
