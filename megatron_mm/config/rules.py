@@ -76,6 +76,9 @@ def _pipeline(config: Config) -> Iterator[str]:
     extra = " + ".join(
         name for name, on in (("embedding", parallel.embedding_slot), ("loss", parallel.loss_slot)) if on
     )
+    if parallel.stage_layers is not None:
+        yield from _stage_layers(config)
+        return
     if parallel.vpp > 1 and parallel.pp == 1:
         yield f"parallel.vpp={parallel.vpp} needs more than one pipeline stage. Use vpp=1 or pp>1."
     if slots % (parallel.pp * parallel.vpp):
@@ -84,6 +87,30 @@ def _pipeline(config: Config) -> Iterator[str]:
             f"{config.model.num_layers}{' + ' + extra if extra else ''}). Use pp x vpp in {divisors(slots)}, or set "
             "parallel.embedding_slot / parallel.loss_slot."
         )
+
+
+def _stage_layers(config: Config) -> Iterator[str]:
+    parallel, counts = config.parallel, config.parallel.stage_layers
+    if len(counts) != parallel.pp * parallel.vpp:
+        yield (
+            f"parallel.stage_layers has {len(counts)} numbers, parallel.pp={parallel.pp} x vpp={parallel.vpp} makes "
+            f"{parallel.pp * parallel.vpp} model chunks. Give each its number of layers."
+        )
+    if sum(counts) != config.model.num_layers:
+        yield (
+            f"parallel.stage_layers sums to {sum(counts)} layers, model.num_layers={config.model.num_layers}. Let them "
+            "agree."
+        )
+    if parallel.embedding_slot or parallel.loss_slot:
+        yield (
+            "parallel.stage_layers says where each layer is, so no slot is counted. Set parallel.embedding_slot=false "
+            "parallel.loss_slot=false with it."
+        )
+
+
+def _overlap(config: Config) -> Iterator[str]:
+    if config.parallel.overlap_param_gather and not config.parallel.overlap_grad_reduce:
+        yield "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true in megatron-core. Set both."
 
 
 def _schedule(config: Config) -> Iterator[str]:
@@ -108,6 +135,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _context_parallel,
     _head_dim,
     _pipeline,
+    _overlap,
     _schedule,
     _evaluation,
 )

@@ -32,6 +32,8 @@ class ModelConfig(Section):
     """Base of the rotary position embedding."""
     norm_epsilon: PositiveFloat = 1e-5
     """Added to the mean square in RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm over each head of queries and keys, before the rotary embedding: keeps attention logits bounded."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of new weights; residual projections get init_std / sqrt(2 num_layers)."""
 
@@ -105,6 +107,13 @@ class ParallelConfig(Section):
     """Count the embedding and the encoders as one layer when layers are dealt to stages."""
     loss_slot: bool = False
     """Count the head and the loss as one layer when layers are dealt to stages."""
+    stage_layers: tuple[NonNegativeInt, ...] | None = None
+    """Layers of each model chunk in the model's order, pp x vpp numbers (chunk c stands on stage c mod pp); null deals
+    them evenly."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters over data-parallel ranks while the next forward pass already runs."""
 
     @property
     def ranks_per_replica(self) -> int:
@@ -125,10 +134,14 @@ class TrainingConfig(Section):
     """Samples of one forward and backward pass of one rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: BF16 weights and activations, FP32 gradients, master weights and optimizer state."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the penalty log(Z)^2 of the softmax's denominator Z, which keeps logits near zero; 1e-4 is usual."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, those of the attention core, or whole layers."""
     seed: NonNegativeInt = 1234
     """Key of the initial weights, which do not depend on the layout."""
+    check_replicas_interval: NonNegativeInt = 0
+    """Steps between checks that ranks which hold the same parameters hold the same bits; 0 checks never."""
     kernels: Literal["auto", "reference", "native"] = "auto"
     """Which kernels run: auto takes the native ones where they are built and the device is a GPU."""
 

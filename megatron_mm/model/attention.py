@@ -97,6 +97,7 @@ class AttentionSubmodules:
     linear_q: Callable[..., nn.Module]
     linear_proj: Callable[..., nn.Module]
     core_attention: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
 
 
 class GroupedQueryAttention(MegatronModule):
@@ -130,6 +131,10 @@ class GroupedQueryAttention(MegatronModule):
             self.linear_kv = submodules.linear_q(config.hidden_size, key_value_size, **column)
         else:
             self.linear_kv = ReplicatedLinear(config.hidden_size, key_value_size, config=config)
+        self.query_norm, self.key_norm = (
+            submodules.norm(config, self.head_dim, config.layernorm_epsilon) if config.qk_layernorm else None
+            for _ in range(2)
+        )
         self.core_attention = submodules.core_attention()
         self.recompute_core = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         self.linear_proj = submodules.linear_proj(
@@ -163,6 +168,8 @@ class GroupedQueryAttention(MegatronModule):
         query = self.linear_q(hidden_states)[0]
         query = query.view(query.shape[0], 1, -1, self.head_dim)  # (num_tokens/cp, 1, heads/tp, head_dim)
         key, value = self._keys_and_values(hidden_states)
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         query, key = (apply_rotary_pos_emb(part, rotary_pos_emb, self.config).squeeze(1) for part in (query, key))
         value = value.squeeze(1)
         if self.cp_group.size() > 1:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -64,6 +65,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         ffn_hidden_size=model.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -88,6 +90,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=True,
+        pipeline_model_parallel_layout=_explicit_layout(parallel.stage_layers),
         account_for_embedding_in_pipeline_split=parallel.embedding_slot,
         account_for_loss_in_pipeline_split=parallel.loss_slot,
         calculate_per_token_loss=True,
@@ -98,7 +101,7 @@ def transformer_config(config: Config) -> TransformerConfig:
 def block_submodules(config: TransformerConfig, *, chunk: int, pp_rank: int) -> TransformerBlockSubmodules:
     """Return what the transformer block of model chunk `chunk` of stage `pp_rank` is built of."""
     attention = AttentionSubmodules(
-        linear_q=ColumnParallelLinear, linear_proj=RowParallelLinear, core_attention=DocumentAttention
+        linear_q=ColumnParallelLinear, linear_proj=RowParallelLinear, core_attention=DocumentAttention, norm=RMSNorm
     )
     feed_forward = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     layer = ModuleSpec(
@@ -116,8 +119,27 @@ def block_submodules(config: TransformerConfig, *, chunk: int, pp_rank: int) -> 
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
+def _explicit_layout(stage_layers: tuple[int, ...] | None) -> list[list[str]] | None:
+    """Return `stage_layers` as megatron-core lists what each chunk holds."""
+    if stage_layers is None:
+        return None
+    chunks = [["decoder"] * count for count in stage_layers]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
+
+
 def layers_of_chunk(config: TransformerConfig, *, chunk: int, pp_rank: int) -> range:
     """Return the layers, counted from 0, that model chunk `chunk` of stage `pp_rank` holds."""
+    explicit = config.pipeline_model_parallel_layout
+    if explicit is not None:  # megatron-core 0.19.2 looks this rank's own stage up, whatever stage is asked for
+        counts = [
+            explicit.layout[stage][part].count(LayerType.decoder)
+            for part in range(chunk + 1)
+            for stage in range(config.pipeline_model_parallel_size)
+        ]
+        own = chunk * config.pipeline_model_parallel_size + pp_rank
+        return range(sum(counts[:own]), sum(counts[: own + 1]))
     vp_stage = chunk if config.virtual_pipeline_model_parallel_size else None
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     return range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))

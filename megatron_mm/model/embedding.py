@@ -18,24 +18,33 @@ from megatron_mm.model.vision import VisionEncoder
 from megatron_mm.parallel.mesh import Mesh
 
 
-class Projector(nn.Module):
-    """Encoder features to decoder inputs: LayerNorm, Linear, GELU, Linear.
+class TypedLinear(nn.Linear):
+    """A linear layer whose output carries a modality's type embedding.
 
-    The modality-type embedding is added to the last bias, not to the output, so that an export that folds it there is
-    exact to the bit.
+    It is added to the bias, not to the output, so that an export that folds it there is exact to the bit.
     """
+
+    def __init__(self, input_size: int, output_size: int) -> None:
+        super().__init__(input_size, output_size)
+        self.type_embedding = nn.Parameter(torch.empty(output_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return hidden @ weight.T + (bias + type_embedding)."""
+        return F.linear(hidden, self.weight, self.bias + self.type_embedding)
+
+
+class Projector(nn.Module):
+    """Encoder features to decoder inputs: LayerNorm, Linear, GELU, Linear with the modality-type embedding."""
 
     def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.linear_1 = nn.Linear(width, hidden_size)
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
-        self.type_embedding = nn.Parameter(torch.empty(hidden_size))
+        self.linear_2 = TypedLinear(hidden_size, hidden_size)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return decoder inputs: (num_tokens, width) to (num_tokens, hidden). No communication."""
-        inner = F.gelu(self.linear_1(self.norm(features)))
-        return F.linear(inner, self.linear_2.weight, self.linear_2.bias + self.type_embedding)
+        return self.linear_2(F.gelu(self.linear_1(self.norm(features))))
 
 
 class MediaEmbedding(nn.Module):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -18,6 +18,7 @@ from megatron_mm.model.attention import PackedDocuments
 from megatron_mm.model.decoder import block_submodules, transformer_config
 from megatron_mm.model.embedding import MultimodalEmbedding
 from megatron_mm.model.initialize import initialize_weights
+from megatron_mm.model.loss import vocab_parallel_cross_entropy
 from megatron_mm.parallel.mesh import Mesh
 
 
@@ -31,7 +32,7 @@ class MultimodalModel(MegatronModule):
         self.tp_group = mesh.tp_group
         self.vp_stage = chunk if mesh.vpp_size > 1 else None
         self.pre_process, self.post_process = mesh.is_first_chunk(chunk), mesh.is_last_chunk(chunk)
-        self.seq_len = config.data.seq_len
+        self.seq_len, self.z_loss = config.data.seq_len, config.training.z_loss
         if self.pre_process:
             self.embedding = MultimodalEmbedding(config, transformer, mesh)
         self.rotary = RotaryEmbedding(
@@ -71,7 +72,8 @@ class MultimodalModel(MegatronModule):
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
     def forward(self, micro_batch: MicroBatch) -> Tensor:
-        """Return hidden states (num_tokens/cp/tp, 1, hidden), or on the last chunk losses (num_tokens/cp,) in float32.
+        """Return hidden states (num_tokens/cp/tp, 1, hidden), or on the last chunk the cross-entropy and z-loss
+        of each position, (2, num_tokens/cp) float32.
 
         Collective over tp and cp, in every layer.
         """
@@ -86,9 +88,10 @@ class MultimodalModel(MegatronModule):
         if not self.post_process:
             return hidden
         logits, _ = self.output_layer(hidden)  # (num_tokens/cp, 1, vocab/tp)
-        return vocab_parallel_cross_entropy(
-            logits.float(), micro_batch.labels.unsqueeze(1), tp_group=self.tp_group
-        ).squeeze(1)
+        losses = vocab_parallel_cross_entropy(
+            logits.squeeze(1), micro_batch.labels, z_loss=self.z_loss, group=self.tp_group
+        )
+        return torch.stack(losses)
 
 
 def build_chunks(config: Config, mesh: Mesh) -> list[MultimodalModel]:

@@ -40,6 +40,8 @@ class Mesh:
     """The ranks that share the sequences of one replica: they split the encoders' work. tp counts fastest."""
     dp_cp_group: dist.ProcessGroup
     """The ranks that hold the same parameters: gradients are summed, and optimizer state is sharded, over them."""
+    tp_dp_cp_group: dist.ProcessGroup
+    """The ranks of one pipeline stage: all that hold a parameter which tensor parallelism does not shard."""
 
     @property
     def speaks(self) -> bool:
@@ -119,6 +121,7 @@ def cut(config: Config) -> Mesh:
         cp_group=parallel_state.get_context_parallel_group(),
         tp_cp_group=parallel_state.get_tensor_and_context_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        tp_dp_cp_group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
     )
 
 

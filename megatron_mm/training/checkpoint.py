@@ -22,13 +22,14 @@ from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.parallel import device
 from megatron_mm.training.optimizer import build_scheduler
-from megatron_mm.training.state import TrainState
+from megatron_mm.training.state import TrainState, settle_parameters
 
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     *("preset", "run_dir", "parallel.", "checkpoint.", "evaluation.", "logging.", "schedule."),
     *("training.steps", "training.stop_after", "training.micro_batch_size", "training.recompute", "training.kernels"),
+    "training.check_replicas_interval",
     *("data.validation", "data.prefetch_steps"),
 )
 """Settings that a resumed run may have different from the one that was saved."""
@@ -53,6 +54,7 @@ def save(state: TrainState) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    settle_parameters(state)
     _prepare_writer()
     metadata = _metadata(state)
     content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}

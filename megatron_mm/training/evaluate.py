@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron_mm.data.loader import Loader
 from megatron_mm.modality import Source
 from megatron_mm.parallel import device
-from megatron_mm.training.state import TrainState
+from megatron_mm.training.state import TrainState, settle_parameters
 from megatron_mm.training.step import run_micro_batches
 
 
@@ -22,6 +22,7 @@ def evaluate(state: TrainState, loader: Loader) -> Tensor:
     samples = np.arange(min(config.evaluation.samples, loader.plan.num_samples))
     samples = np.append(samples, np.full(-len(samples) % batch_size, -1))
     losses = torch.zeros(len(Source), 2, dtype=torch.float64, device=device.current())
+    settle_parameters(state)
     for model in state.models:
         model.eval()
     with torch.no_grad():

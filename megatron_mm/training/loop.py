@@ -16,6 +16,7 @@ from megatron_mm.training import checkpoint
 from megatron_mm.training.evaluate import evaluate
 from megatron_mm.training.guard import Guard
 from megatron_mm.training.metrics import Metrics
+from megatron_mm.training.replicas import check_replicas
 from megatron_mm.training.report import plot_losses
 from megatron_mm.training.state import TrainState, build_state, total_parameters
 from megatron_mm.training.step import train_step
@@ -43,6 +44,8 @@ def train(config: Config, mesh: Mesh) -> TrainState:
             result = train_step(state, micro_batches)
             metrics.step(result, step=state.step, seconds=time.perf_counter() - started)
             guard.check(result, step=state.step)
+            if _is_due(state, config.training.check_replicas_interval):
+                check_replicas(state)
             if heldout is not None and _is_due(state, config.evaluation.interval):
                 metrics.evaluation(evaluate(state, heldout), step=state.step)
             if _is_due(state, config.checkpoint.interval):

@@ -105,6 +105,7 @@ def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> Me
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=True,
+            overlap_param_gather=config.parallel.overlap_param_gather,
         ),
         models,
         config_overrides=overrides,

@@ -42,13 +42,33 @@ def build_state(config: Config, mesh: Mesh) -> TrainState:
     """Build the state at step 0. Collective over all ranks."""
     chunks = build_chunks(config, mesh)
     transformer = chunks[0].config
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    parallel = config.parallel
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
     wrapped = [Float16Module(transformer, chunk) for chunk in chunks] if transformer.bf16 else chunks
     models = [DistributedDataParallel(transformer, ddp, module) for module in wrapped]
     optimizer = build_optimizer(config, models)
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
+    if parallel.overlap_grad_reduce:  # megatron-core would reduce after each micro-batch without this
+        holds = [model.no_sync for model in models]
+        transformer.no_sync_func = holds if len(holds) > 1 else holds[0]
     return TrainState(config, mesh, chunks, models, optimizer, build_scheduler(config, optimizer, step=0))
+
+
+def settle_parameters(state: TrainState) -> None:
+    """Wait until every parameter is what the last step made it. Collective over dp_cp.
+
+    With parallel.overlap_param_gather each forward pass gathers them as it goes; who reads them otherwise calls this.
+    """
+    if state.config.parallel.overlap_param_gather:
+        for model in state.models:
+            model.disable_forward_pre_hook(param_sync=True)
+            model.enable_forward_pre_hook()
 
 
 def total_parameters(state: TrainState) -> int:

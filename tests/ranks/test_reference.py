@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from launch import run_ranks
 from small import decode_samples, layout, small_config
-from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2FeatureExtractor
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, Wav2Vec2FeatureExtractor
 
 from megatron_mm.config import Config
 from megatron_mm.data.decode import decode_pixels
@@ -18,11 +18,16 @@ from megatron_mm.model.multimodal import MultimodalModel, build_chunks
 from megatron_mm.parallel import mesh as meshes
 
 
-def as_llama(model: MultimodalModel, config: Config) -> LlamaForCausalLM:
-    """Return transformers' Llama with the weights of `model`'s decoder: our attention is its, split otherwise."""
+def as_llama(model: MultimodalModel, config: Config) -> LlamaForCausalLM | Qwen3ForCausalLM:
+    """Return transformers' Llama with the weights of `model`'s decoder: our attention is its, split otherwise.
+
+    With query and key norms it is transformers' Qwen3, which is Llama with them.
+    """
     own = dict(model.named_parameters())
-    llama = LlamaForCausalLM(
-        LlamaConfig(
+    norms = {"q_norm": "query_norm", "k_norm": "key_norm"} if config.model.qk_norm else {}
+    model_class, config_class = (Qwen3ForCausalLM, Qwen3Config) if norms else (LlamaForCausalLM, LlamaConfig)
+    llama = model_class(
+        config_class(
             vocab_size=config.model.vocab_size,
             hidden_size=config.model.hidden_size,
             intermediate_size=config.model.ffn_hidden_size,
@@ -53,6 +58,10 @@ def as_llama(model: MultimodalModel, config: Config) -> LlamaForCausalLM:
             theirs + "mlp.gate_proj.weight": gate,
             theirs + "mlp.up_proj.weight": up,
             theirs + "mlp.down_proj.weight": own[ours + "mlp.linear_fc2.weight"],
+            **{
+                theirs + f"self_attn.{name}.weight": own[ours + f"self_attention.{norm}.weight"]
+                for name, norm in norms.items()
+            },
             theirs + "input_layernorm.weight": own[ours + "input_layernorm.weight"],
             theirs + "post_attention_layernorm.weight": own[ours + "pre_mlp_layernorm.weight"],
         }
@@ -81,7 +90,7 @@ def obvious_embedding(model: MultimodalModel, llama: LlamaForCausalLM, loader: L
         normed = F.layer_norm(
             features, (features.shape[1],), part.projector.norm.weight, part.projector.norm.bias, 1e-5
         )
-        projected = part.projector.linear_2(F.gelu(part.projector.linear_1(normed))) + part.projector.type_embedding
+        projected = part.projector.linear_2(F.gelu(part.projector.linear_1(normed)))
         first = int(item["token_offset"])
         assert len(projected) == item["num_tokens"]
         hidden = torch.cat([hidden[:first], projected, hidden[first + len(projected) :]])
@@ -94,7 +103,7 @@ def losses_of(config: Config, samples: list[int]) -> np.ndarray:
     loader = Loader(config.data.train, config=config, mesh=mesh)
     (model,) = build_chunks(config, mesh)
     with torch.no_grad():
-        return model.eval()(loader.micro_batch(samples)).numpy()
+        return model.eval()(loader.micro_batch(samples))[0].numpy()
 
 
 def obvious_losses(config: Config, samples: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -123,8 +132,8 @@ def obvious_losses(config: Config, samples: list[int]) -> tuple[np.ndarray, np.n
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("model.num_query_groups=2",), ("model.num_query_groups=4",), ("audio.form=lv60k",)],
-    ids=["mqa", "gqa", "mha", "lv60k"],
+    [(), ("model.num_query_groups=2",), ("model.num_query_groups=4",), ("model.qk_norm=true",), ("audio.form=lv60k",)],
+    ids=["mqa", "gqa", "mha", "qk-norm", "lv60k"],
 )
 def test_losses_are_those_of_transformers(overrides: tuple[str, ...], shards: Path) -> None:
     config = small_config(shards, "unused", *overrides)

@@ -42,6 +42,40 @@ def test_grouped_queries_agree_with_one_rank(groups: int, text: str, shards: Pat
         assert_same_curve(split, alone)
 
 
+@pytest.mark.parametrize("text", ["tp=4", "tp=2 pp=2", "tp=2 cp=2"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_query_key_norm_and_z_loss_agree_with_one_rank(groups: int, text: str, shards: Path) -> None:
+    settings = ["model.qk_norm=true", "training.z_loss=1e-2", f"model.num_query_groups={groups}"]
+    (alone,) = run_ranks(1, curve, small_config(shards, "unused", *settings), 2)
+    assert any("query_norm" in name for name in alone["gradients"][0])
+    for split in run_ranks(4, curve, small_config(shards, "unused", *settings, *layout(text)), 2):
+        assert_same_curve(split, alone)
+
+
+def test_z_loss_changes_the_gradient_and_not_the_reported_loss(shards: Path) -> None:
+    (without,) = run_ranks(1, curve, small_config(shards, "unused"), 1)
+    (with_it,) = run_ranks(1, curve, small_config(shards, "unused", "training.z_loss=0.1"), 1)
+    assert with_it["losses"][0] == without["losses"][0]
+    assert with_it["grad_norms"][0] != pytest.approx(without["grad_norms"][0], rel=1e-2)
+
+
+@pytest.mark.parametrize("text", ["pp=4 stage_layers=[0,3,2,1]", "pp=2 vpp=2 stage_layers=[1,3,2,0]"])
+def test_uneven_stages_agree_with_one_rank(text: str, shards: Path) -> None:
+    even = ["parallel.embedding_slot=false", "parallel.loss_slot=false"]
+    (alone,) = run_ranks(1, curve, small_config(shards, "unused"), 2)
+    for split in run_ranks(4, curve, small_config(shards, "unused", *even, *layout(text)), 2):
+        assert_same_curve(split, alone)
+
+
+@pytest.mark.parametrize("text", ["", "tp=2", "pp=2", "pp=2 vpp=2", "cp=2"])
+def test_overlapped_communication_changes_nothing(text: str, shards: Path, heldout: Path) -> None:
+    overlap = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", *TRAINED]
+    (alone,) = run_ranks(1, curve, small_config(shards, "unused", *TRAINED), 3)
+    config = small_config(shards, "unused", *overlap, *layout(text))
+    for split in run_ranks(4 if text else 2, curve, config, 3):
+        assert_same_curve(split, alone)
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("text", ["tp=2 pp=2"])
 def test_recomputation_changes_nothing(recompute: str, text: str, shards: Path) -> None:
