@@ -69,7 +69,9 @@ def _explain_fields() -> str:
     lines = ["settings:"]
     for key, kind, default, explanation in configs.describe_fields():
         lines.append(f"  {key} ({kind}, {default if default == 'required' else 'default ' + default})")
-        lines.append(textwrap.fill(explanation, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines.append(
+            textwrap.fill(explanation, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+        )
     return "\n".join(lines)
 
 

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_mm.batch import AttentionSpan
+from megatron_mm.kernels.fused import rotate
 
 
 @dataclass
@@ -57,24 +57,34 @@ class DocumentAttention(nn.Module):
         Shapes: query (num_tokens/cp, heads/tp, head_dim), the positions of the spans; key, value (num_tokens, groups,
         head_dim), the whole row, with heads/tp a multiple of groups; returns (num_tokens/cp, heads/tp, head_dim).
         """
-        contexts = []
-        for own, span in zip(query.split([span.stop - span.start for span in spans]), spans):
-            row = slice(span.key_start, span.stop)
-            pieces = own.split(span.query_lengths), key[row].split(span.key_lengths), value[row].split(span.key_lengths)
-            contexts += [_attend(*piece) for piece in zip(*pieces)]
-        return torch.cat(contexts)
+        queries = query.split([length for span in spans for length in span.query_lengths])
+        keys, values = ([piece for span in spans for piece in _pieces(part, span)] for part in (key, value))
+        return torch.cat([_attend(*piece) for piece in zip(queries, keys, values)])
+
+
+def _pieces(row: Tensor, span: AttentionSpan) -> tuple[Tensor, ...]:
+    """Return the keys, or values, of each piece of a span."""
+    own = row if (span.key_start, span.stop) == (0, row.shape[0]) else row[span.key_start : span.stop]
+    return own.split(span.key_lengths)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend causally from the last positions of one document: (num_queries, heads, head_dim), as the query has it."""
     whole = query.shape[0] == key.shape[0]
+    heads = query.shape[1]
+    # Expanded by hand: on the CPU torch 2.14 runs the backward pass of enable_gqa on one thread a key/value head.
+    key, value = (part if part.shape[1] == heads else _repeat_groups(part, heads) for part in (key, value))
     context = F.scaled_dot_product_attention(
         *(part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)),  # (1, heads, length, head_dim)
         attn_mask=None if whole else causal_lower_right(query.shape[0], key.shape[0]),
         is_causal=whole,
-        enable_gqa=True,
     )
     return context.squeeze(0).transpose(0, 1)
+
+
+def _repeat_groups(part: Tensor, heads: int) -> Tensor:
+    """Return the key or value of each query head: (length, groups, head_dim) to (length, heads, head_dim)."""
+    return part.unsqueeze(2).expand(-1, -1, heads // part.shape[1], -1).flatten(1, 2)
 
 
 def gather_row(local: Tensor, *, group: dist.ProcessGroup) -> Tensor:
@@ -161,17 +171,17 @@ class GroupedQueryAttention(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Return (attention output, no bias). Collective over tp and cp: gathers hidden states, and keys and values.
 
-        Shapes: hidden_states (num_tokens/cp/tp, 1, hidden); rotary_pos_emb (num_tokens/cp, 1, 1, head_dim), the angle
-        of each position; returns (num_tokens/cp/tp, 1, hidden).
+        Shapes: hidden_states (num_tokens/cp/tp, 1, hidden); rotary_pos_emb (2, num_tokens/cp, 1, head_dim/2), the
+        cosine and sine of each position's angles; returns (num_tokens/cp/tp, 1, hidden).
         """
         assert attention_mask is None and all(value is None for value in inference.values()), "training only"
         query = self.linear_q(hidden_states)[0]
-        query = query.view(query.shape[0], 1, -1, self.head_dim)  # (num_tokens/cp, 1, heads/tp, head_dim)
+        query = query.view(query.shape[0], -1, self.head_dim)  # (num_tokens/cp, heads/tp, head_dim)
         key, value = self._keys_and_values(hidden_states)
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = (apply_rotary_pos_emb(part, rotary_pos_emb, self.config).squeeze(1) for part in (query, key))
-        value = value.squeeze(1)
+        cos, sin = rotary_pos_emb.to(query.dtype)
+        query, key = (rotate(part, cos=cos, sin=sin) for part in (query, key))
         if self.cp_group.size() > 1:
             key, value = gather_row(torch.stack([key, value], dim=1), group=self.cp_group).unbind(dim=1)
 
@@ -185,12 +195,12 @@ class GroupedQueryAttention(MegatronModule):
         return self.linear_proj(context.reshape(context.shape[0], 1, -1))
 
     def _keys_and_values(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values that this rank's heads read, each (num_tokens/cp, 1, groups, head_dim)."""
+        """Return the keys and values that this rank's heads read, each (num_tokens/cp, groups, head_dim)."""
         key_value = self.linear_kv(hidden_states)[0]
         if not self.shards_groups:
             key_value = tensor_parallel.gather_from_sequence_parallel_region(key_value, True, self.tp_group)
-        key_value = key_value.view(key_value.shape[0], 1, -1, 2, self.head_dim)
+        key_value = key_value.view(key_value.shape[0], -1, 2, self.head_dim)
         if not self.shards_groups and self.groups > 1:
             own = self.tp_group.rank() * self.groups // self.tp_group.size()
-            key_value = key_value[:, :, own : own + 1]
-        return key_value.unbind(dim=3)
+            key_value = key_value[:, own : own + 1]
+        return key_value.unbind(dim=2)

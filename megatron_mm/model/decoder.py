@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 
 from megatron_mm.config import Config
+from megatron_mm.kernels.fused import swiglu
 from megatron_mm.model.attention import AttentionSubmodules, DocumentAttention, GroupedQueryAttention
 from megatron_mm.parallel import device
 
@@ -46,6 +47,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
 
 
+class SwiGLU(nn.Module):
+    """The activation of the feed-forward network, gate and up in one tensor."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        """Return silu(gate) * up: (..., 2 ffn_hidden/tp) to (..., ffn_hidden/tp)."""
+        return swiglu(gate_and_up)
+
+
 def transformer_config(config: Config) -> TransformerConfig:
     """Translate `config` into megatron-core's terms."""
     model, parallel, training = config.model, config.parallel, config.training
@@ -68,6 +80,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         qk_layernorm=model.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # its name for: take the activation from the MLP's submodules
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -103,7 +116,7 @@ def block_submodules(config: TransformerConfig, *, chunk: int, pp_rank: int) -> 
     attention = AttentionSubmodules(
         linear_q=ColumnParallelLinear, linear_proj=RowParallelLinear, core_attention=DocumentAttention, norm=RMSNorm
     )
-    feed_forward = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    feed_forward = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -32,12 +31,10 @@ class MultimodalModel(MegatronModule):
         self.tp_group = mesh.tp_group
         self.vp_stage = chunk if mesh.vpp_size > 1 else None
         self.pre_process, self.post_process = mesh.is_first_chunk(chunk), mesh.is_last_chunk(chunk)
-        self.seq_len, self.z_loss = config.data.seq_len, config.training.z_loss
+        self.z_loss = config.training.z_loss
         if self.pre_process:
             self.embedding = MultimodalEmbedding(config, transformer, mesh)
-        self.rotary = RotaryEmbedding(
-            config.model.head_dim, 1.0, rotary_base=config.model.rope_theta, use_cpu_initialization=True
-        )
+        self.head_dim, self.rope_theta = config.model.head_dim, config.model.rope_theta
         self.decoder = TransformerBlock(
             transformer,
             block_submodules(transformer, chunk=chunk, pp_rank=mesh.pp_rank),
@@ -71,6 +68,12 @@ class MultimodalModel(MegatronModule):
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
+    def _rotary(self, positions: Tensor) -> Tensor:
+        """Return cosine and sine of the angles of each position: (2, num_tokens/cp, 1, head_dim/2) float32."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device) / self.head_dim
+        angles = torch.outer(positions.float(), self.rope_theta**-exponents)
+        return torch.stack([angles.cos(), angles.sin()]).unsqueeze(2)
+
     def forward(self, micro_batch: MicroBatch) -> Tensor:
         """Return hidden states (num_tokens/cp/tp, 1, hidden), or on the last chunk the cross-entropy and z-loss
         of each position, (2, num_tokens/cp) float32.
@@ -78,11 +81,10 @@ class MultimodalModel(MegatronModule):
         Collective over tp and cp, in every layer.
         """
         hidden = self.embedding(micro_batch) if self.pre_process else None
-        angles = self.rotary(self.seq_len, packed_seq=True).to(micro_batch.positions.device)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=angles.index_select(0, micro_batch.positions),
+            rotary_pos_emb=self._rotary(micro_batch.positions),
             packed_seq_params=PackedDocuments(qkv_format="thd", spans=micro_batch.spans),
         )
         if not self.post_process:

@@ -11,8 +11,8 @@ import resource
 import sys
 from importlib.metadata import version
 
-import psutil
 import torch
+from torch.utils._device import _device_constructors
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def prepare(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
     else:
         install()
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // local_world_size))
+            torch.set_num_threads(max(1, torch.get_num_threads() // local_world_size))
     return current()
 
 
@@ -146,6 +146,8 @@ def _is_cuda(device: object) -> bool:
 
 
 def _replace_factories() -> None:
+    # `with torch.device(...)` knows factories by identity, from a set that it makes at its first use: now.
+    _device_constructors()
     for name in ("tensor", "zeros", "ones"):
         original = getattr(torch, name)
 
