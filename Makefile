@@ -3,13 +3,14 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+ENGINE := build/transformer_engine
 SHARDS := build/sample_data
 SAMPLE := examples/sample_data
 SOURCES := pyproject.toml setup.py requirements.txt requirements-dev.txt $(wildcard csrc/*/*)
 
-.PHONY: setup demo test test-gpu lint clean
+.PHONY: setup demo test test-gpu test-layouts lint clean
 
-setup: $(INSTALLED) $(SHARDS)/train.json $(SHARDS)/heldout.json
+setup: $(INSTALLED) $(ENGINE)/.installed $(SHARDS)/train.json $(SHARDS)/heldout.json
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/pretrain_tiny.sh
@@ -19,6 +20,11 @@ test: setup lint
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu
+
+# Every layout of 2, 4 and 8 ranks with one kind of model each, or with KINDS=all (an hour and more on 2 cores).
+KINDS ?= each
+test-layouts: setup
+	MEGATRON_MM_KINDS=$(KINDS) $(BIN)/python -m pytest tests/ranks/test_all_layouts.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -34,6 +40,11 @@ $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# Its Python part alone, beside the environment and not in it: tests/engine.py says what for.
+$(ENGINE)/.installed: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ENGINE) transformer_engine==2.20.2
 	@touch $@
 
 $(SHARDS)/%.json: $(INSTALLED) $(shell find $(SAMPLE) -type f | sed 's/ /\\ /g')

@@ -33,7 +33,7 @@ SHAPE_HERE = (
 )
 SHAPE_88B = (
     *("model.num_layers=1", "parallel.pp=1", "parallel.vpp=1", "parallel.embedding_slot=false"),
-    "parallel.loss_slot=false",
+    *("parallel.loss_slot=false", "parallel.tp_comm_overlap=false"),
 )
 
 
@@ -44,7 +44,8 @@ def layers(preset: str, overrides: tuple[str, ...], tp: int) -> dict[str, tuple[
 
     from megatron_mm.batch import attention_spans
     from megatron_mm.model.attention import PackedDocuments
-    from megatron_mm.model.decoder import RMSNorm, block_submodules, transformer_config
+    from megatron_mm.model.backend import RMSNorm, local
+    from megatron_mm.model.decoder import block_submodules, transformer_config
     from megatron_mm.parallel import mesh as meshes
 
     config = configs.load(preset, [*overrides, f"parallel.tp={tp}"])
@@ -53,7 +54,7 @@ def layers(preset: str, overrides: tuple[str, ...], tp: int) -> dict[str, tuple[
     stock = get_gpt_layer_local_spec(normalization="RMSNorm")
     # megatron-core's norm without accelerators refuses sequence parallelism.
     stock.submodules.input_layernorm = stock.submodules.pre_mlp_layernorm = RMSNorm
-    specs = {"ours": block_submodules(transformer, chunk=0, pp_rank=0).layer_specs[0], "stock": stock}
+    specs = {"ours": block_submodules(transformer, backend=local(), chunk=0, pp_rank=0).layer_specs[0], "stock": stock}
     num_tokens = config.data.seq_len
     angles = {"ours": torch.randn(2, num_tokens, 1, config.model.head_dim // 2)}
     angles["stock"] = torch.randn(num_tokens, 1, 1, config.model.head_dim)
@@ -89,8 +90,7 @@ def on_meta(results: multiprocessing.Queue) -> None:
     """Count at the 88B's shape, as rank 0 of 8."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    device.prepare()
-    torch.cuda.current_device = lambda: torch.device("meta")
+    device.imagine()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     with torch.device("meta"):
         results.put(bytes_of(layers("mm_88b", SHAPE_88B, 8), 8))

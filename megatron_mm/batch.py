@@ -45,6 +45,11 @@ class AttentionSpan:
     cu_seqlens_kv: Tensor
     """(num_pieces + 1,) int32 cumulated key_lengths."""
 
+    def keys_of(self, row: Tensor) -> Tensor:
+        """Return the part of a whole row, (num_tokens, ...), that holds the keys of all pieces."""
+        whole = (self.key_start, self.stop) == (0, row.shape[0])
+        return row if whole else row[self.key_start : self.stop]
+
 
 @dataclass(frozen=True)
 class MicroBatch:

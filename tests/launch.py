@@ -1,6 +1,7 @@
 """run_ranks: call a function on several gloo ranks of this machine and return what each of them returned.
 
 run_command: run the package's command line in such a process, without the seconds that its imports take.
+run_isolated: call a function in an interpreter that has imported nothing yet.
 """
 
 import contextlib
@@ -11,11 +12,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 900
 PRELOAD = ["megatron_mm.training.loop", "megatron_mm.train", "tokenizers", "PIL.Image"]
 
 # One clean server imports what the ranks need and forks them: neither an import nor an autograd thread for each.
@@ -34,13 +36,26 @@ class Ended:
 
 def run_command(*arguments: str) -> Ended:
     """Return how `python -m megatron_mm.train ARGUMENTS` ends."""
-    (ended,) = _run(1, _main, list(arguments), joined=False)
-    return ended
+    return run_alone(_main, list(arguments))
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: int = TIMEOUT_SECONDS, **kwargs: Any
+) -> list[Any]:
     """Return [function(*args, **kwargs) on rank 0, on rank 1, ...]; raise what a rank raised, with its rank."""
-    return _run(world_size, function, *args, joined=True, **kwargs)
+    return _run(world_size, function, *args, joined=True, timeout_seconds=timeout_seconds, **kwargs)
+
+
+def run_alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Return function(*args), called in a process that is in no process group."""
+    (result,) = _run(1, function, *args, joined=False, timeout_seconds=TIMEOUT_SECONDS)
+    return result
+
+
+def run_isolated(function: Callable[..., Any], *args: Any) -> Any:
+    """Return function(*args), called in a fresh interpreter."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result(TIMEOUT_SECONDS)
 
 
 def _main(arguments: list[str]) -> Ended:
@@ -52,7 +67,9 @@ def _main(arguments: list[str]) -> Ended:
     return Ended(status, stdout.getvalue(), stderr.getvalue())
 
 
-def _run(world_size: int, function: Callable[..., Any], *args: Any, joined: bool, **kwargs: Any) -> list[Any]:
+def _run(
+    world_size: int, function: Callable[..., Any], *args: Any, joined: bool, timeout_seconds: int, **kwargs: Any
+) -> list[Any]:
     """Run a function in `world_size` processes, `joined` in a process group or not."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -61,7 +78,7 @@ def _run(world_size: int, function: Callable[..., Any], *args: Any, joined: bool
         ]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + TIMEOUT_SECONDS
+        deadline = time.monotonic() + timeout_seconds
         while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
             if any(Path(folder, f"{rank}.error").exists() for rank in range(world_size)):
                 time.sleep(1.0)  # the others may fail for the same reason: let the first cause be written
@@ -76,7 +93,7 @@ def _run(world_size: int, function: Callable[..., Any], *args: Any, joined: bool
             if error.exists():
                 raise AssertionError(f"rank {rank} of {world_size} failed:\n{error.read_text()}")
         if late:
-            raise AssertionError(f"ranks {late} of {world_size} did not finish in {TIMEOUT_SECONDS} s")
+            raise AssertionError(f"ranks {late} of {world_size} did not finish in {timeout_seconds} s")
         return [pickle.loads(Path(folder, f"{rank}.result").read_bytes()) for rank in range(world_size)]
 
 

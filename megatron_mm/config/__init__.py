@@ -2,7 +2,15 @@
 
 from megatron_mm.config.load import changes, describe_fields, differences, load, preset_names, save, to_yaml
 from megatron_mm.config.rules import check_world
-from megatron_mm.config.schema import AudioConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig, VisionConfig
+from megatron_mm.config.schema import (
+    AudioConfig,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+    VisionConfig,
+)
 
 __all__ = [
     "AudioConfig",
@@ -10,6 +18,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "TrainingConfig",
     "VisionConfig",
     "changes",
     "check_world",

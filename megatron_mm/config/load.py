@@ -23,7 +23,8 @@ def preset_names() -> list[str]:
 def load(preset: str, overrides: Sequence[str] = ()) -> Config:
     """Return the checked configuration of `preset` with `section.key=value` overrides applied.
 
-    `preset` is a name from `preset_names()` or the path of a YAML file, such as the config.yaml of an earlier run.
+    `preset` is a name from `preset_names()` or the path of a YAML file, such as the config.yaml of an earlier run. A
+    file may start from another preset with `extends: PRESET`.
     Raises ConfigError with every unknown key, ill-typed value and broken rule at once.
     """
     settings = _read(preset)
@@ -90,7 +91,17 @@ def _read(preset: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds {type(settings).__name__}, not sections of settings.")
-    return settings
+    base = settings.pop("extends", None)
+    return settings if base is None else _merged(_read(base), settings)
+
+
+def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with what `settings` says on top, section by section."""
+    merged = dict(base)
+    for name, value in settings.items():
+        own = merged.get(name)
+        merged[name] = {**own, **value} if isinstance(own, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _apply(settings: dict[str, Any], overrides: Sequence[str]) -> list[str]:

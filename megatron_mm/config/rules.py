@@ -109,8 +109,60 @@ def _stage_layers(config: Config) -> Iterator[str]:
 
 
 def _overlap(config: Config) -> Iterator[str]:
+    if config.parallel.tp_comm_overlap and config.parallel.tp == 1:
+        yield "parallel.tp_comm_overlap=true overlaps communication of tensor ranks, and parallel.tp=1. Unset it."
+    if config.parallel.tp_comm_overlap and config.training.backend == "local":
+        yield (
+            "parallel.tp_comm_overlap=true is TransformerEngine's, and training.backend=local. Use "
+            "training.backend=transformer_engine, or unset it."
+        )
     if config.parallel.overlap_param_gather and not config.parallel.overlap_grad_reduce:
         yield "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true in megatron-core. Set both."
+
+
+def _fp8(config: Config) -> Iterator[str]:
+    training, parallel, model = config.training, config.parallel, config.model
+    if training.precision != "fp8":
+        return
+    if training.backend == "local":
+        yield (
+            "training.precision=fp8 is TransformerEngine's, and training.backend=local. Use "
+            "training.backend=transformer_engine, or training.precision=bf16."
+        )
+    if training.fp8_recipe == "delayed" and training.bf16_end_layers:
+        yield (
+            f"training.bf16_end_layers={training.bf16_end_layers} is refused by megatron-core with "
+            "training.fp8_recipe=delayed. Use training.bf16_end_layers=0, or training.fp8_recipe=current."
+        )
+    if 2 * training.bf16_end_layers > model.num_layers:
+        yield (
+            f"training.bf16_end_layers={training.bf16_end_layers} at each end is more than model.num_layers="
+            f"{model.num_layers}. Use fewer."
+        )
+    multiple = 128 if training.fp8_recipe == "blockwise" else 16
+    own_tokens = config.tokens_per_micro_batch // (parallel.cp * parallel.tp)
+    for what, size in (
+        ("model.hidden_size", model.hidden_size),
+        ("model.num_attention_heads x model.head_dim / parallel.tp", _query_size(config)),
+        ("2 x model.num_query_groups x model.head_dim / parallel.tp", _key_value_size(config)),
+        ("model.ffn_hidden_size / parallel.tp", model.ffn_hidden_size // parallel.tp),
+        ("data.seq_len x training.micro_batch_size / (parallel.cp x parallel.tp)", own_tokens),
+    ):
+        if size % multiple:
+            yield (
+                f"{what}={size} is not a multiple of {multiple}, which FP8 matrix products with "
+                f"training.fp8_recipe={training.fp8_recipe} need. Change it, or use training.precision=bf16."
+            )
+
+
+def _query_size(config: Config) -> int:
+    return config.model.num_attention_heads * config.model.head_dim // config.parallel.tp
+
+
+def _key_value_size(config: Config) -> int:
+    """Return the rows of the key/value weight on one tensor rank: sharded where there are enough groups."""
+    groups, tp = config.model.num_query_groups, config.parallel.tp
+    return 2 * (groups // tp if groups % tp == 0 else groups) * config.model.head_dim
 
 
 def _schedule(config: Config) -> Iterator[str]:
@@ -136,6 +188,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _head_dim,
     _pipeline,
     _overlap,
+    _fp8,
     _schedule,
     _evaluation,
 )

@@ -110,6 +110,9 @@ class ParallelConfig(Section):
     stage_layers: tuple[NonNegativeInt, ...] | None = None
     """Layers of each model chunk in the model's order, pp x vpp numbers (chunk c stands on stage c mod pp); null deals
     them evenly."""
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel communication with the matrix products that need it, by TransformerEngine's user
+    buffers."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over data-parallel ranks while the backward pass still runs."""
     overlap_param_gather: bool = False
@@ -132,12 +135,24 @@ class TrainingConfig(Section):
     """Samples of one optimizer step, over all ranks."""
     micro_batch_size: PositiveInt = 1
     """Samples of one forward and backward pass of one rank."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: BF16 weights and activations, FP32 gradients, master weights and optimizer state."""
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """bf16: BF16 weights and activations, FP32 gradients, master weights and optimizer state. fp8: the same with the
+    decoder layers' matrix products in FP8 by TransformerEngine; embeddings, encoders and head stay BF16."""
+    fp8_recipe: Literal["current", "delayed", "blockwise"] = "current"
+    """How FP8 scales are found: of each tensor as it is, of its past, or of blocks of it (128 x 128, or 1 x 128)."""
+    bf16_end_layers: NonNegativeInt = 1
+    """With fp8, this many of the first and of the last decoder layers stay BF16."""
+    backend: Literal["auto", "local", "transformer_engine"] = "auto"
+    """What decoder layers are built of: megatron-core's linear layers (local) or TransformerEngine's; auto takes the
+    latter on a GPU where it is installed. A checkpoint of one is a checkpoint of the other."""
+    attention: Literal["auto", "sdpa", "varlen", "flash_attn"] = "auto"
+    """Attention of the local backend: torch's scaled_dot_product_attention document by document, torch's flash kernels
+    over all documents at once (varlen), or those of the flash-attn package; auto takes the last that can run."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the penalty log(Z)^2 of the softmax's denominator Z, which keeps logits near zero; 1e-4 is usual."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass: none, those of the attention core, or whole layers."""
+    recompute: Literal["none", "selective", "mlp", "full"] = "none"
+    """Activations computed again in the backward pass: none, those of the attention core (flash kernels keep none, so
+    this is for sdpa), those of the feed-forward network, or whole layers."""
     seed: NonNegativeInt = 1234
     """Key of the initial weights, which do not depend on the layout."""
     check_replicas_interval: NonNegativeInt = 0

@@ -1,11 +1,14 @@
 """What a configuration amounts to, counted from the built modules: parameters, layers by stage, tokens a step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mm.config import Config
+from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_SIZE, IMAGE_TOKENS, audio_frames
 from megatron_mm.model.decoder import layers_of_chunk, transformer_config
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
 from megatron_mm.parallel import mesh as meshes
@@ -53,6 +56,47 @@ def layers_by_stage(config: Config) -> list[list[list[int]]]:
     ]
 
 
+def encoder_price(config: Config, model: MultimodalModel) -> dict[str, float]:
+    """Return what the encoders and projectors add to the first stage, in decoder layers of the same micro-batch.
+
+    For one image, for one second of sound, and for a micro-batch that is nothing but images, or nothing but sound. Work
+    is counted in FLOPs of matrix products, forward and backward; a frozen tower has no backward pass. Both the towers
+    and the layers are split over tp and cp, so the price is the same in every layout. parallel.embedding_slot keeps one
+    layer's room for it; parallel.stage_layers any other.
+    """
+    num_tokens, layer = config.tokens_per_micro_batch, _layer_flops(config, model)
+    image = torch.empty(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8, device="meta")
+    second = torch.empty(CHUNK_SAMPLES, device="meta")
+    price = {}
+    for name, part, unit, tokens in (
+        ("image", model.embedding.image, image, IMAGE_TOKENS + 2),  # with its start and end token
+        ("second", model.embedding.audio, second, audio_frames(CHUNK_SAMPLES)),
+    ):
+        tower = _flops(lambda part=part, unit=unit: part.encoder((unit,))) * (3 if part.encoder.trainable else 1)
+        features = torch.empty(tokens, part.encoder.width, dtype=_dtype(part.projector), device="meta")
+        projector = 3 * _flops(lambda part=part, features=features: part.projector(features))
+        price[name] = (tower + projector) / layer
+        price[f"{name}s_only"] = price[name] * (num_tokens // tokens)
+    return {name: round(value, 4) for name, value in price.items()}
+
+
+def _layer_flops(config: Config, model: MultimodalModel) -> float:
+    """FLOPs of one decoder layer over one micro-batch, forward and backward: 6 a weight and token, and attention's."""
+    weights = sum(parameter.numel() for parameter in model.decoder.layers[0].parameters() if parameter.dim() == 2)
+    attention = 2 * config.data.seq_len * config.model.num_attention_heads * config.model.head_dim  # causal: half of 4
+    return 3.0 * config.tokens_per_micro_batch * (2 * weights + attention)
+
+
+def _flops(run: Callable[[], Any]) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
 def describe(config: Config, world_size: int) -> dict[str, Any]:
     """Return what `config` amounts to on `world_size` ranks, as plain values."""
     parallel = config.parallel
@@ -67,6 +111,7 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
             **{"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp, "cp": parallel.cp, "dp": dp_size},
         },
         "layers_by_stage": layers_by_stage(config),
+        "encoders_in_layers": encoder_price(config, model),
         "micro_batches_per_step": config.num_micro_batches(dp_size),
         "tokens_per_step": config.tokens_per_step,
         "tokens_of_the_run": config.tokens_per_step * config.training.steps,

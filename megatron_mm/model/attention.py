@@ -5,22 +5,20 @@ the whole QKV activation and throws most of it away. Here the query weight is sh
 is replicated and applied to the sequence shard: only keys and values are gathered.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch import Tensor
 
 from megatron_mm.batch import AttentionSpan
 from megatron_mm.kernels.fused import rotate
+from megatron_mm.model.backend import Backend
 
 
 @dataclass
@@ -28,63 +26,6 @@ class PackedDocuments(PackedSeqParams):
     """What travels through megatron-core's layers to the attention: the spans of the micro-batch."""
 
     spans: tuple[AttentionSpan, ...] = ()
-
-
-class ReplicatedLinear(nn.Module):
-    """A linear layer whose weight every tensor rank holds whole and applies to its own sequence shard.
-
-    Its gradient is partial over the sequence, so the weight is marked `sequence_parallel`: finalize_model_grads sums
-    it over the tensor ranks once a step.
-    """
-
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig) -> None:
-        super().__init__()
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
-        """Return (hidden @ weight.T, no bias), as megatron-core's linear layers do. No communication."""
-        return F.linear(hidden, self.weight), None
-
-
-class DocumentAttention(nn.Module):
-    """Causal attention inside each packed document, by torch's scaled_dot_product_attention."""
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, spans: tuple[AttentionSpan, ...]) -> Tensor:
-        """Return the context of each position. No communication.
-
-        Shapes: query (num_tokens/cp, heads/tp, head_dim), the positions of the spans; key, value (num_tokens, groups,
-        head_dim), the whole row, with heads/tp a multiple of groups; returns (num_tokens/cp, heads/tp, head_dim).
-        """
-        queries = query.split([length for span in spans for length in span.query_lengths])
-        keys, values = ([piece for span in spans for piece in _pieces(part, span)] for part in (key, value))
-        return torch.cat([_attend(*piece) for piece in zip(queries, keys, values)])
-
-
-def _pieces(row: Tensor, span: AttentionSpan) -> tuple[Tensor, ...]:
-    """Return the keys, or values, of each piece of a span."""
-    own = row if (span.key_start, span.stop) == (0, row.shape[0]) else row[span.key_start : span.stop]
-    return own.split(span.key_lengths)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend causally from the last positions of one document: (num_queries, heads, head_dim), as the query has it."""
-    whole = query.shape[0] == key.shape[0]
-    heads = query.shape[1]
-    # Expanded by hand: on the CPU torch 2.14 runs the backward pass of enable_gqa on one thread a key/value head.
-    key, value = (part if part.shape[1] == heads else _repeat_groups(part, heads) for part in (key, value))
-    context = F.scaled_dot_product_attention(
-        *(part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)),  # (1, heads, length, head_dim)
-        attn_mask=None if whole else causal_lower_right(query.shape[0], key.shape[0]),
-        is_causal=whole,
-    )
-    return context.squeeze(0).transpose(0, 1)
-
-
-def _repeat_groups(part: Tensor, heads: int) -> Tensor:
-    """Return the key or value of each query head: (length, groups, head_dim) to (length, heads, head_dim)."""
-    return part.unsqueeze(2).expand(-1, -1, heads // part.shape[1], -1).flatten(1, 2)
 
 
 def gather_row(local: Tensor, *, group: dist.ProcessGroup) -> Tensor:
@@ -100,16 +41,6 @@ def gather_row(local: Tensor, *, group: dist.ProcessGroup) -> Tensor:
     return torch.cat([chunks[:, 0], chunks[:, 1].flip(0)]).flatten(0, 1)
 
 
-@dataclass
-class AttentionSubmodules:
-    """What attention is made of; a backend chooses the classes."""
-
-    linear_q: Callable[..., nn.Module]
-    linear_proj: Callable[..., nn.Module]
-    core_attention: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module]
-
-
 class GroupedQueryAttention(MegatronModule):
     """Self-attention with `num_query_groups` key/value heads, from one (multi-query) to one a query head.
 
@@ -121,7 +52,7 @@ class GroupedQueryAttention(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: AttentionSubmodules,
+        submodules: Backend,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         name: str | None = None,
@@ -135,19 +66,19 @@ class GroupedQueryAttention(MegatronModule):
         key_value_size = 2 * self.groups * self.head_dim
         column = {"config": config, "init_method": config.init_method, "bias": False, "gather_output": False}
         column |= {"skip_bias_add": False, "is_expert": False, "tp_comm_buffer_name": "qkv", "tp_group": self.tp_group}
-        self.linear_q = submodules.linear_q(config.hidden_size, query_size, **column)
+        self.linear_q = submodules.column_linear(config.hidden_size, query_size, **column)
         # Rows of linear_kv: for each group its key, then its value, so that a shard of rows is a set of whole groups.
         if self.shards_groups:
-            self.linear_kv = submodules.linear_q(config.hidden_size, key_value_size, **column)
+            self.linear_kv = submodules.column_linear(config.hidden_size, key_value_size, **column)
         else:
-            self.linear_kv = ReplicatedLinear(config.hidden_size, key_value_size, config=config)
+            self.linear_kv = submodules.replicated_linear(config.hidden_size, key_value_size, config=config)
         self.query_norm, self.key_norm = (
             submodules.norm(config, self.head_dim, config.layernorm_epsilon) if config.qk_layernorm else None
             for _ in range(2)
         )
-        self.core_attention = submodules.core_attention()
+        self.core_attention = submodules.core_attention(config, layer_number, self.tp_group)
         self.recompute_core = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
-        self.linear_proj = submodules.linear_proj(
+        self.linear_proj = submodules.row_linear(
             query_size,
             config.hidden_size,
             config=config,

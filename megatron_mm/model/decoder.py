@@ -1,11 +1,11 @@
 """The decoder: megatron-core's TransformerBlock with our attention and a norm that knows sequence parallelism."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -21,30 +21,16 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor, nn
 
-from megatron_mm.config import Config
+from megatron_mm.config import Config, TrainingConfig
 from megatron_mm.kernels.fused import swiglu
-from megatron_mm.model.attention import AttentionSubmodules, DocumentAttention, GroupedQueryAttention
+from megatron_mm.model.attention import GroupedQueryAttention
+from megatron_mm.model.backend import Backend
 from megatron_mm.parallel import device
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm (Zhang and Sennrich 2019) over a sequence shard.
-
-    megatron-core's own wrapper refuses sequence parallelism without TransformerEngine.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        place = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=place))
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.eps = eps
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return hidden / rms(hidden) * weight, over the last dimension."""
-        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of weights and of activations outside matrix products."""
+FP8_RECIPES = {"current": "tensorwise", "delayed": "delayed", "blockwise": "blockwise"}
+"""megatron-core's names for training.fp8_recipe."""
 
 
 class SwiGLU(nn.Module):
@@ -58,13 +44,14 @@ class SwiGLU(nn.Module):
         return swiglu(gate_and_up)
 
 
-def transformer_config(config: Config) -> TransformerConfig:
-    """Translate `config` into megatron-core's terms."""
+def transformer_config(config: Config, *, accumulates_in_place: bool = False) -> TransformerConfig:
+    """Translate `config` into megatron-core's terms; `accumulates_in_place` is the backend's."""
     model, parallel, training = config.model, config.parallel, config.training
     dtype = DTYPES[training.precision]
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[training.recompute]
     interleaved = parallel.vpp > 1
@@ -86,13 +73,15 @@ def transformer_config(config: Config) -> TransformerConfig:
         attention_dropout=0.0,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        # TransformerEngine's layers add weight gradients to the FP32 buffer as they compute them.
+        gradient_accumulation_fusion=accumulates_in_place,
         # Weights are drawn by model.initialize, the same for every layout.
         perform_initialization=False,
-        use_cpu_initialization=not device.has_gpu(),
+        use_cpu_initialization=device.current().type == "cpu",
+        init_model_with_meta_device=device.current().type == "meta",
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=training.precision == "bf16",
+        bf16=training.precision != "fp32",
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if interleaved else None,
@@ -107,29 +96,45 @@ def transformer_config(config: Config) -> TransformerConfig:
         account_for_embedding_in_pipeline_split=parallel.embedding_slot,
         account_for_loss_in_pipeline_split=parallel.loss_slot,
         calculate_per_token_loss=True,
+        tp_comm_overlap=parallel.tp_comm_overlap,
         **recompute,
+        **(_fp8(training) if training.precision == "fp8" else {}),
     )
 
 
-def block_submodules(config: TransformerConfig, *, chunk: int, pp_rank: int) -> TransformerBlockSubmodules:
+def _fp8(training: TrainingConfig) -> dict[str, Any]:
+    """Return what FP8 training is in megatron-core's terms: E4M3 forward, E5M2 gradients, the end layers in BF16."""
+    return {
+        "fp8": "hybrid",
+        "fp8_recipe": FP8_RECIPES[training.fp8_recipe],
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": training.bf16_end_layers > 0,
+        "num_layers_at_start_in_bf16": training.bf16_end_layers,
+        "num_layers_at_end_in_bf16": training.bf16_end_layers,
+    }
+
+
+def block_submodules(
+    config: TransformerConfig, *, backend: Backend, chunk: int, pp_rank: int
+) -> TransformerBlockSubmodules:
     """Return what the transformer block of model chunk `chunk` of stage `pp_rank` is built of."""
-    attention = AttentionSubmodules(
-        linear_q=ColumnParallelLinear, linear_proj=RowParallelLinear, core_attention=DocumentAttention, norm=RMSNorm
+    feed_forward = MLPSubmodules(
+        linear_fc1=backend.column_linear, linear_fc2=backend.row_linear, activation_func=SwiGLU
     )
-    feed_forward = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=GroupedQueryAttention, submodules=attention),
+            input_layernorm=backend.norm,
+            self_attention=ModuleSpec(module=GroupedQueryAttention, submodules=backend),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=backend.norm,
             mlp=partial(MLP.as_mlp_submodule, submodules=feed_forward),
             mlp_bda=get_bias_dropout_add,
         ),
     )
     num_layers = len(layers_of_chunk(config, chunk=chunk, pp_rank=pp_rank))
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=backend.norm)
 
 
 def _explicit_layout(stage_layers: tuple[int, ...] | None) -> list[list[str]] | None:

@@ -1,5 +1,7 @@
 """One model chunk of one pipeline stage: embedding, layers, head, as many of them as the stage holds."""
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from megatron_mm.batch import MicroBatch
 from megatron_mm.config import Config
 from megatron_mm.model.attention import PackedDocuments
+from megatron_mm.model.backend import Backend, choose
 from megatron_mm.model.decoder import block_submodules, transformer_config
 from megatron_mm.model.embedding import MultimodalEmbedding
 from megatron_mm.model.initialize import initialize_weights
@@ -24,7 +27,9 @@ from megatron_mm.parallel.mesh import Mesh
 class MultimodalModel(MegatronModule):
     """A chunk of the decoder; the first one also embeds, the last one also computes the loss of each position."""
 
-    def __init__(self, config: Config, transformer: TransformerConfig, *, mesh: Mesh, chunk: int) -> None:
+    def __init__(
+        self, config: Config, transformer: TransformerConfig, *, backend: Backend, mesh: Mesh, chunk: int
+    ) -> None:
         super().__init__(transformer)
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
@@ -37,7 +42,7 @@ class MultimodalModel(MegatronModule):
         self.head_dim, self.rope_theta = config.model.head_dim, config.model.rope_theta
         self.decoder = TransformerBlock(
             transformer,
-            block_submodules(transformer, chunk=chunk, pp_rank=mesh.pp_rank),
+            block_submodules(transformer, backend=backend, chunk=chunk, pp_rank=mesh.pp_rank),
             pre_process=self.pre_process,
             post_process=self.post_process,
             vp_stage=self.vp_stage,
@@ -46,7 +51,8 @@ class MultimodalModel(MegatronModule):
             self.output_layer = ColumnParallelLinear(
                 config.model.hidden_size,
                 config.model.vocab_size,
-                config=transformer,
+                # megatron-core's own layer adds to the buffer in place only with apex's kernels.
+                config=_without_accumulation(transformer),
                 init_method=transformer.init_method,
                 bias=False,
                 gather_output=False,
@@ -67,6 +73,13 @@ class MultimodalModel(MegatronModule):
         """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
+        """Take parameters from `state_dict`; TransformerEngine's extra states, which are not saved, may be missing."""
+        missing, unexpected = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [key for key in missing if not key.endswith("_extra_state")]
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"the state lacks {missing} and has {unexpected}, which the model does not know")
 
     def _rotary(self, positions: Tensor) -> Tensor:
         """Return cosine and sine of the angles of each position: (2, num_tokens/cp, 1, head_dim/2) float32."""
@@ -96,10 +109,23 @@ class MultimodalModel(MegatronModule):
         return torch.stack(losses)
 
 
+def _without_accumulation(transformer: TransformerConfig) -> TransformerConfig:
+    own = copy.copy(transformer)
+    own.gradient_accumulation_fusion = False
+    return own
+
+
 def build_chunks(config: Config, mesh: Mesh) -> list[MultimodalModel]:
-    """Build this rank's model chunks with their initial weights, which are the same in every layout."""
-    transformer = transformer_config(config)
-    chunks = [MultimodalModel(config, transformer, mesh=mesh, chunk=chunk) for chunk in range(mesh.vpp_size)]
+    """Build this rank's model chunks with their initial weights, which are the same in every layout and backend.
+
+    Raises ConfigError if a backend is asked for that cannot be had on this rank.
+    """
+    backend = choose(config)
+    backend.start(config)
+    transformer = transformer_config(config, accumulates_in_place=backend.accumulates_in_place)
+    chunks = [
+        MultimodalModel(config, transformer, backend=backend, mesh=mesh, chunk=chunk) for chunk in range(mesh.vpp_size)
+    ]
     for chunk in chunks:
         if any(parameter.is_meta for parameter in chunk.parameters()):
             continue

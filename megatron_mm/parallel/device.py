@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 MEGATRON_CORE = "0.19.2"
 """The version whose use of `torch.cuda` the stand-ins were traced against."""
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
+ACCELERATORS = ("transformer_engine", "apex", "flash_attn", "flash_attn_interface")
+"""Optional packages whose kernels run on CUDA only."""
 REPLACED = {
     "torch.cuda.current_device": "device= arguments",
     "torch.cuda.current_stream": "DistributedDataParallel's gradient buffers",
@@ -38,6 +40,7 @@ REPLACED = {
     "torch.Tensor.cuda": "the distributed optimizer, rotary embedding",
 }
 """What `install` replaces, and who in megatron-core needs it."""
+_imagined = False
 
 
 class _Stream:
@@ -63,7 +66,9 @@ def has_gpu() -> bool:
 
 
 def current() -> torch.device:
-    """Return the device that tensors of this rank live on."""
+    """Return the device that tensors of this rank live on; the meta device after `imagine`."""
+    if _imagined:
+        return META
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else CPU
 
 
@@ -92,11 +97,24 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # Linux counts kibibytes
 
 
-def install() -> None:
+def imagine() -> None:
+    """Let this process build models on the meta device, with or without a GPU: nothing holds memory, nothing runs.
+
+    Accelerators may be imported, for their modules exist without a GPU.
+    """
+    global _imagined
+    _imagined = True
+    if not has_gpu():
+        install(keep_out=())
+    torch.cuda.current_device = lambda: META
+
+
+def install(keep_out: tuple[str, ...] = ACCELERATORS) -> None:
     """Let megatron-core run on this CPU; a second call changes nothing.
 
-    Raises RuntimeError where a GPU is present, where megatron-core is another version than the one traced, or where
-    a CUDA-only accelerator has been imported already.
+    Imports of the packages `keep_out` fail from now on: megatron-core would call their kernels on CPU tensors. Raises
+    RuntimeError where a GPU is present, where megatron-core is another version than the one traced, or where one of
+    them has been imported already.
     """
     if isinstance(torch.cuda.default_generators, _Generators):
         return
@@ -109,7 +127,10 @@ def install() -> None:
             f"megatron-core {version('megatron-core')} is installed; the CPU stand-ins were made for {MEGATRON_CORE}. "
             "Install that version."
         )
-    _keep_out_accelerators()
+    for name in keep_out:
+        if sys.modules.get(name) is not None:
+            raise RuntimeError(f"{name} was imported before the CPU stand-ins were: call device.prepare() first.")
+        sys.modules[name] = None  # type: ignore[assignment]
     _replace_cuda()
     _replace_factories()
     _replace_tensor_methods()
@@ -118,14 +139,6 @@ def install() -> None:
     if random is not None:
         random._lazy_call = torch.cuda._lazy_call
     log.debug("no GPU: megatron-core runs on the CPU (%d names of torch replaced)", len(REPLACED))
-
-
-def _keep_out_accelerators() -> None:
-    """Make imports of CUDA-only accelerators fail: megatron-core would call their kernels on CPU tensors."""
-    for name in ("transformer_engine", "apex", "flash_attn"):
-        if sys.modules.get(name) is not None:
-            raise RuntimeError(f"{name} was imported before the CPU stand-ins were: call device.prepare() first.")
-        sys.modules[name] = None  # type: ignore[assignment]
 
 
 def _replace_cuda() -> None:

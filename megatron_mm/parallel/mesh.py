@@ -126,7 +126,7 @@ def cut(config: Config) -> Mesh:
 
 
 def alone(config: Config) -> Mesh:
-    """Return a mesh of one rank that never communicates: for looking at a model without running it.
+    """Return a mesh of one rank on the meta device that never communicates: for looking at a model without running it.
 
     Raises RuntimeError if this process has joined a run already.
     """
@@ -134,7 +134,7 @@ def alone(config: Config) -> Mesh:
         raise RuntimeError("this process is a rank of a run: mesh.alone() would take its groups away.")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    device.prepare()
+    device.imagine()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     layout = config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": 1, "cp": 1})
     return cut(config.model_copy(update={"parallel": layout}))

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = (
     *("preset", "run_dir", "parallel.", "checkpoint.", "evaluation.", "logging.", "schedule."),
     *("training.steps", "training.stop_after", "training.micro_batch_size", "training.recompute", "training.kernels"),
-    "training.check_replicas_interval",
+    *("training.backend", "training.attention", "training.check_replicas_interval"),
     *("data.validation", "data.prefetch_steps"),
 )
 """Settings that a resumed run may have different from the one that was saved."""

@@ -10,6 +10,7 @@ from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader, Prefetcher
 from megatron_mm.errors import ConfigError
 from megatron_mm.kernels import ops
+from megatron_mm.model.backend import choose
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.training import checkpoint
@@ -26,13 +27,13 @@ log = logging.getLogger(__name__)
 
 def train(config: Config, mesh: Mesh) -> TrainState:
     """Train to the last step, from the newest checkpoint if there is one. Collective over all ranks."""
-    kernels = ops.select(config.training.kernels, device.current())
+    kernels, backend = ops.select(config.training.kernels, device.current()), choose(config)
     loader = Loader(config.data.train, config=config, mesh=mesh)
     heldout = Loader(config.data.validation, config=config, mesh=mesh) if config.data.validation else None
     state = build_state(config, mesh)
     _resume(state)
     parameters = total_parameters(state)
-    _announce(state, loader, kernels, parameters)
+    _announce(state, loader, f"{kernels} kernels | {backend.name} layers | {backend.attention} attention", parameters)
     guard = Guard()
     with Metrics(config, mesh, first_step=state.step) as metrics:
         metrics.start(step=state.step, layout=mesh.describe(), parameters=parameters)
@@ -73,7 +74,7 @@ def _resume(state: TrainState) -> None:
     checkpoint.load(state, path)
 
 
-def _announce(state: TrainState, loader: Loader, kernels: str, parameters: int) -> None:
+def _announce(state: TrainState, loader: Loader, chosen: str, parameters: int) -> None:
     """Say once what runs: settings, layout, model, data; save the settings."""
     if not state.mesh.speaks:
         return
@@ -82,11 +83,11 @@ def _announce(state: TrainState, loader: Loader, kernels: str, parameters: int) 
     for change in configs.changes(config):
         log.info("%s | %s", config.preset, change)
     log.info(
-        "layout %s on %s | %s parameters | %s kernels | %d micro-batches a step",
+        "layout %s on %s | %s parameters | %s | %d micro-batches a step",
         state.mesh.describe(),
         device.current().type,
         f"{parameters:,}",
-        kernels,
+        chosen,
         config.num_micro_batches(state.mesh.dp_size),
     )
     log.info(

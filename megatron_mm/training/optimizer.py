@@ -91,7 +91,7 @@ def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> Me
             "min_lr": settings.min_lr * settings.encoder_lr_scale,
         },
     }
-    bf16 = config.training.precision == "bf16"
+    bf16 = config.training.precision != "fp32"
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

@@ -76,7 +76,7 @@ def test_overlapped_communication_changes_nothing(text: str, shards: Path, heldo
         assert_same_curve(split, alone)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["selective", "mlp", "full"])
 @pytest.mark.parametrize("text", ["tp=2 pp=2"])
 def test_recomputation_changes_nothing(recompute: str, text: str, shards: Path) -> None:
     (alone,) = run_ranks(1, curve, small_config(shards, "unused"), 2)
@@ -85,7 +85,7 @@ def test_recomputation_changes_nothing(recompute: str, text: str, shards: Path) 
         assert_same_curve(split, alone)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "mlp", "full"])
 def test_recomputation_saves_activations(recompute: str, shards: Path) -> None:
     """Bytes that autograd keeps for the backward pass of one micro-batch: fewer with each stage of recomputation."""
     kept = [

@@ -33,6 +33,20 @@ def test_mm_88b_has_the_published_parameters() -> None:
     assert order == list(range(110))
 
 
+def test_the_encoders_fit_into_the_slot_of_the_embedding() -> None:
+    """Priced by hand: a ViT-L/16 does 2 x 302M x 197 FLOPs an image and 4 x 24 x 197^2 x 1024 in its attention."""
+    price = describe("mm_88b")["encoders_in_layers"]
+    tower = 2 * 302.3e6 * 197 + 4 * 24 * 197**2 * 1024
+    projector = 2 * (1024 * 8192 + 8192**2) * 198
+    layer = 3 * 8192 * (2 * 790.6e6 + 2 * 8192**2)
+    assert price["image"] == pytest.approx((tower + 3 * projector) / layer, rel=0.02)
+    assert price["images_only"] == pytest.approx(price["image"] * 41, rel=0.02)
+    assert max(price["images_only"], price["seconds_only"]) < 1.0
+    trained = describe("mm_88b", "vision.trainable=true")["encoders_in_layers"]
+    assert trained["image"] == pytest.approx((3 * tower + 3 * projector) / layer, rel=0.02)
+    assert trained["second"] == price["second"]
+
+
 def test_the_librispeech_form_is_smaller_by_its_norms_and_biases() -> None:
     counts = describe("mm_88b", "audio.form=ls960")["parameters"]
     assert counts["audio_tower"] == 315_427_968  # torchaudio's wav2vec2_large

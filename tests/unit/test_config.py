@@ -9,7 +9,7 @@ from megatron_mm.config.rules import world_failures
 from megatron_mm.errors import ConfigError
 
 
-@pytest.mark.parametrize("preset", ["tiny", "mm_1b", "mm_88b"])
+@pytest.mark.parametrize("preset", ["tiny", "mm_1b", "mm_88b", "mm_88b_fp8"])
 def test_every_preset_loads(preset: str) -> None:
     assert preset in configs.preset_names()
     assert configs.load(preset).preset == preset
@@ -77,6 +77,45 @@ def test_ill_typed_values_name_their_key_and_what_was_found() -> None:
 def test_each_rule_says_what_is_wrong(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configs.load("tiny", [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.backend=local"], r"training\.precision=fp8 is TransformerEngine's"),
+        (["training.backend=local"], r"parallel\.tp_comm_overlap=true is TransformerEngine's"),
+        (["parallel.tp=1"], r"parallel\.tp_comm_overlap=true overlaps communication of tensor ranks"),
+        (["training.fp8_recipe=delayed"], r"Use training\.bf16_end_layers=0"),
+        (["training.bf16_end_layers=56"], "is more than model.num_layers=110"),
+        (["model.ffn_hidden_size=26632"], r"model\.ffn_hidden_size / parallel\.tp=3329 is not a multiple of 16"),
+        (
+            ["training.fp8_recipe=blockwise", "model.ffn_hidden_size=26752"],
+            r"model\.ffn_hidden_size / parallel\.tp=3344 is not a multiple of 128",
+        ),
+        (["parallel.overlap_grad_reduce=false"], r"needs parallel\.overlap_grad_reduce=true"),
+    ],
+)
+def test_each_rule_of_the_big_runs_says_what_is_wrong(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configs.load("mm_88b_fp8", overrides)
+
+
+@pytest.mark.parametrize("recipe", ["current", "blockwise"])
+def test_the_88b_fits_every_fp8_recipe(recipe: str) -> None:
+    configs.load("mm_88b_fp8", [f"training.fp8_recipe={recipe}"])
+    configs.load("mm_88b_fp8", ["training.fp8_recipe=delayed", "training.bf16_end_layers=0"])
+
+
+def test_a_preset_may_start_from_another(tmp_path: Path) -> None:
+    fp8, bf16 = configs.load("mm_88b_fp8"), configs.load("mm_88b")
+    assert configs.differences(bf16, fp8).keys() == {"preset", "run_dir", "training.precision"}
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: mm_88b_fp8\nrun_dir: runs/mine\noptimizer: {lr: 1.0e-4}\n")
+    mine = configs.load(str(path))
+    assert configs.differences(fp8, mine).keys() == {"preset", "run_dir", "optimizer.lr"}
+    path.write_text("extends: mm_88\n")
+    with pytest.raises(ConfigError, match="Did you mean 'mm_88b'"):
+        configs.load(str(path))
 
 
 def test_groups_and_tensor_ranks_must_divide_one_another() -> None:

@@ -1,0 +1,177 @@
+"""What decoder layers are built of: megatron-core's own linear layers, or TransformerEngine's.
+
+Both name and shape their parameters alike, so a checkpoint of one is a checkpoint of the other. Which one runs, and
+which attention, is decided once, by `choose`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_mm.config import Config
+from megatron_mm.errors import ConfigError
+from megatron_mm.model.core_attention import DocumentAttention, VarlenAttention, flash_attn_varlen, torch_varlen
+from megatron_mm.parallel import device
+
+FP8_CAPABILITY = {"current": (8, 9), "delayed": (8, 9), "blockwise": (9, 0)}
+"""The least CUDA compute capability of each FP8 recipe."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The classes of a decoder layer."""
+
+    name: str
+    attention: str
+    """Which form of attention runs."""
+    column_linear: Callable[..., nn.Module]
+    """megatron-core's ColumnParallelLinear, or what has its interface."""
+    row_linear: Callable[..., nn.Module]
+    """megatron-core's RowParallelLinear, or what has its interface."""
+    replicated_linear: Callable[..., nn.Module]
+    """(input_size, output_size, *, config): see `ReplicatedLinear`."""
+    norm: Callable[..., nn.Module]
+    """(config, hidden_size, eps): see `RMSNorm`."""
+    accumulates_in_place: bool
+    """Whether its linear layers add weight gradients to the FP32 buffer of data parallelism themselves."""
+    start: Callable[[Config], None]
+    """Makes ready what its layers need, once, before they are built. Collective over tp."""
+    core_attention: Callable[[TransformerConfig, int, dist.ProcessGroup], nn.Module]
+    """(config, layer_number, tp_group) to a module with the interface of `core_attention`."""
+
+
+class ReplicatedLinear(nn.Module):
+    """A linear layer whose weight every tensor rank holds whole and applies to its own sequence shard.
+
+    Its gradient is partial over the sequence, so the weight is marked `sequence_parallel`: finalize_model_grads sums
+    it over the tensor ranks once a step.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig) -> None:
+        super().__init__()
+        place = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype, device=place))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """Return (hidden @ weight.T, no bias), as megatron-core's linear layers do. No communication."""
+        return F.linear(hidden, self.weight), None
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang and Sennrich 2019) over a sequence shard.
+
+    megatron-core's own wrapper refuses sequence parallelism without TransformerEngine.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        place = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=place))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return hidden / rms(hidden) * weight, over the last dimension."""
+        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+
+
+def choose(config: Config) -> Backend:
+    """Return the backend of this rank. Raises ConfigError if what `config` asks for cannot be had here.
+
+    On the meta device nothing runs, so nothing is refused: what is not installed is built of its local counterpart.
+    """
+    kind = device.current().type
+    wanted = config.training.backend
+    missing = _transformer_engine_missing()
+    if kind != "meta":
+        _refuse(config, kind=kind, missing=missing)
+    if wanted == "local" or missing or (wanted == "auto" and kind == "meta"):
+        return local(_attention_form(config, kind=kind))
+    from megatron_mm.model import transformer_engine
+
+    return transformer_engine.backend()
+
+
+def local(attention: str = "sdpa") -> Backend:
+    """Return the backend of megatron-core's linear layers with the named form of attention."""
+    if attention == "flash_attn":
+        attend = flash_attn_varlen()
+    elif attention == "varlen":
+        attend = torch_varlen
+
+    def core_attention(config: TransformerConfig, layer_number: int, tp_group: dist.ProcessGroup) -> nn.Module:
+        return DocumentAttention() if attention == "sdpa" else VarlenAttention(attend)
+
+    return Backend(
+        name="local",
+        attention=attention,
+        column_linear=ColumnParallelLinear,
+        row_linear=RowParallelLinear,
+        replicated_linear=ReplicatedLinear,
+        norm=RMSNorm,
+        accumulates_in_place=False,
+        start=lambda config: None,
+        core_attention=core_attention,
+    )
+
+
+def _transformer_engine_missing() -> str | None:
+    """Return why TransformerEngine cannot be used, None if it can."""
+    if not device.has_gpu():
+        return "its kernels run on GPUs, and this rank is on the CPU"
+    return None if find_spec("transformer_engine") else "it is not installed"
+
+
+def _refuse(config: Config, *, kind: str, missing: str | None) -> None:
+    training, failures = config.training, []
+    needs = [
+        setting
+        for setting, on in (
+            ("training.backend=transformer_engine", training.backend == "transformer_engine"),
+            ("training.precision=fp8", training.precision == "fp8"),
+            ("parallel.tp_comm_overlap=true", config.parallel.tp_comm_overlap),
+        )
+        if on
+    ]
+    if needs and missing:
+        failures.append(
+            f"{' and '.join(needs)} need TransformerEngine, but {missing}. Use training.backend=local "
+            "training.precision=bf16 parallel.tp_comm_overlap=false."
+        )
+    elif training.precision == "fp8":
+        least, found = FP8_CAPABILITY[training.fp8_recipe], torch.cuda.get_device_capability()
+        if found < least:
+            failures.append(
+                f"training.precision=fp8 with training.fp8_recipe={training.fp8_recipe} needs a GPU of compute "
+                f"capability {least[0]}.{least[1]} or more (H100: 9.0), and this rank's has {found[0]}.{found[1]} "
+                "(A100: 8.0). Use training.precision=bf16."
+            )
+    if kind == "cpu" and training.attention in ("varlen", "flash_attn"):
+        failures.append(f"training.attention={training.attention} runs on GPUs, and this rank is on the CPU. Use sdpa.")
+    elif training.attention == "flash_attn" and not _has_flash_attn():
+        failures.append("training.attention=flash_attn, but flash-attn is not installed. Use varlen, or auto.")
+    if failures:
+        raise ConfigError("\n".join(failures))
+
+
+def _attention_form(config: Config, *, kind: str) -> str:
+    wanted = config.training.attention
+    if kind != "cuda":
+        return "sdpa"
+    if wanted != "auto":
+        return wanted
+    if config.training.precision == "fp32":  # flash kernels take 16-bit operands
+        return "sdpa"
+    return "flash_attn" if _has_flash_attn() else "varlen"
+
+
+def _has_flash_attn() -> bool:
+    return any(find_spec(name) for name in ("flash_attn_interface", "flash_attn"))

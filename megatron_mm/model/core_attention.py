@@ -1,0 +1,100 @@
+"""Causal attention inside packed documents: the obvious form, and one launch of a flash kernel for all of them.
+
+Every form takes the same operands: query (num_tokens/cp, heads/tp, head_dim), the positions of the spans; key and value
+(num_tokens, groups, head_dim), the whole row, with heads/tp a multiple of groups; each returns the shape of the query.
+None communicates.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
+
+from megatron_mm.batch import AttentionSpan
+
+Attend = Callable[..., Tensor]
+"""(query, key, value, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv) to the context, causal, aligned at the
+end of each document."""
+
+
+class DocumentAttention(nn.Module):
+    """Attention document by document, by torch's scaled_dot_product_attention: the reference, on any device."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, spans: tuple[AttentionSpan, ...]) -> Tensor:
+        """Return the context of each position."""
+        queries = query.split([length for span in spans for length in span.query_lengths])
+        keys, values = ([piece for span in spans for piece in _pieces(part, span)] for part in (key, value))
+        return torch.cat([_attend(*piece) for piece in zip(queries, keys, values)])
+
+
+def _pieces(row: Tensor, span: AttentionSpan) -> tuple[Tensor, ...]:
+    """Return the keys, or values, of each piece of a span."""
+    return span.keys_of(row).split(span.key_lengths)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend causally from the last positions of one document: (num_queries, heads, head_dim), as the query has it."""
+    whole = query.shape[0] == key.shape[0]
+    heads = query.shape[1]
+    # Expanded by hand: on the CPU torch 2.14 runs the backward pass of enable_gqa on one thread a key/value head.
+    key, value = (part if part.shape[1] == heads else _repeat_groups(part, heads) for part in (key, value))
+    context = F.scaled_dot_product_attention(
+        *(part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)),  # (1, heads, length, head_dim)
+        attn_mask=None if whole else causal_lower_right(query.shape[0], key.shape[0]),
+        is_causal=whole,
+    )
+    return context.squeeze(0).transpose(0, 1)
+
+
+def _repeat_groups(part: Tensor, heads: int) -> Tensor:
+    """Return the key or value of each query head: (length, groups, head_dim) to (length, heads, head_dim)."""
+    return part.unsqueeze(2).expand(-1, -1, heads // part.shape[1], -1).flatten(1, 2)
+
+
+class VarlenAttention(nn.Module):
+    """Attention over all documents of a span in one launch of `attend`."""
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, spans: tuple[AttentionSpan, ...]) -> Tensor:
+        """Return the context of each position."""
+        contexts = [self.attend(*operands) for operands in varlen_operands(query, key, value, spans=spans)]
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+
+def varlen_operands(
+    query: Tensor, key: Tensor, value: Tensor, *, spans: tuple[AttentionSpan, ...]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]]:
+    """Yield the operands of an `Attend` for each span."""
+    for own, span in zip(query.split([span.stop - span.start for span in spans]), spans):
+        lengths = max(span.query_lengths), max(span.key_lengths)
+        yield own, span.keys_of(key), span.keys_of(value), span.cu_seqlens_q, span.cu_seqlens_kv, *lengths
+
+
+def torch_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_kv: Tensor, max_q: int, max_kv: int
+) -> Tensor:
+    """An `Attend` by the flash kernels that come with torch: BF16 on a GPU."""
+    return varlen_attn(query, key, value, cu_q, cu_kv, max_q, max_kv, window_size=(-1, 0), enable_gqa=True)
+
+
+def flash_attn_varlen() -> Attend:
+    """Return an `Attend` by the flash-attn package: its form for Hopper where that is installed, else its form for
+    Ampere. Raises ImportError where neither is."""
+    try:
+        from flash_attn_interface import flash_attn_varlen_func  # flash-attn 3
+    except ImportError:
+        from flash_attn import flash_attn_varlen_func
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_kv: Tensor, max_q: int, max_kv: int
+    ) -> Tensor:
+        context = flash_attn_varlen_func(query, key, value, cu_q, cu_kv, max_q, max_kv, causal=True)
+        return context[0] if isinstance(context, tuple) else context  # some versions return the log-sum-exp as well
+
+    return attend
