@@ -13,7 +13,7 @@ import pytest
 from small import png, save_tokenizer, sentence
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest import pipeline
+from megatron_mm.ingest import pipeline, work
 from megatron_mm.ingest.pipeline import Options, find_files, preprocess, read_texts
 from megatron_mm.shards import ShardReader
 from megatron_mm.tokenizer import TextTokenizer
@@ -51,7 +51,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_shards_do_not_depend_on_the_workers(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "LINES_BYTES", 4_000)
+    monkeypatch.setattr(work, "LINES_BYTES", 4_000)
     reports = [run(corpus, tmp_path / str(workers) / "p", workers=workers) for workers in (1, 3)]
     assert reports[0] == reports[1]
     assert reports[0].num_inputs > 10, "the lines are cut into ranges"
@@ -83,7 +83,7 @@ def test_bad_inputs_end_the_run_unless_they_are_skipped(corpus: Path, tmp_path: 
 
 
 def test_every_line_is_accounted_for(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "LINES_BYTES", 3_000)
+    monkeypatch.setattr(work, "LINES_BYTES", 3_000)
     path = corpus / "deep" / "lines.jsonl"
     lines = path.read_text().splitlines()
     bad = [7, 130, 131, 499]
@@ -121,14 +121,14 @@ class DyingOptions(Options):
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        real = pipeline._read
+        real = pipeline.read_work
 
-        def read(work, options):
-            if work.path.read_bytes() == b"die here":
+        def read(item, options):
+            if item.path.read_bytes() == b"die here":
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(work, options)
+            return real(item, options)
 
-        pipeline._read = read
+        pipeline.read_work = read
 
 
 def test_a_run_killed_at_any_moment_leaves_no_shards_to_be_read(corpus: Path, tmp_path: Path) -> None:

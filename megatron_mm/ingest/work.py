@@ -1,0 +1,68 @@
+"""Inputs cut into pieces of work: a file, or a part of one that can be read by itself."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mm.ingest.detect import KIND_OF_SUFFIX, Kind
+from megatron_mm.ingest.encode import MAX_AUDIO_SECONDS
+from megatron_mm.ingest.read import Reading, read_file, read_lines
+
+LINES_BYTES = 4 * 2**20
+"""Bytes of a JSON-lines file that one worker takes at a time."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one worker reads at a time: a file, or a range of lines of one."""
+
+    path: Path
+    caption: Path | None = None
+    """A text file of the same name that belongs to an image or a recording."""
+    start: int = 0
+    stop: int | None = None
+    first_line: int = 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that this work reads, for the progress bar."""
+        return (self.path.stat().st_size if self.stop is None else self.stop) - self.start
+
+
+@dataclass(frozen=True)
+class Options:
+    """How inputs are read."""
+
+    trust_content: bool = False
+    """Read a file whose name says another kind as what its content is, instead of rejecting it."""
+    max_audio_seconds: int = MAX_AUDIO_SECONDS
+    """Longer recordings become several items."""
+
+
+DEFAULTS = Options()
+
+
+def cut_file(path: Path, *, caption: Path | None = None) -> Iterator[Work]:
+    """Yield the work of reading one file: long JSON-lines files are cut, any other file is one piece."""
+    if KIND_OF_SUFFIX.get(path.suffix.lower()) is Kind.JSONL and path.stat().st_size > LINES_BYTES:
+        yield from _line_ranges(path)
+    else:
+        yield Work(path, caption=caption)
+
+
+def _line_ranges(path: Path) -> Iterator[Work]:
+    """Cut a file at line ends into ranges of about LINES_BYTES."""
+    with path.open("rb") as file:
+        start, line = 0, 1
+        while block := file.read(LINES_BYTES):
+            block += file.readline()
+            yield Work(path, start=start, stop=start + len(block), first_line=line)
+            start += len(block)
+            line += block.count(b"\n")
+
+
+def read_work(work: Work, options: Options) -> Reading:
+    """Return the documents of a piece of work, and what was left out. Never raises for what is in the file."""
+    if work.stop is not None:
+        return read_lines(work.path, start=work.start, stop=work.stop, first_line=work.first_line)
+    return read_file(work.path, caption=work.caption, trust_content=options.trust_content)
