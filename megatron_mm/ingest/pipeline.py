@@ -10,11 +10,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.detect import KIND_OF_SUFFIX, Kind
 from megatron_mm.ingest.document import Rejection, TextSegment
 from megatron_mm.ingest.encode import encode_document
-from megatron_mm.ingest.work import DEFAULTS, Options, Work, cut_file, cut_work, read_work
-from megatron_mm.ingest.workers import Failure, Workers
+from megatron_mm.ingest.read import pair_captions
+from megatron_mm.ingest.work import DEFAULTS, Options, Work, cut_file, cut_work, read_all, read_work
+from megatron_mm.ingest.workers import Cut, Failure, Workers
 from megatron_mm.shards import Counts, EncodedDocument, ShardWriter
 from megatron_mm.tokenizer import TextTokenizer
 
@@ -69,11 +69,11 @@ def preprocess(
 def read_texts(inputs: Sequence[str]) -> Iterator[str]:
     """Yield the text of every document under `inputs`, in a fixed order. Raises DataError at the first bad input."""
     for item in _work(find_files(inputs)):
-        documents, rejections = read_work(item, DEFAULTS)
-        if rejections:
-            raise DataError(f"{rejections[0].path}: {rejections[0].reason}")
-        for document in documents:
-            yield from (segment.text for segment in document.segments if isinstance(segment, TextSegment))
+        for documents, rejections in read_all(item, DEFAULTS):
+            if rejections:
+                raise DataError(f"{rejections[0].path}: {rejections[0].reason}")
+            for document in documents:
+                yield from (segment.text for segment in document.segments if isinstance(segment, TextSegment))
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
@@ -95,7 +95,7 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
 
 def _work(files: Sequence[Path]) -> Iterator[Work]:
     """Yield what workers read: a caption goes with its image or recording, long JSON-lines files are cut."""
-    captions = _captions(files)
+    captions = pair_captions(files)
     shown = set(captions.values())
     for file in files:
         if file in shown:
@@ -103,23 +103,19 @@ def _work(files: Sequence[Path]) -> Iterator[Work]:
         yield from cut_file(file, caption=captions.get(file))
 
 
-def _captions(files: Sequence[Path]) -> dict[Path, Path]:
-    """Pair each image and recording with the text file of the same name beside it (WebDataset's convention)."""
-    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
-    media = (file for file in files if KIND_OF_SUFFIX.get(file.suffix.lower()) in (Kind.IMAGE, Kind.AUDIO))
-    return {file: texts[file.with_suffix("")] for file in media if file.with_suffix("") in texts}
-
-
 Encoded = tuple[list[EncodedDocument], list[Rejection]]
 
 
-def _make_task(tokenizer_path: str, options: Options) -> Callable[[Work], Encoded]:
+def _make_task(tokenizer_path: str, options: Options) -> Callable[[Work], Encoded | Cut[Work]]:
     """Return what a worker does with each piece of work; it loads the tokenizer once."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = TextTokenizer(tokenizer_path)
 
-    def read_and_encode(work: Work) -> Encoded:
-        documents, rejections = read_work(work, options)
+    def read_and_encode(work: Work) -> Encoded | Cut[Work]:
+        reading = read_work(work, options)
+        if isinstance(reading, Cut):
+            return reading
+        documents, rejections = reading
         seconds = options.max_audio_seconds
         return [encode_document(document, tokenizer, max_audio_seconds=seconds) for document in documents], rejections
 

@@ -6,6 +6,7 @@ import multiprocessing.connection
 import os
 import resource
 import signal
+import tempfile
 import threading
 import time
 import traceback
@@ -45,6 +46,13 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True)
+class Cut[Item]:
+    """What a task returns instead of a result when it finds its item too large: the parts to be done in its place."""
+
+    parts: Sequence[Item]
+
+
 @dataclass(eq=False)
 class _Slot[Item]:
     """An item under way, and its result when there is one."""
@@ -58,14 +66,14 @@ class Workers[Item, Result]:
     """`count` processes that do work: each calls `make_task` once, and the task that it returns on every item.
 
     Use as a context; `make_task` is pickled. An item whose process dies or passes a limit is cut by `split` and its
-    parts are tried one by one; what cannot be cut further gives a Failure. Raises RuntimeError if a process cannot
-    be started.
+    parts are tried one by one; what cannot be cut further gives a Failure. A task may itself return a Cut. Raises
+    RuntimeError if a process cannot be started.
     """
 
     def __init__(
         self,
         count: int,
-        make_task: Callable[[], Callable[[Item], Result]],
+        make_task: Callable[[], Callable[[Item], "Result | Cut[Item]"]],
         *,
         limits: Limits = DEFAULTS,
         split: Callable[[Item], Sequence[Item]] = lambda item: [item],
@@ -73,12 +81,17 @@ class Workers[Item, Result]:
         self.count, self.make_task, self.limits, self.split = max(1, count), make_task, limits, split
 
     def __enter__(self) -> "Workers[Item, Result]":
-        self._workers = [_Worker(self.make_task, self.limits) for _ in range(self.count)]
+        self._folder = tempfile.TemporaryDirectory(prefix="workers-")
+        self._workers = [self._start() for _ in range(self.count)]
         return self
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
             worker.kill()
+        self._folder.cleanup()
+
+    def _start(self) -> "_Worker":
+        return _Worker(self.make_task, self.limits, self._folder.name)
 
     def run(self, work: Iterable[Item]) -> Iterator[tuple[Item, Result | Failure]]:
         """Yield each item of `work`, or the parts that it had to be cut into, with its result, in the order of `work`.
@@ -98,6 +111,9 @@ class Workers[Item, Result]:
             self._hand_out()
             self._collect()
             while self._waiting and self._waiting[0].done:
+                if isinstance(self._waiting[0].result, Cut):
+                    self._replace(self._waiting[0], self._waiting[0].result.parts)
+                    continue
                 slot = self._waiting.popleft()
                 yield slot.item, slot.result
 
@@ -126,18 +142,22 @@ class Workers[Item, Result]:
         """Replace a process that failed at the first item that it was given; the others are given out again."""
         worker.kill()
         slot, *others = worker.given
+        self._unassigned.extendleft(reversed(others))
         parts = self.split(slot.item)
         if len(parts) > 1:
-            slots = [_Slot(part) for part in parts]
-            place = self._waiting.index(slot)
-            del self._waiting[place]
-            for offset, part in enumerate(slots):
-                self._waiting.insert(place + offset, part)
-            others = [*slots, *others]
+            self._replace(slot, parts)
         else:
             slot.result, slot.done = failure, True
-        self._unassigned.extendleft(reversed(others))
-        self._workers[self._workers.index(worker)] = _Worker(self.make_task, self.limits)
+        self._workers[self._workers.index(worker)] = self._start()
+
+    def _replace(self, slot: _Slot[Item], parts: Sequence[Item]) -> None:
+        """Put parts where their item stood, to be done first."""
+        slots = [_Slot(part) for part in parts]
+        place = self._waiting.index(slot)
+        del self._waiting[place]
+        for offset, part in enumerate(slots):
+            self._waiting.insert(place + offset, part)
+        self._unassigned.extendleft(reversed(slots))
 
 
 @dataclass
@@ -157,6 +177,8 @@ class _Worker:
 
     make_task: Callable[[], Callable[[Any], Any]]
     limits: Limits
+    folder: str
+    """Where it leaves temporary files, so that those of a killed one go with the others."""
     given: deque[_Slot] = field(default_factory=deque)
     ready: bool = False
 
@@ -164,7 +186,9 @@ class _Worker:
         # Spawned, not forked: PDFium and FFmpeg keep state that a fork would copy half-way.
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, self.make_task, self.limits), daemon=True)
+        self.process = context.Process(
+            target=_serve, args=(other, self.make_task, self.limits, self.folder), daemon=True
+        )
         self.process.start()
         other.close()
         self.deadline = time.monotonic() + START_SECONDS
@@ -209,9 +233,10 @@ class _Worker:
         self.connection.close()
 
 
-def _serve(connection: Connection, make_task: Callable[[], Callable[[Any], Any]], limits: Limits) -> None:
+def _serve(connection: Connection, make_task: Callable[[], Callable[[Any], Any]], limits: Limits, folder: str) -> None:
     """Be a worker: do every item that arrives, within the limits that the system keeps."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    tempfile.tempdir = folder
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     try:
         task = make_task()
