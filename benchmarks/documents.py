@@ -25,7 +25,7 @@ from pathlib import Path
 
 from verdict import finish
 
-MAX_PAGES = 8
+MAX_PAGES = 4
 ROUNDS = 3
 NAME, SPEED_BAR, ORDER_BAR = "documents", 0.1, 0.99
 BOX_TOLERANCE = 3.0

@@ -17,6 +17,8 @@ from megatron_mm.ingest.document import Rejection
 MAX_UNPACKED_BYTES = 2 * 2**30
 """An archive that holds more is refused; what it declares is not trusted."""
 MAX_MEMBERS = 200_000
+MAX_SAMPLES = 1000
+"""Of a range of a tar, so that the list of where they start stays short."""
 MAX_DEPTH = 4
 """Archives within archives, compressed files included."""
 ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
@@ -46,12 +48,14 @@ def unpack(path: Path, folder: Path, *, start: int = 0, stop: int | None = None)
     rejections: list[Rejection] = []
     left = MAX_UNPACKED_BYTES
     try:
-        members = _zip_members(path) if zipfile.is_zipfile(path) else _tar_members(path, start, stop)
+        members = _zip_members(path) if _is_zip(path) else _tar_members(path, start, stop)
         for count, member in enumerate(members):
             if count == MAX_MEMBERS:
                 raise DataError(f"the archive has more than {MAX_MEMBERS:,} members")
             name = PurePosixPath(member.name.replace("\\", "/"))
             if any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.parts):
+                continue
+            if not name.parts:  # "./", the folder itself
                 continue
             target = folder / name
             refusal = member.refusal or _refuse_name(name, target)
@@ -61,6 +65,8 @@ def unpack(path: Path, folder: Path, *, start: int = 0, stop: int | None = None)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 left -= _copy(member.open(), target, left)
                 files.append(target)
+    except DataError:
+        raise
     except (*ERRORS, OSError, ValueError) as error:
         raise DataError(f"the archive is damaged: {error}") from error
     return files, rejections
@@ -89,7 +95,7 @@ def sample_ranges(path: Path, *, num_bytes: int) -> Iterator[list[int]]:
             folder, _, name = member.name.rpartition("/")
             if (folder, name.partition(".")[0]) != key:
                 key, start = (folder, name.partition(".")[0]), end
-                if marks and start - marks[0] >= num_bytes:
+                if marks and (start - marks[0] >= num_bytes or len(marks) == MAX_SAMPLES):
                     yield [*marks, start]
                     marks = []
                 marks.append(start)
@@ -98,6 +104,12 @@ def sample_ranges(path: Path, *, num_bytes: int) -> Iterator[list[int]]:
         _check_end(tar)
     if marks:
         yield [*marks, path.stat().st_size]
+
+
+def _is_zip(path: Path) -> bool:
+    """Tell a zip from a tar; zipfile.is_zipfile takes a tar for one whose last member is a zip."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def _refuse_name(name: PurePosixPath, target: Path) -> str:

@@ -44,6 +44,8 @@ def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:
             declared = float(stream.duration * stream.time_base) if stream.duration else None
             rate = stream.rate
             parts.extend(_to_mono(frame) for frame in container.decode(stream))
+    except DataError:
+        raise
     except (av.error.FFmpegError, ValueError) as error:
         if complete or not parts:
             raise DataError(f"the sound is damaged: {error}") from error

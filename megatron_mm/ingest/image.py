@@ -41,6 +41,8 @@ def read_image(data: bytes) -> ImageSegment:
         raise DataError("it is not an image that can be read") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"the image is too large: {error}") from error
+    except DataError:
+        raise
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise DataError(f"the image is damaged: {error}") from error
 

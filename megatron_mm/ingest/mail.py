@@ -2,9 +2,10 @@
 
 import email
 import email.policy
+import re
 from collections.abc import Callable, Iterator
 from email.message import EmailMessage
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.document import Reading, Rejection, Segment, TextSegment
@@ -12,6 +13,8 @@ from megatron_mm.ingest.text import read_page
 
 HEADERS = ("From", "To", "Cc", "Date", "Subject")
 MAX_PARTS = 1000
+MAX_NAME = 60
+"""Characters kept of the name of what is attached: its end, which says the kind."""
 
 
 def read_mail(
@@ -78,8 +81,8 @@ class _MailReader:
         return shown
 
     def _attach(self, part: EmailMessage) -> None:
-        name = PurePosixPath((part.get_filename() or "part").replace("\\", "/")).name or "part"
-        file = self.folder / str(self._parts) / name[-100:]
+        name = re.sub(r"[\x00-\x1f/\\]+", "_", part.get_filename() or "part").lstrip("._")[-MAX_NAME:] or "part"
+        file = self.folder / str(self._parts) / name
         file.parent.mkdir()
         file.write_bytes(part.get_payload(decode=True) or b"")
         documents, rejections = self.read_attached(file)

@@ -56,7 +56,9 @@ def read_office(path: Path) -> tuple[list[Segment], list[Rejection]]:
             page = _Page(path)
             part = next(part for part in PARTS if part in package.names)
             WALKS[PARTS[part]](package, page)
-    except (*ERRORS, OSError, etree.XMLSyntaxError, KeyError, ValueError, StopIteration) as error:
+    except DataError:
+        raise
+    except (*ERRORS, OSError, etree.XMLSyntaxError, LookupError, ValueError, StopIteration) as error:
         raise DataError(f"the document is damaged: {error!r}") from error
     segments = page.finish()
     if not segments:

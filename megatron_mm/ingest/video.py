@@ -51,6 +51,8 @@ def read_video(
                     break
                 seconds.extend([] for _ in range(second + 1 - len(seconds)))
                 seconds[second].append(_picture(frame))
+    except DataError:
+        raise
     except (av.error.FFmpegError, ValueError) as error:
         if not seconds:
             raise DataError(f"the video is damaged: {error}") from error

@@ -139,6 +139,8 @@ def cut_work(work: Work) -> list[Work]:
         return [replace(work, start=start, stop=stop, marks=(start, stop), size=stop - start) for start, stop in spans]
     if work.kind is Kind.PARQUET:
         return _cut_rows(work, PARTS_OF_ROWS)
+    if work.kind is None and KIND_OF_SUFFIX.get(work.path.suffix.lower()) is Kind.JSONL:
+        work = replace(work, kind=Kind.JSONL, stop=work.num_bytes)
     if work.kind is not Kind.JSONL or work.stop is None:
         return [work]
     parts, start = [], work.start

@@ -103,6 +103,23 @@ def test_a_member_cannot_leave_the_archive(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.rglob("evil.txt"))
 
 
+def test_a_tar_of_a_folder_that_ends_in_a_zip_is_a_tar(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as output:
+        folder = tarfile.TarInfo("./")
+        folder.type = tarfile.DIRTYPE
+        output.addfile(folder)
+        for name, data in (
+            ("./a.txt", b"a text\n"),
+            ("./z.zip", zip_of(tmp_path / "z", {"b.txt": "b\n"}).read_bytes()),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            output.addfile(entry, io.BytesIO(data))
+    documents, rejections = read_file(tmp_path / "a.tar")
+    assert not rejections
+    assert [shape(document) for document in documents] == [["a text\n"], ["b\n"]]
+
+
 def test_links_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("secret")
     with tarfile.open(tmp_path / "a.tar", "w") as output:
@@ -216,6 +233,7 @@ def test_lines_of_a_failed_range_are_tried_alone(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
     (whole,) = work._line_ranges(tmp_path / "a.jsonl")
     parts = cut_work(whole)
+    assert cut_work(Work(tmp_path / "a.jsonl")) == parts
     assert [(part.first_line, part.stop - part.start) for part in parts] == [(1, 17), (2, 16), (3, 1), (4, 16)]
     texts = [shape(document) for part in parts for document in read_work(part, DEFAULTS)[0]]
     assert texts == [["one"], ["two"], ["last"]]

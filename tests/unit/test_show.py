@@ -17,8 +17,8 @@ from megatron_mm.data.show import cut_document, render_page, render_text, runs, 
 from megatron_mm.ingest.audio import encode_flac
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, TextSegment
 from megatron_mm.ingest.encode import encode_document
-from megatron_mm.modality import Source
-from megatron_mm.shards import EncodedDocument, ShardReader, ShardWriter
+from megatron_mm.modality import Media, Source
+from megatron_mm.shards import EncodedDocument, MediaItem, ShardReader, ShardWriter
 from megatron_mm.tokenizer import TextTokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "inspect_data.py"
@@ -49,7 +49,7 @@ def test_runs_cover_every_token_once(document: EncodedDocument, tokenizer: TextT
 def test_a_terminal_gets_the_text_and_a_line_for_each_item(document: EncodedDocument, tokenizer: TextTokenizer) -> None:
     text = render_text(document, tokenizer)
     first = document.media[0].token_offset
-    assert f"[image, {len(PICTURE)} bytes, tokens {first} to {first + 196} (196)]" in text
+    assert f"[image, {len(PICTURE):,} bytes, tokens {first} to {first + 196} (196)]" in text
     assert "after\nthe end" in text
     assert "269 are placeholders: 1 image, 1 audio" in text.replace("\n", " ")
 
@@ -66,7 +66,7 @@ def test_a_page_shows_what_the_encoders_get(document: EncodedDocument, tokenizer
     spans = re.sub(r"<figure>.*?</figcaption></figure>", "", page, flags=re.DOTALL)
     text = re.sub(r"<[^>]+>", "", spans.partition('<div class="tokens">')[2])
     assert "before &lt;b&gt; &amp; 漢字 \U0001f600" in text
-    broken = EncodedDocument(document.tokens, document.source, [document.media[0].__class__(1, b"no", 30, 196)])
+    broken = EncodedDocument(document.tokens, document.source, [MediaItem(Media.IMAGE, b"no", 30, 196)])
     assert "cannot be decoded" in render_page([("", broken)], tokenizer)
 
 
