@@ -35,6 +35,9 @@ class Source(enum.IntEnum):
     IMAGE = 1
     AUDIO = 2
     PDF = 3
+    VIDEO = 4
+    OFFICE = 5
+    """Office files, spreadsheets, e-books and e-mail."""
 
 
 def audio_frames(num_samples: int) -> int:

@@ -90,6 +90,8 @@ class DataConfig(Section):
     """Key of the order in which samples are seen."""
     prefetch_steps: NonNegativeInt = 1
     """Steps that are read and decoded ahead in a background thread; 0 reads in the foreground."""
+    decoder: Literal["auto", "reference", "dali"] = "auto"
+    """What decodes images and sound: auto takes DALI where the device is a GPU, and the reference elsewhere."""
 
 
 class ParallelConfig(Section):

@@ -1,6 +1,6 @@
 """From a step number to this rank's micro-batches: a pure function of (seed, step), read ahead in the background."""
 
-import functools
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,13 +11,16 @@ from torch import Tensor
 
 from megatron_mm.batch import MediaUnits, MicroBatch, attention_spans, context_spans
 from megatron_mm.config import Config
-from megatron_mm.data.decode import decode_chunks, decode_pixels
+from megatron_mm.data.decode import blank_pixels, blank_waveform, cut_chunks, make_decoder
 from megatron_mm.data.order import SampleOrder
 from megatron_mm.data.packing import plan_packing
 from megatron_mm.errors import DataError
 from megatron_mm.modality import CHUNK_SAMPLES, Media, audio_frames
+from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.shards import ShardReader, open_shards
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class Loader:
         self.plan = plan_packing(self.shards, seq_len=config.data.seq_len)
         self.order = SampleOrder(self.plan.num_samples, seed=config.data.seed)
         self._encodes = mesh.is_first_chunk(0)
+        self.decoder = make_decoder(config.data.decoder, has_gpu=device.has_gpu())
+        if self._encodes and mesh.speaks:
+            log.info("media are decoded by %s", self.decoder.name)
 
     def step_samples(self, step: int) -> np.ndarray:
         """Return the samples of optimizer step `step`, counted from 0, in global order: (global_batch_size,) int64."""
@@ -127,18 +133,27 @@ class Loader:
         )
 
     def _decode(self, units: list[Unit]) -> Iterator[Tensor]:
-        normalize = self.config.audio.form == "lv60k"
-
-        @functools.cache
-        def chunks(shard: int, offset: int) -> list[Tensor]:
-            return decode_chunks(self.shards[shard].media_bytes(items[shard, offset]), normalize=normalize)
-
         items = {(unit.shard, int(unit.item["offset"])): unit.item for unit in units}
-        for unit in units:
-            if unit.item["kind"] == Media.IMAGE:
-                yield decode_pixels(self.shards[unit.shard].media_bytes(unit.item))
+        images, sounds = ([key for key, item in items.items() if item["kind"] == kind] for kind in Media)
+        pixels = dict(zip(images, self.decoder.images([self._bytes(*key, items) for key in images]), strict=True))
+        waveforms = dict(
+            zip(sounds, self.decoder.recordings([self._bytes(*key, items) for key in sounds]), strict=True)
+        )
+        for key in [key for key, decoded in (*pixels.items(), *waveforms.items()) if decoded is None]:
+            prefix, item = self.shards[key[0]].prefix, items[key]
+            log.warning("%s.media.bin: the item at byte %d cannot be decoded: it is left blank", prefix, key[1])
+            if key in pixels:
+                pixels[key] = blank_pixels()
             else:
-                yield chunks(unit.shard, int(unit.item["offset"]))[unit.chunk]
+                waveforms[key] = blank_waveform(int(item["num_tokens"]))
+        normalize = self.config.audio.form == "lv60k"
+        chunks = {key: cut_chunks(waveform, normalize=normalize) for key, waveform in waveforms.items()}
+        for unit in units:
+            key = unit.shard, int(unit.item["offset"])
+            yield pixels[key] if key in pixels else chunks[key][unit.chunk]
+
+    def _bytes(self, shard: int, offset: int, items: dict[tuple[int, int], np.ndarray]) -> bytes:
+        return self.shards[shard].media_bytes(items[shard, offset])
 
 
 def _units(item: np.ndarray, shard: int, position: int) -> list[Unit]:

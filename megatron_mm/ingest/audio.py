@@ -1,6 +1,7 @@
 """Sound of any container, codec and rate to 16 kHz mono FLAC."""
 
 import io
+from typing import IO
 
 import av
 import numpy as np
@@ -22,24 +23,37 @@ def read_audio(data: bytes) -> AudioSegment:
     Raises DataError if it is damaged, cut off or too short.
     """
     _check_riff_length(data)
+    samples = decode_mono(io.BytesIO(data))
+    if not audio_chunk_frames(len(samples)):
+        raise DataError(f"the sound has {len(samples)} samples, too few for one frame")
+    return AudioSegment(encode_flac(samples), len(samples))
+
+
+def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:
+    """Return the first sound track of a media file at 16 kHz, (num_samples,) float32 in [-1, 1].
+
+    Raises DataError if there is none, or it is damaged; if not `complete`, what comes before the damage is returned.
+    """
+    parts: list[np.ndarray] = []
+    rate, declared = SAMPLE_RATE, None
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(file) as container:
             if not container.streams.audio:
                 raise DataError("it holds no sound")
             stream = container.streams.audio[0]
             declared = float(stream.duration * stream.time_base) if stream.duration else None
             rate = stream.rate
-            parts = [_to_mono(frame) for frame in container.decode(stream)]
+            parts.extend(_to_mono(frame) for frame in container.decode(stream))
+    except DataError:
+        raise
     except (av.error.FFmpegError, ValueError) as error:
-        raise DataError(f"the sound is damaged: {error}") from error
+        if complete or not parts:
+            raise DataError(f"the sound is damaged: {error}") from error
     samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     seconds = len(samples) / rate
-    if declared and seconds < declared * (1 - MISSING_FRACTION):
+    if complete and declared and seconds < declared * (1 - MISSING_FRACTION):
         raise DataError(f"the sound is cut off: {seconds:.2f} of {declared:.2f} seconds are there")
-    samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
-    if not audio_chunk_frames(len(samples)):
-        raise DataError(f"the sound has {len(samples)} samples, too few for one frame")
-    return AudioSegment(encode_flac(samples), len(samples))
+    return soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
 
 
 def _check_riff_length(data: bytes) -> None:

@@ -45,3 +45,7 @@ class Rejection:
 
     path: str
     reason: str
+
+
+Reading = tuple[list[Document], list[Rejection]]
+"""The documents of an input, and what was left out of it."""

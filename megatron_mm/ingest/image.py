@@ -5,6 +5,7 @@ import struct
 import warnings
 
 import numpy as np
+import pillow_heif
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from megatron_mm.errors import DataError
@@ -14,6 +15,8 @@ MAX_PIXELS = 64_000_000
 """Larger images are refused from their header, before anything is decoded."""
 MIN_SIDE = 8
 """Smaller images are rules, bullets and tracking pixels."""
+pillow_heif.register_heif_opener()
+
 PLAIN = {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")}
 """Format and mode of images whose bytes are stored as they are, if they are upright."""
 JPEG_QUALITY = 95
@@ -30,12 +33,16 @@ def read_image(data: bytes) -> ImageSegment:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
                 _check_size(image)
+                # Pillow shows 8 bits of a 16-bit RGB PNG, other decoders all 16. Loading forgets the tiles.
+                is_deep = any(";16" in str(tile.args) for tile in image.tile)
                 image.load()
-                return ImageSegment(data if _is_plain(image) else _encode_plain(image))
+                return ImageSegment(data if _is_plain(image) and not is_deep else _encode_plain(image))
     except UnidentifiedImageError:
         raise DataError("it is not an image that can be read") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"the image is too large: {error}") from error
+    except DataError:
+        raise
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise DataError(f"the image is damaged: {error}") from error
 

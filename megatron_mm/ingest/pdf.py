@@ -1,20 +1,30 @@
 """PDF: text and embedded images, interleaved by their place on the page. PDFium reads, the order is ours."""
 
 import ctypes
+import functools
 import hashlib
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pypdfium2 as pdfium
 import pypdfium2.raw as pdfium_c
+from PIL import Image
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.document import ImageSegment, Rejection, Segment, TextSegment
 from megatron_mm.ingest.image import MAX_PIXELS, MIN_SIDE, encode_pixels, read_image
 from megatron_mm.ingest.reading_order import Box, Piece, reading_order
 
+MAX_PAGES = 10_000
 MAX_IMAGES_PER_PAGE = 500
+SCAN_FRACTION = 0.8
+"""Images that cover more of a page without text are the page."""
+RENDERED_SIDE = 1024
+"""Longer side, in pixels, of the picture of a whole page."""
+TURNS = {90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_90}
+"""From a page's rotation, clockwise, to Pillow's, counter-clockwise."""
 COLUMN_GAP = 1.2
 """Line heights of white space at which one baseline is two columns."""
 PARAGRAPH_GAP = 0.6
@@ -24,15 +34,19 @@ PARAGRAPH_GAP = 0.6
 def read_pdf(path: Path) -> tuple[list[Segment], list[Rejection]]:
     """Return the text and images of a PDF in reading order, and the images that were left out.
 
-    An image that repeats (a logo on every page) is kept once. Raises DataError if the file cannot be opened or shows
-    neither text nor images.
+    An image that repeats (a logo on every page) is kept once. A page without text that is more than a few pictures (a
+    scan, a drawing) is one image of it all. Raises DataError if the file cannot be opened or shows neither.
     """
+    reader = _Reader(path)
     try:
-        document = pdfium.PdfDocument(path)
-        reader = _Reader(path)
-        for number, page in enumerate(document, start=1):
-            reader.read_page(page, number)
-            page.close()
+        with pdfium.PdfDocument(path) as document:
+            for number, page in enumerate(document, start=1):
+                if number > MAX_PAGES:
+                    reason = f"it has {len(document):,} pages: those after {MAX_PAGES:,} are left out"
+                    reader.rejections.append(Rejection(f"{path}#page={number}", reason))
+                    break
+                reader.read_page(page, number)
+                page.close()
     except pdfium.PdfiumError as error:
         raise DataError(f"the PDF cannot be read: {error}") from error
     segments = reader.segments()
@@ -41,49 +55,81 @@ def read_pdf(path: Path) -> tuple[list[Segment], list[Rejection]]:
     return segments, reader.rejections
 
 
+def page_pieces(page: pdfium.PdfPage) -> list[Piece]:
+    """Return the lines and the images of a page in reading order; the images are found, not decoded."""
+    to_screen = _Screen(page)
+    images = page.get_objects(filter=[pdfium_c.FPDF_PAGEOBJ_IMAGE], max_depth=8)
+    placed = [
+        Piece(to_screen(*_matrix_on_page(image).on_rect(0, 0, 1, 1)), image=image)
+        for image in itertools.islice(images, MAX_IMAGES_PER_PAGE + 1)
+    ]
+    return reading_order(list(_lines(page, to_screen)), placed)
+
+
 class _Reader:
-    """Collects the pieces of all pages."""
+    """Collects the segments of all pages."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rejections: list[Rejection] = []
         self._seen: set[bytes] = set()
-        self._pages: list[list[Piece]] = []
+        self._segments: list[Segment] = []
+        self._lines: list[Piece] = []
 
     def read_page(self, page: pdfium.PdfPage, number: int) -> None:
-        to_screen = _Screen(page)
-        lines = list(_lines(page, to_screen))
-        images = list(self._images(page, number, to_screen))
-        self._pages.append(reading_order(lines, images))
-
-    def segments(self) -> list[Segment]:
-        """Return the pieces as segments: lines joined to paragraphs, pages following one another."""
-        segments: list[Segment] = []
-        lines: list[Piece] = []
-        for piece in (piece for pieces in self._pages for piece in pieces):
+        pieces = page_pieces(page)
+        if _is_drawn(page, pieces):
+            self._add_image(functools.partial(_render, page), number)
+            return
+        num_images = 0
+        for piece in pieces:
             if piece.image is None:
-                lines.append(piece)
+                self._lines.append(piece)
                 continue
-            segments += _text_segment(lines)
-            segments.append(piece.image)
-            lines = []
-        return segments + _text_segment(lines)
-
-    def _images(self, page: pdfium.PdfPage, number: int, to_screen: "_Screen") -> Iterator[Piece]:
-        objects = page.get_objects(filter=[pdfium_c.FPDF_PAGEOBJ_IMAGE], max_depth=8)
-        for count, image in enumerate(objects):
-            if count == MAX_IMAGES_PER_PAGE:
+            num_images += 1
+            if num_images > MAX_IMAGES_PER_PAGE:
                 reason = f"page {number} has more than {MAX_IMAGES_PER_PAGE} images: the others are left out"
                 self.rejections.append(Rejection(f"{self.path}#page={number}", reason))
-                return
-            try:
-                segment = _image_segment(image)
-            except (DataError, pdfium.PdfiumError) as error:
-                self.rejections.append(Rejection(f"{self.path}#page={number}", str(error)))
                 continue
-            if segment is not None and (digest := hashlib.sha256(segment.data).digest()) not in self._seen:
-                self._seen.add(digest)
-                yield Piece(to_screen(*_matrix_on_page(image).on_rect(0, 0, 1, 1)), image=segment)
+            self._add_image(functools.partial(_image_segment, piece.image, page.get_rotation()), number)
+
+    def _add_image(self, read: Callable[[], ImageSegment | None], number: int) -> None:
+        try:
+            segment = read()
+        except (DataError, pdfium.PdfiumError) as error:
+            self.rejections.append(Rejection(f"{self.path}#page={number}", str(error)))
+            return
+        if segment is None or (digest := hashlib.sha256(segment.data).digest()) in self._seen:
+            return
+        self._seen.add(digest)
+        self._end_text()
+        self._segments.append(segment)
+
+    def segments(self) -> list[Segment]:
+        """Return the segments: lines joined to paragraphs, pages following one another."""
+        self._end_text()
+        return self._segments
+
+    def _end_text(self) -> None:
+        self._segments += _text_segment(self._lines)
+        self._lines = []
+
+
+def _is_drawn(page: pdfium.PdfPage, pieces: Sequence[Piece]) -> bool:
+    """Tell whether a page without text is a scan or a drawing, so that only a picture of it all shows what it shows."""
+    if any(piece.image is None for piece in pieces):
+        return False
+    width, height = page.get_size()
+    covered = sum((right - left) * (bottom - top) for left, top, right, bottom in (piece.box for piece in pieces))
+    if covered > SCAN_FRACTION * width * height:
+        return True
+    drawn = [pdfium_c.FPDF_PAGEOBJ_PATH, pdfium_c.FPDF_PAGEOBJ_SHADING]
+    return next(iter(page.get_objects(filter=drawn, max_depth=8)), None) is not None
+
+
+def _render(page: pdfium.PdfPage) -> ImageSegment:
+    scale = RENDERED_SIDE / max(*page.get_size(), 1.0)
+    return encode_pixels(page.render(scale=scale).to_pil())
 
 
 class _Screen:
@@ -115,16 +161,22 @@ def _matrix_on_page(image: pdfium.PdfImage) -> pdfium.PdfMatrix:
     return matrix
 
 
-def _image_segment(image: pdfium.PdfImage) -> ImageSegment | None:
-    """Return one embedded image, None if it is too small to show anything."""
+def _image_segment(image: pdfium.PdfImage, rotation: int) -> ImageSegment | None:
+    """Return one embedded image as the page, turned by `rotation`, shows it; None if it is too small to show anything.
+
+    The bytes of a JPEG that stands upright are kept.
+    """
     width, height = image.get_px_size()
     if min(width, height) < MIN_SIDE:
         return None
     if width * height > MAX_PIXELS:
         raise DataError(f"an image has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded")
-    if image.get_filters(skip_simple=True) == ["DCTDecode"]:
+    a, b, c, d, _, _ = image.get_matrix().get()
+    is_upright = not rotation and a > 0 and d > 0 and abs(b) < 1e-3 * a and abs(c) < 1e-3 * d
+    if is_upright and image.get_filters(skip_simple=True) == ["DCTDecode"]:
         return read_image(bytes(image.get_data(decode_simple=True)))
-    return encode_pixels(image.get_bitmap(render=True).to_pil())
+    shown = image.get_bitmap(render=True).to_pil()
+    return encode_pixels(shown.transpose(TURNS[rotation]) if rotation else shown)
 
 
 def _lines(page: pdfium.PdfPage, to_screen: _Screen) -> Iterator[Piece]:

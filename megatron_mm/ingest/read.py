@@ -1,118 +1,163 @@
 """Any file to documents: the kind decides who reads it, and what cannot be read becomes a rejection."""
 
+import functools
 import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_mm.errors import DataError
+from megatron_mm.ingest.archive import MAX_DEPTH, decompress, unpack
 from megatron_mm.ingest.audio import read_audio
-from megatron_mm.ingest.detect import Kind, detect
-from megatron_mm.ingest.document import Document, Rejection, Segment, TextSegment
+from megatron_mm.ingest.detect import KIND_OF_SUFFIX, Kind, detect, mime_of
+from megatron_mm.ingest.document import Document, Reading, Rejection, Segment, TextSegment
 from megatron_mm.ingest.image import read_image
+from megatron_mm.ingest.mail import read_mail
+from megatron_mm.ingest.office import read_office
 from megatron_mm.ingest.pdf import read_pdf
-from megatron_mm.ingest.text import PARSE_ERRORS, decode_text, read_html, read_text
+from megatron_mm.ingest.records import TEXT_FIELDS, read_lines, read_rows
+from megatron_mm.ingest.text import decode_text, read_html, read_text
+from megatron_mm.ingest.video import read_video
 from megatron_mm.modality import Source
 
-Reading = tuple[list[Document], list[Rejection]]
-"""The documents of an input, and what was left out of it."""
+MAX_FILE_BYTES = 2**30
+"""Larger files are refused where a file is read whole: all kinds but JSON lines, Parquet and archives."""
+UNBOUNDED = {Kind.JSONL, Kind.PARQUET, Kind.ARCHIVE, Kind.COMPRESSED}
+CAPTIONED = {Kind.IMAGE, Kind.AUDIO, Kind.VIDEO}
+"""Kinds whose text may stand in a file of the same name beside them."""
+BESIDE_MEDIA = (".txt", ".json", ".cls")
+"""Files that say something of media of the same name."""
 
-MEDIA_FIELDS = {"image": read_image, "audio": read_audio}
-"""Fields of a JSON line that name a file beside it, and who reads that."""
+Parts = tuple[list[Segment], list[Rejection]]
+"""The segments of a file, and what was left out of it."""
 
 
-def read_file(path: Path, *, caption: Path | None = None, trust_content: bool = False) -> Reading:
-    """Return the documents of the file at `path`; with a `caption`, its text follows the image or recording.
+def read_file(path: Path, *, caption: Path | None = None, trust_content: bool = False, depth: int = 0) -> Reading:
+    """Return the documents of the file at `path`; with a `caption`, its text follows the image, recording or film.
 
-    Never raises for what is in the file: a file that cannot be read is a rejection.
+    Never raises for what is in the file: a file that cannot be read is a rejection. `depth` counts the archives that
+    it was unpacked from.
     """
     try:
         kind = detect(path, trust_content=trust_content)
+        if kind not in UNBOUNDED and path.stat().st_size > MAX_FILE_BYTES:
+            raise DataError(f"it has {path.stat().st_size:,} bytes, and {kind.value} files are read up to 1 GiB")
         if kind is Kind.JSONL:
             return read_lines(path)
-        segments, source, rejections = _segments(path, kind)
+        if kind is Kind.PARQUET:
+            return read_rows(path)
+        if kind is Kind.ARCHIVE:
+            return read_archive(path, trust_content=trust_content, depth=depth + 1)
+        if kind is Kind.COMPRESSED:
+            return _read_compressed(path, trust_content=trust_content, depth=depth + 1)
+        if kind is Kind.MAIL:
+            segments, rejections = _read_mail(path, trust_content=trust_content, depth=depth + 1)
+            return [Document(segments, Source.OFFICE)], rejections
+        read, source = READERS[kind]
+        segments, rejections = read(path)
         if caption is not None:
             segments = [*segments, *_caption(caption)]
-    except (DataError, OSError, *PARSE_ERRORS) as error:
+    except (DataError, OSError) as error:
         return [], [Rejection(str(path), str(error))]
+    except RecursionError:
+        return [], [Rejection(str(path), "it is nested too deeply")]
     return [Document(segments, source)], rejections
 
 
-def _segments(path: Path, kind: Kind) -> tuple[list[Segment], Source, list[Rejection]]:
-    if kind is Kind.PDF:
-        segments, rejections = read_pdf(path)
-        return segments, Source.PDF, rejections
-    if kind is Kind.HTML:
-        segments, rejections = read_html(path)
-        return segments, Source.TEXT, rejections
-    if kind is Kind.IMAGE:
-        return [read_image(path.read_bytes())], Source.IMAGE, []
-    if kind is Kind.AUDIO:
-        return [read_audio(path.read_bytes())], Source.AUDIO, []
-    return read_text(path), Source.TEXT, []
+def _whole(read: Callable[[bytes], Segment]) -> Callable[[Path], Parts]:
+    return lambda path: ([read(path.read_bytes())], [])
+
+
+def _describe(path: Path) -> Parts:
+    """Return what can be said of a file that cannot be read: its metadata."""
+    return [TextSegment(f"{path.name}: {mime_of(path)}, {path.stat().st_size:,} bytes\n")], []
+
+
+READERS: Mapping[Kind, tuple[Callable[[Path], Parts], Source]] = {
+    Kind.TEXT: (lambda path: (read_text(path), []), Source.TEXT),
+    Kind.HTML: (read_html, Source.TEXT),
+    Kind.IMAGE: (_whole(read_image), Source.IMAGE),
+    Kind.AUDIO: (_whole(read_audio), Source.AUDIO),
+    Kind.VIDEO: (read_video, Source.VIDEO),
+    Kind.PDF: (read_pdf, Source.PDF),
+    Kind.OFFICE: (read_office, Source.OFFICE),
+    Kind.UNKNOWN: (_describe, Source.TEXT),
+}
+"""Who reads a file that is one document, and where the document is counted."""
 
 
 def _caption(path: Path) -> list[Segment]:
     try:
-        return read_text(path)
-    except DataError as error:
+        if path.suffix.lower() != ".json":
+            return read_text(path)
+        record = json.loads(decode_text(path.read_bytes()))
+        text = next((record[field] for field in TEXT_FIELDS if record.get(field)), "")
+        return [TextSegment(text)] if text.strip() else []
+    except (DataError, ValueError, AttributeError) as error:
         raise DataError(f"its text {path.name} cannot be read: {error}") from error
 
 
-def read_lines(path: Path, *, start: int = 0, stop: int | None = None, first_line: int = 1) -> Reading:
-    """Return the documents of the JSON lines in bytes [start, stop) of a file; a bad line is a rejection of its own.
+def pair_captions(files: Iterable[Path]) -> dict[Path, Path]:
+    """Pair each image, recording and film with the file of the same name beside it that holds its text.
 
-    A line is an object with `text`, with `image` or `audio` naming a file beside this one (the text follows it), or
-    with `segments`, a list of such objects in reading order.
+    That is a text file or else a JSON object with a text field (WebDataset's conventions).
     """
-    documents: list[Document] = []
-    rejections: list[Rejection] = []
-    with path.open("rb") as file:
-        file.seek(start)
-        lines = file.read() if stop is None else file.read(stop - start)
-    for number, line in enumerate(lines.split(b"\n"), start=first_line):
-        if not line.strip():
-            continue
-        try:
-            documents.append(_read_line(line, path.parent))
-        except (DataError, OSError) as error:
-            rejections.append(Rejection(f"{path}:{number}", str(error)))
-    if not documents and not rejections:
-        rejections.append(Rejection(str(path), "it has no lines"))
-    return documents, rejections
+    files = list(files)
+    texts = {
+        file.with_suffix(""): file for suffix in (".json", ".txt") for file in files if file.suffix.lower() == suffix
+    }
+    media = (file for file in files if KIND_OF_SUFFIX.get(file.suffix.lower()) in CAPTIONED)
+    return {file: texts[file.with_suffix("")] for file in media if file.with_suffix("") in texts}
 
 
-def _read_line(line: bytes, folder: Path) -> Document:
-    try:
-        record = json.loads(decode_text(line))
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"the line is not JSON: {error}") from error
-    parts = record.get("segments", [record]) if isinstance(record, dict) else None
-    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise DataError("the line is not an object with text, image, audio or segments")
-    segments = [segment for part in parts for segment in _read_fields(part, folder)]
-    if not segments:
-        raise DataError("the line has no text, image or audio")
-    kinds = {field for part in parts for field in MEDIA_FIELDS if field in part}
-    source = Source.IMAGE if "image" in kinds else Source.AUDIO if "audio" in kinds else Source.TEXT
-    return Document(segments, source)
+def _beside_media(files: Sequence[Path]) -> set[Path]:
+    """Return the files that say something of media of the same name, so that they are no documents of their own."""
+    media = {file.with_suffix("") for file in files if KIND_OF_SUFFIX.get(file.suffix.lower()) in CAPTIONED}
+    return {file for file in files if file.suffix.lower() in BESIDE_MEDIA and file.with_suffix("") in media}
 
 
-def _read_fields(record: dict[str, Any], folder: Path) -> list[Segment]:
-    segments: list[Segment] = []
-    for field, read in MEDIA_FIELDS.items():
-        if field in record:
-            target = (folder / str(record[field])).resolve()
-            if not target.is_relative_to(folder.resolve()):
-                raise DataError(f"{field} {record[field]!r} is outside the folder of the file")
-            try:
-                segments.append(read(target.read_bytes()))
-            except DataError as error:
-                raise DataError(f"{field} {record[field]!r}: {error}") from error
-    text = record.get("text", "")
-    if not isinstance(text, str):
-        raise DataError(f"text is {type(text).__name__}, not a string")
-    if text.strip():
-        segments.append(TextSegment(text))
-    return segments
+def read_archive(
+    path: Path, *, start: int = 0, stop: int | None = None, trust_content: bool = False, depth: int = 1
+) -> Reading:
+    """Return the documents of the files in an archive; of a tar, of those whose header lies in bytes [start, stop).
+
+    Raises DataError if it is damaged, holds too much or is nested too deeply.
+    """
+    if depth > MAX_DEPTH:
+        raise DataError(f"archives are nested more than {MAX_DEPTH} deep")
+    with tempfile.TemporaryDirectory(prefix="archive-") as folder:
+        files, rejections = unpack(path, Path(folder), start=start, stop=stop)
+        captions = pair_captions(files)
+        shown = _beside_media(files)
+        documents: list[Document] = []
+        for file in files:
+            if file not in shown:
+                read, rejected = read_file(file, caption=captions.get(file), trust_content=trust_content, depth=depth)
+                documents += read
+                rejections += rejected
+    if not files and not rejections and stop is None:
+        raise DataError("the archive is empty")
+    return documents, _within(path, folder, rejections)
+
+
+def _read_compressed(path: Path, *, trust_content: bool, depth: int) -> Reading:
+    if depth > MAX_DEPTH:
+        raise DataError(f"archives are nested more than {MAX_DEPTH} deep")
+    with tempfile.TemporaryDirectory(prefix="archive-") as folder:
+        target = Path(folder) / (path.stem if path.suffix.lower() != ".tgz" else f"{path.stem}.tar")
+        decompress(path, target, mime=mime_of(path))
+        documents, rejections = read_file(target, trust_content=trust_content, depth=depth)
+    return documents, _within(path, folder, rejections)
+
+
+def _read_mail(path: Path, *, trust_content: bool, depth: int) -> Parts:
+    if depth > MAX_DEPTH:
+        raise DataError(f"messages and archives are nested more than {MAX_DEPTH} deep")
+    with tempfile.TemporaryDirectory(prefix="mail-") as folder:
+        read_attached = functools.partial(read_file, trust_content=trust_content, depth=depth)
+        return read_mail(path, folder=Path(folder), read_attached=read_attached)
+
+
+def _within(path: Path, folder: str, rejections: list[Rejection]) -> list[Rejection]:
+    """Name what was unpacked to `folder` by the archive that it came from."""
+    return [Rejection(entry.path.replace(folder, str(path), 1), entry.reason) for entry in rejections]

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
-
-from megatron_mm.ingest.document import ImageSegment
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in points from the top left corner of the page as it is shown."""
@@ -23,7 +22,8 @@ class Piece:
 
     box: Box
     text: str = ""
-    image: ImageSegment | None = None
+    image: Any = None
+    """Whatever its finder reads it from; None: a line."""
 
     @property
     def middle(self) -> tuple[float, float]:

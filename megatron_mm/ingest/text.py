@@ -1,9 +1,9 @@
 """Text files and web pages."""
 
 import base64
-import binascii
 import codecs
 import re
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -58,27 +58,50 @@ def read_text(path: Path) -> list[Segment]:
     return [TextSegment(decode_text(path.read_bytes()))]
 
 
+Fetch = Callable[[str], bytes | None]
+"""From the address of an image on a page to its bytes, None where it is not to be looked for."""
+
+
 def read_html(path: Path) -> tuple[list[Segment], list[Rejection]]:
     """Return what a reader of the page sees: its text by blocks, its images in place, and the images left out.
 
     Images are read from data: addresses and from files beside or below the page; others are not fetched. Raises
     DataError if the page holds nothing to see.
     """
-    page = html.document_fromstring(decode_text(path.read_bytes()).encode(), parser=html.HTMLParser(encoding="utf-8"))
-    body = page.find("body")
-    visitor = _PageReader(path)
-    visitor.visit(page if body is None else body)
-    segments = visitor.finish()
+    segments, rejections = read_page(path.read_bytes(), name=str(path), fetch=lambda address: _beside(path, address))
     if not segments:
         raise DataError("the page holds nothing to see")
-    return segments, visitor.rejections
+    return segments, rejections
+
+
+def read_page(data: bytes, *, name: str, fetch: Fetch) -> tuple[list[Segment], list[Rejection]]:
+    """Return what a reader of a page sees, and the images left out; `fetch` finds its images. Raises DataError."""
+    try:
+        page = html.document_fromstring(decode_text(data).encode(), parser=html.HTMLParser(encoding="utf-8"))
+        body = page.find("body")
+        visitor = _PageReader(name, fetch)
+        visitor.visit(page if body is None else body)
+    except (etree.ParserError, etree.XMLSyntaxError) as error:
+        raise DataError(f"the page cannot be read: {error}") from error
+    except RecursionError:
+        raise DataError("the page is nested too deeply") from None
+    return visitor.finish(), visitor.rejections
+
+
+def _beside(path: Path, address: str) -> bytes | None:
+    parts = urlsplit(address)
+    folder = path.resolve().parent
+    target = (folder / unquote(parts.path)).resolve()
+    if parts.scheme or parts.netloc or not parts.path or not target.is_relative_to(folder):
+        return None
+    return target.read_bytes()
 
 
 class _PageReader:
     """Walks a page and collects its segments."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, name: str, fetch: Fetch) -> None:
+        self.name, self.fetch = name, fetch
         self.rejections: list[Rejection] = []
         self._segments: list[Segment] = []
         self._blocks: list[str] = []
@@ -120,26 +143,13 @@ class _PageReader:
     def _add_image(self, element: html.HtmlElement) -> None:
         address = element.get("src", "")
         try:
-            data = self._fetch(address)
+            inline = address.startswith("data:image/")
+            data = base64.b64decode(address.partition(",")[2]) if inline else self.fetch(address)
             if data is None:
                 return
             segment = read_image(data)
-        except (DataError, OSError, binascii.Error) as error:
-            self.rejections.append(Rejection(f"{self.path}#{address[:80]}", str(error)))
+        except (DataError, OSError, ValueError) as error:
+            self.rejections.append(Rejection(f"{self.name}#{address[:80]}", str(error)))
             return
         self._end_text()
         self._segments.append(segment)
-
-    def _fetch(self, address: str) -> bytes | None:
-        if address.startswith("data:image/"):
-            return base64.b64decode(address.partition(",")[2])
-        parts = urlsplit(address)
-        folder = self.path.resolve().parent
-        target = (folder / unquote(parts.path)).resolve()
-        if parts.scheme or parts.netloc or not parts.path or not target.is_relative_to(folder):
-            return None
-        return target.read_bytes()
-
-
-PARSE_ERRORS = (etree.ParserError, etree.XMLSyntaxError)
-"""What lxml raises on a page that it cannot make anything of."""

@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import struct
 import wave
+import zlib
 from pathlib import Path
 
 import av
@@ -192,6 +194,30 @@ def test_16_bit_grey_is_scaled() -> None:
     assert np.abs(pixels[..., 0] - ramp / 257).max() <= 1
 
 
+def test_16_bit_colour_is_scaled() -> None:
+    deep = gradient().astype(np.uint16) * 257
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    coded = [struct.pack(">I", len(data)) + name + data for name, data in chunks]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(part + struct.pack(">I", zlib.crc32(part[4:])) for part in coded)
+    segment = read_image(data)
+    assert segment.data != data, "torchvision would give its 16 bits"
+    assert np.abs(pixels_of(segment) - gradient().astype(int)).max() <= 1
+
+
+def test_of_an_animation_the_first_frame_is_taken() -> None:
+    frames = [Image.fromarray(np.full((48, 64, 3), level, np.uint8)) for level in (200, 10)]
+    for format in ("GIF", "WEBP", "PNG"):
+        buffer = io.BytesIO()
+        frames[0].save(buffer, format, save_all=True, append_images=frames[1:])
+        assert np.abs(pixels_of(read_image(buffer.getvalue())) - 200).max() <= 2
+        assert decode_pixels(read_image(buffer.getvalue()).data).float().mean() > 190
+
+
 def test_an_image_is_turned_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn a quarter to the right
@@ -322,6 +348,57 @@ def test_lines_of_a_paragraph_are_joined(tmp_path: Path) -> None:
     ]
     documents, _ = read_file(make_pdf(tmp_path / "a.pdf", [lines]))
     assert documents[0].segments == [TextSegment("A paragraph goes on over two lines.\nAnother one.\n")]
+
+
+def draw(page: pdfium.PdfPage, left: float, bottom: float, width: float, height: float) -> None:
+    """Fill a red rectangle of a page."""
+    path = pdfium.raw.FPDFPageObj_CreateNewRect(left, bottom, width, height)
+    pdfium.raw.FPDFPageObj_SetFillColor(path, 255, 0, 0, 255)
+    pdfium.raw.FPDFPath_SetDrawMode(path, pdfium.raw.FPDF_FILLMODE_WINDING, 0)
+    pdfium.raw.FPDFPage_InsertObject(page, path)
+
+
+def test_a_page_without_text_is_a_picture_of_itself(tmp_path: Path) -> None:
+    document = pdfium.PdfDocument.new()
+    page = document.new_page(400, 800)
+    draw(page, 0, 400, 200, 400)
+    page.gen_content()
+    document.save(tmp_path / "drawing.pdf")
+    scan = make_pdf(tmp_path / "scan.pdf", [[("image", 0, 0, 595, 842, encode_image(gradient(), "JPEG"))]])
+    (drawing,) = read_file(tmp_path / "drawing.pdf")[0][0].segments
+    pixels = pixels_of(drawing)
+    assert pixels.shape == (1024, 512, 3)
+    np.testing.assert_allclose(pixels[100, 50], [255, 0, 0], atol=4)
+    np.testing.assert_allclose(pixels[[600, 100], [50, 400]], 255, atol=4)
+    (whole,) = read_file(scan)[0][0].segments
+    assert max(pixels_of(whole).shape) == 1024
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+def test_images_come_as_the_page_shows_them(tmp_path: Path, rotation: int) -> None:
+    jpeg = encode_image(gradient(), "JPEG", quality=95)
+    plain = make_pdf(tmp_path / "a.pdf", [[("text", 72, 760, "Some text."), ("image", 72, 500, 64, 48, jpeg)]])
+    document = pdfium.PdfDocument(plain)
+    document[0].set_rotation(rotation)
+    document.save(tmp_path / "turned.pdf")
+    images = [part for part in read_file(tmp_path / "turned.pdf")[0][0].segments if isinstance(part, ImageSegment)]
+    expected = np.rot90(gradient(), -rotation // 90).astype(int)
+    assert np.abs(pixels_of(images[0]) - expected).mean() < 4  # JPEG, once or twice
+
+
+def test_a_mirrored_image_is_mirrored(tmp_path: Path) -> None:
+    jpeg = encode_image(gradient(), "JPEG", quality=95)
+    path = make_pdf(tmp_path / "a.pdf", [[("text", 72, 760, "Some text."), ("image", 200, 500, -64, 48, jpeg)]])
+    images = [part for part in read_file(path)[0][0].segments if isinstance(part, ImageSegment)]
+    assert np.abs(pixels_of(images[0]) - gradient()[:, ::-1].astype(int)).mean() < 4
+
+
+def test_pages_beyond_the_limit_are_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_mm.ingest.pdf.MAX_PAGES", 1)
+    path = make_pdf(tmp_path / "a.pdf", [[("text", 72, 760, f"Page {number}.")] for number in (1, 2)])
+    documents, rejections = read_file(path)
+    assert documents[0].segments == [TextSegment("Page 1.\n")]
+    assert rejections[0].reason == "it has 2 pages: those after 1 are left out"
 
 
 # Bad input of every kind

@@ -17,7 +17,7 @@ from megatron_mm.modality import Media
 def mesh(*, first: bool = True, **place: int) -> SimpleNamespace:
     """What a loader asks of a mesh."""
     ranks = {f"{axis}_rank": 0 for axis in ("tp", "cp", "dp")} | {f"{axis}_size": 1 for axis in ("tp", "cp", "dp")}
-    return SimpleNamespace(**ranks | place, is_first_chunk=lambda chunk: first)
+    return SimpleNamespace(**ranks | place, is_first_chunk=lambda chunk: first, speaks=True)
 
 
 def doc_lengths(batch: MicroBatch) -> tuple[int, ...]:

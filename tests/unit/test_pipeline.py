@@ -13,8 +13,9 @@ import pytest
 from small import png, save_tokenizer, sentence
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest import pipeline
+from megatron_mm.ingest import pipeline, work
 from megatron_mm.ingest.pipeline import Options, find_files, preprocess, read_texts
+from megatron_mm.ingest.workers import Limits, Workers
 from megatron_mm.shards import ShardReader
 from megatron_mm.tokenizer import TextTokenizer
 
@@ -51,7 +52,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_shards_do_not_depend_on_the_workers(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "LINES_BYTES", 4_000)
+    monkeypatch.setattr(work, "LINES_BYTES", 4_000)
     reports = [run(corpus, tmp_path / str(workers) / "p", workers=workers) for workers in (1, 3)]
     assert reports[0] == reports[1]
     assert reports[0].num_inputs > 10, "the lines are cut into ranges"
@@ -83,7 +84,7 @@ def test_bad_inputs_end_the_run_unless_they_are_skipped(corpus: Path, tmp_path: 
 
 
 def test_every_line_is_accounted_for(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "LINES_BYTES", 3_000)
+    monkeypatch.setattr(work, "LINES_BYTES", 3_000)
     path = corpus / "deep" / "lines.jsonl"
     lines = path.read_text().splitlines()
     bad = [7, 130, 131, 499]
@@ -112,7 +113,7 @@ def test_a_reader_that_dies_takes_only_its_input(corpus: Path, tmp_path: Path) -
     options = DyingOptions()
     report = run(corpus, tmp_path / "out" / "p", skip_bad=True, workers=2, options=options)
     assert [Path(rejection.path).name for rejection in report.rejections] == ["3.txt"]
-    assert report.rejections[0].reason == "the process that read it died"
+    assert report.rejections[0].reason == "the process that read it died (SIGKILL)"
     assert report.counts.documents == 507
 
 
@@ -121,14 +122,41 @@ class DyingOptions(Options):
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        real = pipeline._read
+        real = pipeline.read_work
 
-        def read(work, options):
-            if work.path.read_bytes() == b"die here":
+        def read(item, options):
+            if item.path.read_bytes() == b"die here":
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(work, options)
+            return real(item, options)
 
-        pipeline._read = read
+        pipeline.read_work = read
+
+
+def nested_forms(depth: int = 9, width: int = 10) -> bytes:
+    """A PDF of 2 kB that draws one form width ** depth times."""
+    streams = [b"/F Do " * width] * depth + [b"0 0 1 1 re f"]
+    objects = [b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Kids[3 0 R]/Count 1>>"]
+    objects.append(b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]/Contents 4 0 R/Resources<</XObject<</F 5 0 R>>>>>>")
+    for number, stream in enumerate(streams, start=4):
+        form = b"/Type/XObject/Subtype/Form/BBox[0 0 9 9]/Resources<</XObject<</F %d 0 R>>>>" % (number + 1)
+        objects.append(b"<<%s/Length %d>>stream\n%s\nendstream" % (form, len(stream), stream))
+    body = b"".join(b"%d 0 obj\n%s\nendobj\n" % (number, content) for number, content in enumerate(objects, start=1))
+    return b"%PDF-1.7\n" + body + b"trailer<</Root 1 0 R>>\n%%EOF\n"
+
+
+def test_a_file_that_explodes_in_its_parser_is_a_rejection(tmp_path: Path) -> None:
+    (tmp_path / "bomb.pdf").write_bytes(nested_forms())
+    (tmp_path / "good.pdf").write_bytes(nested_forms(depth=1))
+    items = [work.Work(tmp_path / name) for name in ("bomb.pdf", "good.pdf")]
+    limits = Limits(wall_seconds=30.0, cpu_seconds=2, memory_gib=0.5)
+    with Workers(1, make_reader, limits=limits, split=work.cut_work) as workers:
+        (_, bomb), (_, (documents, rejections)) = workers.run(items)
+    assert any(words in bomb.reason for words in ("GiB of memory", "died", "CPU time"))
+    assert len(documents) == 1, rejections
+
+
+def make_reader():
+    return lambda item: work.read_work(item, work.DEFAULTS)
 
 
 def test_a_run_killed_at_any_moment_leaves_no_shards_to_be_read(corpus: Path, tmp_path: Path) -> None:

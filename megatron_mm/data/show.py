@@ -1,0 +1,171 @@
+"""What the model will see of a document: its tokens as text, its media as they reach the encoders, at their places."""
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from megatron_mm.data.decode import ReferenceDecoder, cut_chunks
+from megatron_mm.modality import SAMPLE_RATE, Media, audio_frames
+from megatron_mm.shards import EncodedDocument, MediaItem, ShardReader
+from megatron_mm.tokenizer import TextTokenizer
+
+MAX_BYTES_OF_CHARACTER = 4
+"""Of UTF-8: so many byte-level tokens may make one character."""
+WAVE_COLUMNS, WAVE_HEIGHT = 196, 48
+STYLE = """
+body { font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h2 { font-size: 1rem; border-bottom: 1px solid #ccc; margin-top: 2.5rem; }
+.tokens { white-space: pre-wrap; overflow-wrap: anywhere; }
+.a { background: #eef3fb; } .b { background: #f8efe2; }
+.special { background: #333; color: #fff; border-radius: 3px; padding: 0 3px; font-size: .8em; }
+figure { display: inline-block; margin: .5rem; vertical-align: top; font-size: .8em; color: #555; white-space: normal; }
+figure img { display: block; } .bad { color: #b00; }
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of a document: the text of some tokens, one special token, or a media item."""
+
+    position: int
+    """Of its first token in the document."""
+    num_tokens: int
+    text: str = ""
+    is_special: bool = False
+    media: MediaItem | None = None
+
+
+def stored_document(shard: ShardReader, document: int) -> EncodedDocument:
+    """Return a document of a shard as it was encoded."""
+    media = [
+        MediaItem(Media(int(item["kind"])), shard.media_bytes(item), int(item["token_offset"]), int(item["num_tokens"]))
+        for item in shard.media(document)
+    ]
+    return EncodedDocument(shard.tokens(document), shard.source(document), media)
+
+
+def cut_document(document: EncodedDocument, start: int, stop: int) -> EncodedDocument:
+    """Return tokens [start, stop) of a document with the media that lie in them: a piece of a packed sample."""
+    media = [
+        MediaItem(item.kind, item.data, item.token_offset - start, item.num_tokens)
+        for item in document.media
+        if start <= item.token_offset < stop
+    ]
+    return EncodedDocument(document.tokens[start:stop], document.source, media)
+
+
+def runs(document: EncodedDocument, tokenizer: TextTokenizer) -> Iterator[Run]:
+    """Yield the runs of a document in order; tokens that share a character are one run."""
+    special = set(tokenizer.special_ids.values())
+    at = {item.token_offset: item for item in document.media}
+    tokens = document.tokens.tolist()
+    position = 0
+    while position < len(tokens):
+        item = at.get(position)
+        if item is not None:
+            yield Run(position, item.num_tokens, media=item)
+            position += item.num_tokens
+            continue
+        stop = position + 1
+        text = tokenizer.decode(tokens[position:stop])
+        if tokens[position] not in special:
+            while "\ufffd" in text and stop < min(position + MAX_BYTES_OF_CHARACTER, len(tokens)):
+                stop += 1
+                text = tokenizer.decode(tokens[position:stop])
+        yield Run(position, stop - position, text, is_special=tokens[position] in special)
+        position = stop
+
+
+def render_text(document: EncodedDocument, tokenizer: TextTokenizer) -> str:
+    """Return a document for a terminal: its text, with a line in brackets for each media item."""
+    shown = (run.text if run.media is None else f"\n[{_caption(run)}]\n" for run in runs(document, tokenizer))
+    return "".join([_summary(document), "\n", *shown, "\n"])
+
+
+def render_page(documents: Sequence[tuple[str, EncodedDocument]], tokenizer: TextTokenizer) -> str:
+    """Return one HTML page, whole in itself, that shows (title, document) pairs token by token, media included."""
+    sections = []
+    for title, document in documents:
+        tokens = "".join(_token(number, run) for number, run in enumerate(runs(document, tokenizer)))
+        heading = f"<h2>{html.escape(title)}</h2><p>{html.escape(_summary(document))}</p>"
+        sections.append(f'<section>{heading}<div class="tokens">{tokens}</div></section>')
+    head = f'<meta charset="utf-8"><title>What the model sees</title><style>{STYLE}</style>'
+    return f"<!doctype html><html><head>{head}</head><body>{''.join(sections)}</body></html>\n"
+
+
+def _summary(document: EncodedDocument) -> str:
+    kinds = [item.kind.name.lower() for item in document.media]
+    media = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "no media"
+    placeholders = sum(item.num_tokens for item in document.media)
+    return (
+        f"source {document.source.name.lower()}, {len(document.tokens):,} tokens, of which {placeholders:,} are "
+        f"placeholders: {media}"
+    )
+
+
+def _caption(run: Run) -> str:
+    assert run.media is not None
+    stop = run.position + run.num_tokens
+    kind = run.media.kind.name.lower()
+    return f"{kind}, {len(run.media.data):,} bytes, tokens {run.position:,} to {stop:,} ({run.num_tokens})"
+
+
+def _token(number: int, run: Run) -> str:
+    if run.media is not None:
+        return _figure(run)
+    name = "special" if run.is_special else "ab"[number % 2]
+    text = html.escape(run.text).replace("\n", "\u21b5\n")
+    return f'<span class="{name}" title="{run.position}">{text}</span>'
+
+
+def _figure(run: Run) -> str:
+    assert run.media is not None
+    show = _show_image if run.media.kind is Media.IMAGE else _show_recording
+    return f"<figure>{show(run.media)}<figcaption>{_caption(run)}</figcaption></figure>"
+
+
+def _show_image(item: MediaItem) -> str:
+    """Show an image as the encoder gets it: squashed to its square."""
+    (pixels,) = ReferenceDecoder().images([item.data])
+    if pixels is None:
+        return '<p class="bad">cannot be decoded: the encoder gets a blank</p>'
+    return _picture(pixels.permute(1, 2, 0).numpy())
+
+
+def _show_recording(item: MediaItem) -> str:
+    """Show each chunk of a recording as the encoder gets it, with its tokens, and let it be played."""
+    (waveform,) = ReferenceDecoder().recordings([item.data])
+    if waveform is None:
+        return '<p class="bad">cannot be decoded: the encoder gets silence</p>'
+    chunks = cut_chunks(waveform, normalize=False)
+    shown = [
+        f"<figure>{_picture(_wave(chunk))}"
+        f"{chunk.numel() / SAMPLE_RATE:.2f} s, {audio_frames(chunk.numel())} tokens</figure>"
+        for chunk in chunks
+    ]
+    return f'<audio controls src="{_address(item.data, "audio/flac")}"></audio><br>{"".join(shown)}'
+
+
+def _wave(chunk: Tensor) -> np.ndarray:
+    """Draw the range of the waveform in each column: (WAVE_HEIGHT, WAVE_COLUMNS, 3) uint8."""
+    pixels = np.full((WAVE_HEIGHT, WAVE_COLUMNS, 3), 240, np.uint8)
+    for column, part in enumerate(np.array_split(chunk.numpy(), WAVE_COLUMNS)):
+        top, bottom = ((1 - part.max()) / 2, (1 - part.min()) / 2) if part.size else (0.5, 0.5)
+        pixels[int(top * (WAVE_HEIGHT - 1)) : int(bottom * (WAVE_HEIGHT - 1)) + 1, column] = (40, 90, 160)
+    return pixels
+
+
+def _picture(pixels: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return f'<img src="{_address(buffer.getvalue(), "image/png")}">'
+
+
+def _address(data: bytes, mime: str) -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,111 @@
+"""Video: frames at a set rate, each second's followed by its sound."""
+
+import io
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from megatron_mm.errors import DataError
+from megatron_mm.ingest.audio import decode_mono, encode_flac
+from megatron_mm.ingest.document import AudioSegment, ImageSegment, Rejection, Segment
+from megatron_mm.ingest.image import MAX_PIXELS, encode_pixels
+from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_SIZE, audio_frames
+
+FRAMES_PER_SECOND = 1
+MAX_SECONDS = 3600
+"""Of a longer film the rest is left out."""
+MAX_SIDE = 2 * IMAGE_SIZE
+"""Frames are kept with their shorter side at most this long; encoders see half of it."""
+
+
+def has_pictures(path: Path) -> bool:
+    """Tell whether a media file shows moving pictures: cover art is none. Raises DataError if it is damaged."""
+    try:
+        with av.open(str(path)) as container:
+            return _stream(container) is not None
+    except (av.error.FFmpegError, ValueError) as error:
+        raise DataError(f"the media file is damaged: {error}") from error
+
+
+def read_video(
+    path: Path, *, frames_per_second: int = FRAMES_PER_SECOND, max_seconds: int = MAX_SECONDS
+) -> tuple[list[Segment], list[Rejection]]:
+    """Return, second by second, the frames shown at its start (and at even steps in it) and then its sound.
+
+    Raises DataError if the video is damaged before its first frame.
+    """
+    rejections: list[Rejection] = []
+    seconds: list[list[Segment]] = []
+    has_sound = False
+    try:
+        with av.open(str(path)) as container:
+            has_sound = bool(container.streams.audio)
+            for tick, frame in _frames(container, frames_per_second):
+                second = tick // frames_per_second
+                if second >= max_seconds:
+                    rejections.append(Rejection(f"{path}#t={max_seconds}", "what comes after is left out"))
+                    break
+                seconds.extend([] for _ in range(second + 1 - len(seconds)))
+                seconds[second].append(_picture(frame))
+    except DataError:
+        raise
+    except (av.error.FFmpegError, ValueError) as error:
+        if not seconds:
+            raise DataError(f"the video is damaged: {error}") from error
+        rejections.append(Rejection(f"{path}#t={len(seconds)}", f"the video is damaged from here on: {error}"))
+    if not seconds:
+        raise DataError("the video has no frames")
+    sounds = _sounds(path, rejections) if has_sound else []
+    for second, sound in enumerate(sounds[: len(seconds)]):
+        seconds[second].append(sound)
+    return [segment for second in seconds for segment in second], rejections
+
+
+def _stream(container: av.container.InputContainer) -> av.VideoStream | None:
+    cover = av.stream.Disposition.attached_pic
+    return next((stream for stream in container.streams.video if not stream.disposition & cover), None)
+
+
+def _frames(container: av.container.InputContainer, rate: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yield (tick, frame) for the first frame shown at or after each tick of 1 / rate seconds from the first frame."""
+    stream = _stream(container)
+    if stream is None:
+        raise DataError("the file has no moving pictures")
+    if stream.width * stream.height > MAX_PIXELS:
+        raise DataError(f"its frames have {stream.width} x {stream.height} pixels, more than {MAX_PIXELS:,}")
+    first: Fraction | None = None
+    following = 0
+    for number, frame in enumerate(container.decode(stream)):
+        unit = frame.time_base or stream.time_base
+        time = Fraction(number) / (stream.average_rate or 25) if frame.pts is None else frame.pts * unit
+        first = time if first is None else first
+        tick = int((time - first) * rate)
+        if tick >= following:
+            following = tick + 1
+            yield tick, frame
+
+
+def _picture(frame: av.VideoFrame) -> ImageSegment:
+    image = frame.to_image()
+    turn = round(frame.rotation) % 360  # counter-clockwise, as Pillow counts too
+    if turn in (90, 180, 270):
+        image = image.transpose(Image.Transpose[f"ROTATE_{turn}"])
+    scale = MAX_SIDE / min(image.size)
+    if scale < 1:
+        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    return encode_pixels(image)
+
+
+def _sounds(path: Path, rejections: list[Rejection]) -> list[AudioSegment]:
+    """Return the sound of each second, at 16 kHz; a last one too short for a frame is left out."""
+    try:
+        samples = decode_mono(io.BytesIO(path.read_bytes()), complete=False)
+    except DataError as error:
+        rejections.append(Rejection(f"{path}#sound", str(error)))
+        return []
+    chunks = np.split(samples, range(CHUNK_SAMPLES, len(samples), CHUNK_SAMPLES))
+    return [AudioSegment(encode_flac(chunk), len(chunk)) for chunk in chunks if audio_frames(len(chunk))]

@@ -1,0 +1,166 @@
+"""Inputs cut into pieces of work: a file, or a part of one that can be read by itself."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow
+
+from megatron_mm.errors import DataError
+from megatron_mm.ingest.archive import sample_ranges
+from megatron_mm.ingest.detect import KIND_OF_SUFFIX, Kind, detect
+from megatron_mm.ingest.document import Reading, Rejection
+from megatron_mm.ingest.encode import MAX_AUDIO_SECONDS
+from megatron_mm.ingest.read import read_archive, read_file
+from megatron_mm.ingest.records import read_lines, read_rows, row_groups
+from megatron_mm.ingest.workers import Cut
+
+LINES_BYTES = 4 * 2**20
+"""Bytes of a JSON-lines file that one worker takes at a time."""
+ARCHIVE_BYTES = 16 * 2**20
+"""Bytes of a tar or a Parquet file, the same."""
+PARTS_OF_ROWS = 16
+"""Parts that a range of rows is cut into when it fails: each of them reads its row group again."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one worker reads at a time: a file, or a range of one."""
+
+    path: Path
+    caption: Path | None = None
+    """A file of the same name with the text of an image, a recording or a film."""
+    kind: Kind | None = None
+    """What the range below is one of: JSON lines and archives count bytes, Parquet files rows; None: the whole file."""
+    start: int = 0
+    stop: int | None = None
+    first_line: int = 1
+    marks: tuple[int, ...] = ()
+    """Where the samples of a range of a tar start, and last where it stops."""
+    size: int | None = None
+    """Bytes that this work reads, for the progress bar; None: those of the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that this work reads, for the progress bar."""
+        return self.path.stat().st_size if self.size is None else self.size
+
+
+@dataclass(frozen=True)
+class Options:
+    """How inputs are read."""
+
+    trust_content: bool = False
+    """Read a file whose name says another kind as what its content is, instead of rejecting it."""
+    max_audio_seconds: int = MAX_AUDIO_SECONDS
+    """Longer recordings become several items."""
+
+
+DEFAULTS = Options()
+
+
+def cut_file(path: Path, *, caption: Path | None = None) -> Iterator[Work]:
+    """Yield the work of reading one file: long JSON-lines files are cut, any other file is one piece."""
+    if KIND_OF_SUFFIX.get(path.suffix.lower()) is Kind.JSONL and path.stat().st_size > LINES_BYTES:
+        yield from _line_ranges(path)
+    else:
+        yield Work(path, caption=caption)
+
+
+def _line_ranges(path: Path) -> Iterator[Work]:
+    """Cut a file at line ends into ranges of about LINES_BYTES."""
+    with path.open("rb") as file:
+        start, line = 0, 1
+        while block := file.read(LINES_BYTES):
+            block += file.readline()
+            stop = start + len(block)
+            yield Work(path, kind=Kind.JSONL, start=start, stop=stop, first_line=line, size=len(block))
+            start = stop
+            line += block.count(b"\n")
+
+
+def read_work(work: Work, options: Options) -> Reading | Cut[Work]:
+    """Return the documents of a piece of work and what was left out, or the parts to read a large archive in.
+
+    Never raises for what is in the file.
+    """
+    try:
+        if work.kind is Kind.JSONL:
+            return read_lines(work.path, start=work.start, stop=work.stop, first_line=work.first_line)
+        if work.kind is Kind.PARQUET:
+            return read_rows(work.path, start=work.start, stop=work.stop)
+        if work.kind is Kind.ARCHIVE:
+            trust_content = options.trust_content
+            return read_archive(work.path, start=work.start, stop=work.stop, trust_content=trust_content)
+        parts = _cut_archive(work, options)
+        if len(parts) > 1:
+            return Cut(parts)
+    except (DataError, OSError, tarfile.TarError, pyarrow.ArrowException) as error:
+        return [], [Rejection(str(work.path), str(error))]
+    return read_file(work.path, caption=work.caption, trust_content=options.trust_content)
+
+
+def read_all(work: Work, options: Options) -> Iterator[Reading]:
+    """Yield the readings of a piece of work, part after part, in this process."""
+    reading = read_work(work, options)
+    if not isinstance(reading, Cut):
+        yield reading
+        return
+    for part in reading.parts:
+        yield from read_all(part, options)
+
+
+def _cut_archive(work: Work, options: Options) -> list[Work]:
+    """Return the ranges in which a large Parquet or tar file is read, nothing for any other file."""
+    size = work.path.stat().st_size
+    named = KIND_OF_SUFFIX.get(work.path.suffix.lower())
+    if size <= ARCHIVE_BYTES or named not in (Kind.PARQUET, Kind.ARCHIVE) or work.path.suffix.lower() == ".zip":
+        return []
+    kind = detect(work.path, trust_content=options.trust_content)
+    if kind is Kind.PARQUET:
+        rows = row_groups(work.path)
+        whole = Work(work.path, kind=kind, start=0, stop=rows[-1], size=size)
+        return _cut_rows(whole, -(-size // ARCHIVE_BYTES))
+    if kind is not Kind.ARCHIVE:
+        return []
+    return [
+        Work(work.path, kind=kind, start=marks[0], stop=marks[-1], marks=tuple(marks), size=marks[-1] - marks[0])
+        for marks in sample_ranges(work.path, num_bytes=ARCHIVE_BYTES)
+    ]
+
+
+def cut_work(work: Work) -> list[Work]:
+    """Return the parts of `work` to try alone when it fails: lines, samples of a tar, runs of rows; or itself."""
+    if work.kind is Kind.ARCHIVE:
+        spans = list(pairwise(work.marks))
+        return [replace(work, start=start, stop=stop, marks=(start, stop), size=stop - start) for start, stop in spans]
+    if work.kind is Kind.PARQUET:
+        return _cut_rows(work, PARTS_OF_ROWS)
+    if work.kind is None and KIND_OF_SUFFIX.get(work.path.suffix.lower()) is Kind.JSONL:
+        work = replace(work, kind=Kind.JSONL, stop=work.num_bytes)
+    if work.kind is not Kind.JSONL or work.stop is None:
+        return [work]
+    parts, start = [], work.start
+    with work.path.open("rb") as file:
+        file.seek(start)
+        for number, line in enumerate(io.BytesIO(file.read(work.stop - start)), work.first_line):
+            stop = start + len(line)
+            parts.append(replace(work, start=start, stop=stop, first_line=number, size=len(line)))
+            start = stop
+    return parts
+
+
+def _cut_rows(work: Work, count: int) -> list[Work]:
+    """Cut a range of rows into at most `count` parts of about one size; the bytes of the file are dealt out evenly."""
+    assert work.stop is not None and work.size is not None
+    num_rows = work.stop - work.start
+    count = max(1, min(count, num_rows))
+    marks = [number * num_rows // count for number in range(count + 1)]
+    sizes = [number * work.size // count for number in range(count + 1)]
+    return [
+        replace(work, start=work.start + begin, stop=work.start + end, size=following - before)
+        for (begin, end), (before, following) in zip(pairwise(marks), pairwise(sizes), strict=True)
+    ]

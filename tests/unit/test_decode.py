@@ -1,0 +1,138 @@
+"""Decoding: DALI, the reference and timm's transform agree, and one bad item costs only itself."""
+
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import tone
+
+from megatron_mm.data import decode
+from megatron_mm.data.decode import Decoder, ReferenceDecoder, blank_waveform, cut_chunks, make_decoder
+from megatron_mm.data.decode_dali import BATCH_SIZE, DaliDecoder
+from megatron_mm.errors import ConfigError
+from megatron_mm.ingest.audio import encode_flac
+from megatron_mm.ingest.image import read_image
+from megatron_mm.modality import audio_chunk_frames
+
+PHOTOS = Path(__file__).parents[2] / "examples" / "sample_data" / "train" / "photos"
+
+
+@pytest.fixture(scope="module", params=[ReferenceDecoder, DaliDecoder])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return request.param()
+
+
+def save(pixels: np.ndarray, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def encoded() -> list[bytes]:
+    """Images as shards hold them: photographs and all the plain encodings, of odd sizes."""
+    photo = np.asarray(Image.open(PHOTOS / "raccoon.jpg"))
+    names = ("raccoon.jpg", "cat-face.png", "pink-tulips.webp")
+    return [
+        *(read_image((PHOTOS / name).read_bytes()).data for name in names),
+        save(photo[..., 0], "PNG"),
+        save(photo[..., 0], "JPEG"),
+        save(photo, "JPEG", progressive=True),
+        save(photo[:37, :301], "PNG"),
+        save(photo[:300, :250], "JPEG", subsampling=0),
+    ]
+
+
+def timm_pixels(data: bytes) -> np.ndarray:
+    """What timm's evaluation transform does with crop_mode=squash, before it normalises: Pillow's bicubic resize."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
+
+
+def test_pixels_are_those_of_timm(decoder: Decoder, encoded: list[bytes]) -> None:
+    # torchvision repeats Pillow's two 8-bit passes; DALI rounds once, so that overshoot at edges is cut once.
+    mean, most = (0.01, 1) if isinstance(decoder, ReferenceDecoder) else (0.5, 8)
+    for data, pixels in zip(encoded, decoder.images(encoded), strict=True):
+        assert pixels is not None
+        assert (pixels.shape, pixels.dtype) == ((3, 224, 224), torch.uint8)
+        difference = np.abs(pixels.numpy().astype(int) - timm_pixels(data))
+        assert difference.mean() <= mean
+        assert difference.max() <= most
+
+
+def test_shrinking_does_not_alias(decoder: Decoder) -> None:
+    stripes = np.zeros((900, 900, 3), np.uint8)
+    stripes[:, ::2] = 255
+    checks = np.zeros((900, 900, 3), np.uint8)
+    checks[::2, ::2] = checks[1::2, 1::2] = 255
+    for pixels in decoder.images([save(stripes, "PNG"), save(checks, "PNG")]):
+        inner = pixels[:, 4:-4, 4:-4].float()  # what is finer than a pixel is its mean; nothing else comes of it
+        assert (inner - 127.5).abs().max() <= 3
+
+
+def test_sound_is_decoded_to_the_bit(decoder: Decoder) -> None:
+    rng = np.random.default_rng(0)
+    clips = [tone(rng, length) for length in (16_000, 40_001, 500)]
+    for clip, waveform in zip(clips, decoder.recordings([encode_flac(clip) for clip in clips]), strict=True):
+        np.testing.assert_array_equal(waveform.numpy(), (clip.clip(-1, 1) * 32767).round() / np.float32(32768))
+
+
+def test_a_bad_item_costs_only_itself(decoder: Decoder, encoded: list[bytes]) -> None:
+    good = [decoder.images([data])[0] for data in encoded]
+    bad = [encoded[0][:3_000], b"nonsense", b"", encoded[1][:200]]
+    mixed = decoder.images([bad[0], encoded[0], bad[1], bad[2], *encoded[1:], bad[3]])
+    assert [mixed[index] is None for index in (0, 2, 3, -1)] == [True] * 4
+    for image, expected in zip([mixed[1], *mixed[4:-1]], good, strict=True):
+        torch.testing.assert_close(image, expected, atol=0, rtol=0)
+    flac = encode_flac(tone(np.random.default_rng(0), 20_000))
+    waveforms = decoder.recordings([flac, b"nonsense", b"", flac])
+    assert [waveform is None for waveform in waveforms] == [False, True, True, False]
+    assert torch.equal(waveforms[0], waveforms[3])
+
+
+def test_batches_of_any_size_are_decoded(decoder: Decoder, encoded: list[bytes]) -> None:
+    assert decoder.images([]) == []
+    assert decoder.recordings([]) == []
+    images = decoder.images([encoded[6]] * (BATCH_SIZE + 3))
+    assert len(images) == BATCH_SIZE + 3
+    assert all(torch.equal(image, images[0]) for image in images)
+
+
+def test_what_dali_refuses_goes_the_reference_way(encoded: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
+    gif = save(np.asarray(Image.open(PHOTOS / "raccoon.jpg"))[:64, :64], "GIF")
+    with caplog.at_level(logging.WARNING):
+        first, second = DaliDecoder().images([encoded[0], gif])
+    assert first is not None
+    assert torch.equal(second, ReferenceDecoder().images([gif])[0])
+    assert "DALI refuses 1 of 2 images: the reference decodes them" in caplog.text
+
+
+def test_the_knob_decides() -> None:
+    assert isinstance(make_decoder("auto", has_gpu=False), ReferenceDecoder)
+    assert isinstance(make_decoder("reference", has_gpu=True), ReferenceDecoder)
+    assert isinstance(make_decoder("dali", has_gpu=False), DaliDecoder)
+
+
+def test_dali_that_is_not_there_is_not_replaced_in_silence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "megatron_mm.data.decode_dali", None)
+    with pytest.raises(ConfigError, match="data.decoder=dali needs DALI"):
+        make_decoder("dali", has_gpu=False)
+    assert isinstance(make_decoder("auto", has_gpu=True), ReferenceDecoder)
+    assert "DALI is not installed" in caplog.text
+
+
+def test_chunks_are_seconds_and_a_blank_has_the_tokens_of_its_item() -> None:
+    waveform = torch.arange(36_000, dtype=torch.float32)
+    assert [chunk.numel() for chunk in cut_chunks(waveform, normalize=False)] == [16_000, 16_000, 4_000]
+    normalized = torch.cat(cut_chunks(waveform, normalize=True))
+    assert normalized.mean().abs() < 1e-4
+    assert normalized.std() == pytest.approx(1.0, abs=1e-3)
+    for num_tokens in (1, 48, 49, 50, 98, 120):
+        assert sum(audio_chunk_frames(blank_waveform(num_tokens).numel())) == num_tokens
+    assert decode.blank_pixels().shape == (3, 224, 224)
