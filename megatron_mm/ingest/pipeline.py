@@ -13,7 +13,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.ingest.detect import KIND_OF_SUFFIX, Kind
 from megatron_mm.ingest.document import Rejection, TextSegment
 from megatron_mm.ingest.encode import encode_document
-from megatron_mm.ingest.work import DEFAULTS, Options, Work, cut_file, read_work
+from megatron_mm.ingest.work import DEFAULTS, Options, Work, cut_file, cut_work, read_work
 from megatron_mm.ingest.workers import Failure, Workers
 from megatron_mm.shards import Counts, EncodedDocument, ShardWriter
 from megatron_mm.tokenizer import TextTokenizer
@@ -48,7 +48,8 @@ def preprocess(
     rejections: list[Rejection] = []
     with ShardWriter(output_prefix, tokenizer=tokenizer.info) as writer:
         progress = tqdm(total=sum(item.num_bytes for item in work), unit="B", unit_scale=True, desc="preprocess")
-        with progress, Workers(workers, functools.partial(_make_task, tokenizer_path, options)) as pool:
+        make_task = functools.partial(_make_task, tokenizer_path, options)
+        with progress, Workers(workers, make_task, split=cut_work) as pool:
             for item, result in pool.run(work):
                 failed = isinstance(result, Failure)
                 documents, rejected = ([], [Rejection(str(item.path), result.reason)]) if failed else result

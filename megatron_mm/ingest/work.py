@@ -1,5 +1,6 @@
 """Inputs cut into pieces of work: a file, or a part of one that can be read by itself."""
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,19 @@ def _line_ranges(path: Path) -> Iterator[Work]:
             yield Work(path, start=start, stop=start + len(block), first_line=line)
             start += len(block)
             line += block.count(b"\n")
+
+
+def cut_work(work: Work) -> list[Work]:
+    """Return the parts of `work` that fail alone when it fails: single lines of a range, otherwise itself."""
+    if work.stop is None:
+        return [work]
+    parts, start = [], work.start
+    with work.path.open("rb") as file:
+        file.seek(start)
+        for number, line in enumerate(io.BytesIO(file.read(work.stop - start)), work.first_line):
+            parts.append(Work(work.path, start=start, stop=start + len(line), first_line=number))
+            start += len(line)
+    return parts
 
 
 def read_work(work: Work, options: Options) -> Reading:

@@ -1,93 +1,257 @@
-"""Processes that read files: a file that kills its reader costs itself and nothing else."""
+"""Processes that read files, within limits: a file that hangs, explodes or crashes its reader costs itself only."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import resource
+import signal
 import threading
+import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any
 
 AHEAD_PER_WORKER = 4
-"""Work items that wait for a worker, each: enough to keep it busy, few enough to bound memory."""
+"""Work items under way or done and waiting for their turn, for each worker: few enough to bound memory."""
+GIVEN_PER_WORKER = 2
+"""Items that a worker holds, so that it need not wait for the next."""
+START_SECONDS = 120.0
+"""What a process may take to import its libraries and to load its tokenizer."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one item may cost before its process is killed."""
+
+    wall_seconds: float = 300.0
+    """From its start to its result."""
+    cpu_seconds: int = 300
+    """Of all threads together."""
+    memory_gib: float = 4.0
+    """Of data (heap and private mappings) that the process may hold."""
+
+
+DEFAULTS = Limits()
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Stands for the result of work whose process did not end it, and says why."""
+    """Stands for the result of an item that gave none, and says why."""
 
     reason: str
+
+
+@dataclass(eq=False)
+class _Slot[Item]:
+    """An item under way, and its result when there is one."""
+
+    item: Item
+    result: Any = None
+    done: bool = False
 
 
 class Workers[Item, Result]:
     """`count` processes that do work: each calls `make_task` once, and the task that it returns on every item.
 
-    Use as a context; `make_task` is pickled. A process that dies takes only its own item with it.
+    Use as a context; `make_task` is pickled. An item whose process dies or passes a limit is cut by `split` and its
+    parts are tried one by one; what cannot be cut further gives a Failure. Raises RuntimeError if a process cannot
+    be started.
     """
 
-    def __init__(self, count: int, make_task: Callable[[], Callable[[Item], Result]]) -> None:
-        self.count, self.make_task = max(1, count), make_task
+    def __init__(
+        self,
+        count: int,
+        make_task: Callable[[], Callable[[Item], Result]],
+        *,
+        limits: Limits = DEFAULTS,
+        split: Callable[[Item], Sequence[Item]] = lambda item: [item],
+    ) -> None:
+        self.count, self.make_task, self.limits, self.split = max(1, count), make_task, limits, split
 
     def __enter__(self) -> "Workers[Item, Result]":
-        self._pool = self._start(self.count)
+        self._workers = [_Worker(self.make_task, self.limits) for _ in range(self.count)]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.kill()
 
-    def _start(self, count: int) -> ProcessPoolExecutor:
+    def run(self, work: Iterable[Item]) -> Iterator[tuple[Item, Result | Failure]]:
+        """Yield each item of `work`, or the parts that it had to be cut into, with its result, in the order of `work`.
+
+        A task that raises gives a Failure too.
+        """
+        remaining = iter(work)
+        self._waiting: deque[_Slot[Item]] = deque()
+        self._unassigned: deque[_Slot[Item]] = deque()
+        while True:
+            while len(self._waiting) < AHEAD_PER_WORKER * self.count and (item := next(remaining, None)) is not None:
+                slot = _Slot(item)
+                self._waiting.append(slot)
+                self._unassigned.append(slot)
+            if not self._waiting:
+                return
+            self._hand_out()
+            self._collect()
+            while self._waiting and self._waiting[0].done:
+                slot = self._waiting.popleft()
+                yield slot.item, slot.result
+
+    def _hand_out(self) -> None:
+        for _ in range(GIVEN_PER_WORKER):
+            for worker in sorted(self._workers, key=lambda worker: len(worker.given)):
+                if self._unassigned and len(worker.given) < GIVEN_PER_WORKER:
+                    worker.give(self._unassigned.popleft())
+
+    def _collect(self) -> None:
+        """Take in what is there, waiting for the first message or the first deadline."""
+        busy = {worker.connection: worker for worker in self._workers if worker.given}
+        until = min(worker.deadline for worker in busy.values())
+        readable = multiprocessing.connection.wait(list(busy), max(0.0, until - time.monotonic()))
+        for connection, worker in busy.items():
+            if connection in readable:
+                failure = worker.receive()
+            elif time.monotonic() > worker.deadline:
+                failure = Failure(f"reading it took more than {self.limits.wall_seconds:g} seconds")
+            else:
+                continue
+            if failure is not None:
+                self._give_up(worker, failure)
+
+    def _give_up(self, worker: "_Worker", failure: Failure) -> None:
+        """Replace a process that failed at the first item that it was given; the others are given out again."""
+        worker.kill()
+        slot, *others = worker.given
+        parts = self.split(slot.item)
+        if len(parts) > 1:
+            slots = [_Slot(part) for part in parts]
+            place = self._waiting.index(slot)
+            del self._waiting[place]
+            for offset, part in enumerate(slots):
+                self._waiting.insert(place + offset, part)
+            others = [*slots, *others]
+        else:
+            slot.result, slot.done = failure, True
+        self._unassigned.extendleft(reversed(others))
+        self._workers[self._workers.index(worker)] = _Worker(self.make_task, self.limits)
+
+
+@dataclass
+class _Message:
+    """What a process sends: that it is ready, that it could not be, or a result."""
+
+    result: Any = None
+    broken: str = ""
+    """Why the process could not start."""
+    spoilt: str = ""
+    """Why the process must not go on, with the item that it was doing."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One process, and the items that it was given."""
+
+    make_task: Callable[[], Callable[[Any], Any]]
+    limits: Limits
+    given: deque[_Slot] = field(default_factory=deque)
+    ready: bool = False
+
+    def __post_init__(self) -> None:
         # Spawned, not forked: PDFium and FFmpeg keep state that a fork would copy half-way.
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(count, context, initializer=_set_up, initargs=(self.make_task,))
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, self.make_task, self.limits), daemon=True)
+        self.process.start()
+        other.close()
+        self.deadline = time.monotonic() + START_SECONDS
 
-    def run(self, work: Sequence[Item]) -> Iterator[tuple[Item, Result | Failure]]:
-        """Yield the result of each piece of work, in the order of `work`."""
-        waiting: deque[tuple[Item, Future]] = deque()
-        remaining = iter(work)
-        while True:
-            while len(waiting) < AHEAD_PER_WORKER * self.count and (item := next(remaining, None)) is not None:
-                waiting.append((item, self._pool.submit(_do, item)))
-            if not waiting:
-                return
-            item, future = waiting.popleft()
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                # Whose input it was is not known: everything under way is done again, this item alone.
-                result = self._do_alone(item)
-                self._pool.shutdown(wait=False)
-                self._pool = self._start(self.count)
-                waiting = deque((other, self._pool.submit(_do, other)) for other, _ in waiting)
-            yield item, result
+    def give(self, slot: _Slot) -> None:
+        """Send one more item."""
+        self.given.append(slot)
+        if self.ready and len(self.given) == 1:
+            self.deadline = time.monotonic() + self.limits.wall_seconds
+        with contextlib.suppress(OSError):  # it is dead: receive() will find out
+            self.connection.send(slot.item)
 
-    def _do_alone(self, item: Item) -> Result | Failure:
-        with self._start(1) as single:
-            try:
-                return single.submit(_do, item).result()
-            except BrokenProcessPool:
-                return Failure("the process that read it died")
+    def receive(self) -> Failure | None:
+        """Take in one message; return why the process failed, if it did. Raises RuntimeError if it did not start."""
+        try:
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            message = None
+        if not self.ready and (message is None or message.broken):
+            raise RuntimeError(f"a worker cannot start: {self._death() if message is None else message.broken}")
+        if message is None or message.spoilt:
+            return Failure(self._death() if message is None else message.spoilt)
+        if self.ready:
+            slot = self.given.popleft()
+            slot.result, slot.done = message.result, True
+        self.ready = True
+        self.deadline = time.monotonic() + self.limits.wall_seconds
+        return None
+
+    def _death(self) -> str:
+        self.process.join()
+        code = self.process.exitcode or 0
+        if code == -signal.SIGXCPU:
+            return f"reading it took more than {self.limits.cpu_seconds} seconds of CPU time"
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        return f"the process that read it died ({how})"
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
 
 
-_task: Callable[[Any], Any]
-
-
-def _set_up(make_task: Callable[[], Callable[[Any], Any]]) -> None:
-    """Make a new worker ready."""
-    global _task
+def _serve(connection: Connection, make_task: Callable[[], Callable[[Any], Any]], limits: Limits) -> None:
+    """Be a worker: do every item that arrives, within the limits that the system keeps."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _task = make_task()
+    try:
+        task = make_task()
+    except BaseException:
+        connection.send(_Message(broken=traceback.format_exc()))
+        raise
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # RLIMIT_DATA and not RLIMIT_AS: libraries reserve address space that they never touch.
+    num_bytes = int(limits.memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
+    connection.send(_Message())
+    with contextlib.suppress(EOFError):
+        while True:
+            item = connection.recv()
+            _allow_cpu(limits.cpu_seconds)
+            connection.send(_attempt(task, item, limits))
+
+
+def _allow_cpu(seconds: int) -> None:
+    """Let the process run for `seconds` more before the system kills it."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    # The system counts whole seconds.
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + seconds + 1, hard))
+
+
+def _attempt(task: Callable[[Any], Any], item: Any, limits: Limits) -> _Message:
+    try:
+        return _Message(task(item))
+    except MemoryError:
+        return _Message(spoilt=f"reading it took more than {limits.memory_gib:g} GiB of memory")
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+        return _Message(Failure(f"reading it raised {type(error).__name__} at {place}: {error}"))
 
 
 def _leave_with_parent() -> None:
-    """End this worker when the run that it works for is killed; it would wait for work for ever."""
+    """End this process when the run that it works for is killed; it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
-
-
-def _do(item: Any) -> Any:
-    return _task(item)

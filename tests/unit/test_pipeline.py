@@ -112,7 +112,7 @@ def test_a_reader_that_dies_takes_only_its_input(corpus: Path, tmp_path: Path) -
     options = DyingOptions()
     report = run(corpus, tmp_path / "out" / "p", skip_bad=True, workers=2, options=options)
     assert [Path(rejection.path).name for rejection in report.rejections] == ["3.txt"]
-    assert report.rejections[0].reason == "the process that read it died"
+    assert report.rejections[0].reason == "the process that read it died (SIGKILL)"
     assert report.counts.documents == 507
 
 
