@@ -72,6 +72,10 @@ SAMPLE_CHARACTERS = 1_000
 log = logging.getLogger(__name__)
 
 
+class EncodingMismatch(DataError):
+    """gigatoken and `tokenizers` give different ids: nothing that was encoded can be trusted."""
+
+
 class TextTokenizer:
     """A byte-level BPE tokenizer from a local tokenizer.json, with this package's special tokens.
 
@@ -114,7 +118,7 @@ class TextTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, (num_tokens,) uint32, without any special token.
 
-        Raises DataError if a text is not Unicode text, or if gigatoken gives other ids than `tokenizers`.
+        Raises DataError if a text is not Unicode text, EncodingMismatch if gigatoken gives other ids than `tokenizers`.
         """
         if self._fast is None:
             return [self._encode_by_reference(text) for text in texts]
@@ -168,7 +172,7 @@ class TextTokenizer:
         start = number % max(1, len(text) - SAMPLE_CHARACTERS)
         sample = text[start : start + SAMPLE_CHARACTERS]
         if not self._agrees(self._fast, sample):
-            raise DataError(
+            raise EncodingMismatch(
                 f"{self.path}: gigatoken and `tokenizers` give different ids for {sample[:80]!r}. Use "
                 "--tokenizer-engine reference, which is slower."
             )

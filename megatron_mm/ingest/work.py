@@ -4,10 +4,13 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_mm.ingest.detect import KIND_OF_SUFFIX, Kind
 from megatron_mm.ingest.encode import MAX_AUDIO_SECONDS
-from megatron_mm.ingest.read import Reading, read_file, read_lines
+
+if TYPE_CHECKING:
+    from megatron_mm.ingest.read import Reading
 
 LINES_BYTES = 4 * 2**20
 """Bytes of a JSON-lines file that one worker takes at a time."""
@@ -53,13 +56,15 @@ def cut_file(path: Path, *, caption: Path | None = None) -> Iterator[Work]:
 
 def _line_ranges(path: Path) -> Iterator[Work]:
     """Cut a file at line ends into ranges of about LINES_BYTES."""
-    with path.open("rb") as file:
+    block = bytearray(LINES_BYTES)
+    with path.open("rb", buffering=0) as file, path.open("rb") as rest:
         start, line = 0, 1
-        while block := file.read(LINES_BYTES):
-            block += file.readline()
-            yield Work(path, start=start, stop=start + len(block), first_line=line)
-            start += len(block)
-            line += block.count(b"\n")
+        while size := file.readinto(block):
+            lines = block.count(b"\n", 0, size)
+            tail = rest.readline() if rest.seek(start + size) else b""
+            yield Work(path, start=start, stop=start + size + len(tail), first_line=line)
+            start = file.seek(start + size + len(tail))
+            line += lines + tail.endswith(b"\n")
 
 
 def cut_work(work: Work) -> list[Work]:
@@ -75,8 +80,11 @@ def cut_work(work: Work) -> list[Work]:
     return parts
 
 
-def read_work(work: Work, options: Options) -> Reading:
+def read_work(work: Work, options: Options) -> "Reading":
     """Return the documents of a piece of work, and what was left out. Never raises for what is in the file."""
+    # The readers of media take half a second to load, which runs over plain text are spared.
+    from megatron_mm.ingest.read import read_file, read_lines
+
     if work.stop is not None:
         return read_lines(work.path, start=work.start, stop=work.stop, first_line=work.first_line)
     return read_file(work.path, caption=work.caption, trust_content=options.trust_content)

@@ -94,6 +94,8 @@ class Counts:
     by_source: dict[str, int] = field(default_factory=dict)
     media: dict[str, int] = field(default_factory=dict)
     media_bytes: int = 0
+    rejected: int = 0
+    """Inputs, and parts of inputs, that were left out: P.rejected.jsonl says why."""
 
     def add(self, batch: EncodedBatch) -> None:
         """Count the documents of one more batch."""

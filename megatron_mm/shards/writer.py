@@ -1,6 +1,7 @@
 """Writing shards: appended to, committed now and then, and published whole."""
 
 import fcntl
+import itertools
 import json
 import os
 import time
@@ -31,9 +32,9 @@ from megatron_mm.shards.format import (
     TokenizerInfo,
 )
 
-PARTS = (".bin", ".media.bin", ".lengths", ".documents", ".items")
+PARTS = (".bin", ".media.bin", ".rejected.jsonl", ".lengths", ".documents", ".items")
 """Files that grow while shards are written; the last three become the two indexes."""
-SUFFIXES = (".bin", ".media.bin", ".media.idx", ".idx")
+SUFFIXES = (".rejected.jsonl", ".bin", ".media.bin", ".media.idx", ".idx")
 """Files of finished shards, in the order in which they get their names."""
 COMMIT_BYTES = 64 * 2**20
 COMMIT_SECONDS = 10.0
@@ -103,6 +104,16 @@ class ShardWriter:
         self._files[".documents"].write(documents)
         self._num_items += len(batch.media)
         self.counts.add(batch)
+
+    def add_rejection(self, record: dict[str, str]) -> None:
+        """Note something that was left out: {"path": ..., "reason": ...}."""
+        self._files[".rejected.jsonl"].write(json.dumps(record).encode() + b"\n")
+        self.counts.rejected += 1
+
+    def rejections(self, limit: int) -> list[dict[str, str]]:
+        """Return the first `limit` notes of what was left out."""
+        with open(self._files[".rejected.jsonl"].path) as file:
+            return [json.loads(line) for line in itertools.islice(file, limit)]
 
     def commit_if_due(self, progress: Any) -> None:
         """Commit if enough was appended, or time went by, since the last time."""
@@ -182,7 +193,7 @@ class ShardWriter:
 
     def _publish(self) -> None:
         """Make the shards appear whole: data to disk, old manifest away, names in place, new manifest last."""
-        finished = {suffix: self._files[suffix] for suffix in (".bin", ".media.bin")}
+        finished = {suffix: self._files[suffix] for suffix in (".rejected.jsonl", ".bin", ".media.bin")}
         finished |= {".media.idx": self._media_index(), ".idx": self._token_index()}
         for file in finished.values():
             file.sync()
