@@ -18,7 +18,7 @@ from megatron_mm.shards.format import (
     MediaItem,
     TokenizerInfo,
 )
-from megatron_mm.shards.reader import ShardReader, merge, open_shards
+from megatron_mm.shards.reader import ShardReader, check_tokenizers, merge, open_shards
 from megatron_mm.shards.writer import ShardWriter
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "ShardReader",
     "ShardWriter",
     "TokenizerInfo",
+    "check_tokenizers",
     "merge",
     "open_shards",
 ]

@@ -56,6 +56,11 @@ class ShardReader:
         self._media_file = os.open(self.prefix + ".media.bin", os.O_RDONLY)
         self._index_file = os.open(self.prefix + ".idx", os.O_RDONLY)
 
+    @property
+    def num_items(self) -> int:
+        """Media items of all documents."""
+        return len(self._items)
+
     def length(self, document: int) -> int:
         """Return the tokens of a document. Raises DataError if the index disagrees about where it ends."""
         start, length = int(self._pointers[document]), int(self._lengths[document])
@@ -205,13 +210,18 @@ def open_shards(prefixes: Sequence[str]) -> list[ShardReader]:
     Raises DataError if they come from different tokenizers.
     """
     readers = [ShardReader(part) for prefix in prefixes for part in _parts(str(prefix))]
+    check_tokenizers(readers)
+    return readers
+
+
+def check_tokenizers(readers: Sequence[ShardReader]) -> None:
+    """Pass if all shards come from one tokenizer; raise DataError otherwise."""
     for reader in readers[1:]:
         if reader.tokenizer != readers[0].tokenizer:
             raise DataError(
                 f"{reader.prefix} and {readers[0].prefix} come from different tokenizers: the same id means different "
                 "text. Preprocess one of them again with the other's tokenizer."
             )
-    return readers
 
 
 def merge(prefix: str | Path, parts: Sequence[str]) -> dict[str, Any]:
