@@ -2,13 +2,19 @@
 
 An image or recording and a text file of the same name beside it become one document, the text last. Writes
 PREFIX.bin, .idx, .media.bin, .media.idx, .json (the manifest) and .rejected.jsonl; nothing appears before all is done.
+A run that was killed goes on where it was when it is started again with the same arguments, and ends in the same bytes.
+
+Over many machines, as a SLURM array: each task reads its share of the same inputs and writes shards of its own
+(PREFIX-00003-of-00064 and so on); `tools/shards.py merge` then makes them one without copying data.
 """
 
 import argparse
+import logging
+import os
 import sys
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.pipeline import Options, Report, preprocess
+from megatron_mm.ingest.pipeline import Options, Report, Share, preprocess
 
 
 def main() -> int:
@@ -33,7 +39,31 @@ def main() -> int:
         metavar="S",
         help="cut longer recordings into items of this length (default %(default)s)",
     )
+    parser.add_argument(
+        "--tokenizer-engine",
+        choices=("auto", "reference"),
+        default="auto",
+        help="what finds the ids: gigatoken where it agrees with `tokenizers` (auto, the default), or the latter alone",
+    )
+    parser.add_argument(
+        "--task",
+        type=int,
+        default=int(os.environ.get("SLURM_ARRAY_TASK_ID", 0)),
+        metavar="I",
+        help="which share of the inputs to read, from 0 (default: the task of a SLURM array)",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=int,
+        default=int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1)),
+        metavar="N",
+        help="shares that the inputs are cut into (default: the tasks of a SLURM array, or 1)",
+    )
     arguments = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    if not 0 <= arguments.task < arguments.tasks:
+        parser.error(f"--task {arguments.task} is not one of --tasks {arguments.tasks}: they count from 0")
+    share = Share(arguments.task, arguments.tasks)
     try:
         report = preprocess(
             arguments.input,
@@ -42,11 +72,13 @@ def main() -> int:
             workers=arguments.workers,
             skip_bad=arguments.bad_input == "skip",
             options=Options(arguments.trust_content, arguments.max_audio_seconds),
+            engine=arguments.tokenizer_engine,
+            share=share,
         )
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(_summary(report, arguments.output_prefix))
+    print(_summary(report, share.prefix(arguments.output_prefix)))
     return 0
 
 
@@ -54,14 +86,14 @@ def _summary(report: Report, prefix: str) -> str:
     counts = report.counts
     lines = [
         f"{report.num_inputs} inputs: {counts.documents} documents, {counts.tokens:,} tokens, "
-        f"{len(report.rejections)} rejected",
+        f"{counts.rejected} rejected",
         "documents by source: " + ", ".join(f"{name} {number}" for name, number in sorted(counts.by_source.items())),
         "media items: " + (", ".join(f"{name} {number}" for name, number in sorted(counts.media.items())) or "none"),
         f"shards: {prefix}.*",
     ]
     lines += [f"  rejected {rejection.path}: {rejection.reason}" for rejection in report.rejections[:10]]
-    if len(report.rejections) > 10:
-        lines.append(f"  ... and {len(report.rejections) - 10} more in {prefix}.rejected.jsonl")
+    if counts.rejected > 10:
+        lines.append(f"  ... and {counts.rejected - 10} more in {prefix}.rejected.jsonl")
     return "\n".join(lines)
 
 

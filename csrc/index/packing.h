@@ -1,9 +1,12 @@
-// Best-fit packing of pieces into bins in one pass and bounded memory (Ding et al. 2024, "Fewer truncations improve
-// language modeling"). megatron_mm/data/packing.py holds the reference and says what it does.
+// Best-fit packing of pieces into bins (Ding et al. 2024, "Fewer truncations improve language modeling"), window after
+// window of documents, so that memory is bounded and a window can be packed again alone. megatron_mm/data/packing.py
+// holds the reference and says what it does.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 namespace megatron_mm {
@@ -54,37 +57,104 @@ class OpenBins {
   std::vector<std::vector<int64_t>> bins_;
 };
 
-// Writes the bin of each piece; returns the number of bins. Lengths are in 1..capacity.
-inline int64_t pack_best_fit(const int32_t* lengths, int64_t count, int capacity, int64_t window, int64_t max_open,
-                             int64_t* bin_of_piece) {
+// Writes the bin of each piece, the longest first, and returns the number of bins. Lengths are in 1..capacity.
+inline int64_t pack_best_fit(const int32_t* lengths, int64_t count, int capacity, int64_t* bin_of_piece) {
   OpenBins open(capacity);
-  int64_t num_bins = 0, num_open = 0;
-  std::vector<int64_t> order;
-  for (int64_t start = 0; start < count; start += window) {
-    order.clear();
-    for (int64_t piece = start; piece < std::min(count, start + window); ++piece) order.push_back(piece);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-    for (const int64_t piece : order) {
-      int room = open.smallest(lengths[piece]);
-      int64_t bin;
-      if (room < 0) {
-        bin = num_bins++;
-        room = capacity;
-        ++num_open;
-      } else {
-        bin = open.take(room);
-      }
-      bin_of_piece[piece] = bin;
-      room -= lengths[piece];
-      if (room > 0) {
-        open.add(room, bin);
-      } else {
-        --num_open;
-      }
+  int64_t num_bins = 0;
+  // A counting sort, longest first and in order among equals.
+  std::vector<int64_t> place(capacity + 2), order(count);
+  for (int64_t piece = 0; piece < count; ++piece) ++place[capacity - lengths[piece] + 1];
+  for (int length = 0; length <= capacity; ++length) place[length + 1] += place[length];
+  for (int64_t piece = 0; piece < count; ++piece) order[place[capacity - lengths[piece]]++] = piece;
+  for (const int64_t piece : order) {
+    int room = open.smallest(lengths[piece]);
+    int64_t bin;
+    if (room < 0) {
+      bin = num_bins++;
+      room = capacity;
+    } else {
+      bin = open.take(room);
     }
-    for (; num_open > max_open; --num_open) open.take(open.smallest(1));  // the fullest bins are closed first
+    bin_of_piece[piece] = bin;
+    room -= lengths[piece];
+    if (room > 0) open.add(room, bin);
   }
   return num_bins;
+}
+
+// Documents that are cut elsewhere than at every `capacity` inputs: document i of `documents`, which ascend, has the
+// pieces [first[i], first[i + 1]) of `lengths`.
+struct Cuts {
+  const int64_t *documents, *first;
+  const int32_t* lengths;
+  int64_t count;
+};
+
+struct Pieces {
+  std::vector<int64_t> documents;
+  std::vector<int32_t> starts, lengths;
+
+  void add(int64_t document, int64_t start, int64_t length) {
+    documents.push_back(document);
+    starts.push_back(static_cast<int32_t>(start));
+    lengths.push_back(static_cast<int32_t>(length));
+  }
+};
+
+// Cuts documents [begin, end) into pieces of at most `capacity` inputs; a document of n tokens has n - 1 inputs.
+inline void cut_documents(const int32_t* tokens, int64_t begin, int64_t end, int capacity, const Cuts& cuts,
+                          Pieces& pieces) {
+  int64_t next = std::lower_bound(cuts.documents, cuts.documents + cuts.count, begin) - cuts.documents;
+  for (int64_t document = begin; document < end; ++document) {
+    const int64_t inputs = static_cast<int64_t>(tokens[document]) - 1;
+    int64_t start = 0;
+    if (next < cuts.count && cuts.documents[next] == document) {
+      for (int64_t piece = cuts.first[next]; piece < cuts.first[next + 1]; start += cuts.lengths[piece++]) {
+        pieces.add(document, start, cuts.lengths[piece]);
+      }
+      ++next;
+      continue;
+    }
+    for (; start < inputs; start += capacity) pieces.add(document, start, std::min<int64_t>(capacity, inputs - start));
+  }
+}
+
+// Cuts documents into windows of at least `window_inputs` inputs and writes where each ends; the rest is a window only
+// if `is_last`.
+inline std::vector<int64_t> window_ends(const int32_t* tokens, int64_t count, int64_t window_inputs, bool is_last) {
+  std::vector<int64_t> ends;
+  int64_t inputs = 0;
+  for (int64_t document = 0; document < count; ++document) {
+    inputs += std::max<int64_t>(0, static_cast<int64_t>(tokens[document]) - 1);
+    if (inputs >= window_inputs) {
+      ends.push_back(document + 1);
+      inputs = 0;
+    }
+  }
+  if (is_last && count && (ends.empty() || ends.back() != count)) ends.push_back(count);
+  return ends;
+}
+
+// Returns the bins of each window, packed by `threads` threads.
+inline std::vector<int64_t> count_bins(const int32_t* tokens, const std::vector<int64_t>& ends, int capacity,
+                                       const Cuts& cuts, int threads) {
+  std::vector<int64_t> bins(ends.size());
+  std::atomic<size_t> next{0};
+  const auto work = [&] {
+    Pieces pieces;
+    std::vector<int64_t> bin_of_piece;
+    for (size_t window; (window = next++) < ends.size();) {
+      pieces = {};
+      cut_documents(tokens, window ? ends[window - 1] : 0, ends[window], capacity, cuts, pieces);
+      bin_of_piece.resize(pieces.lengths.size());
+      bins[window] = pack_best_fit(pieces.lengths.data(), pieces.lengths.size(), capacity, bin_of_piece.data());
+    }
+  };
+  std::vector<std::thread> others;
+  for (int number = 1; number < threads; ++number) others.emplace_back(work);
+  work();
+  for (auto& other : others) other.join();
+  return bins;
 }
 
 }  // namespace megatron_mm

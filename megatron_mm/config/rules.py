@@ -176,9 +176,23 @@ def _schedule(config: Config) -> Iterator[str]:
 
 
 def _evaluation(config: Config) -> Iterator[str]:
-    shared = sorted(set(config.data.train) & set(config.data.validation))
+    trained = {prefix for name in config.data.train_datasets for prefix in name.split(",")}
+    shared = sorted(trained & set(config.data.validation))
     if shared:
         yield f"data.validation holds {shared}, which data.train trains on: held-out documents must not be trained on."
+
+
+def _blend(config: Config) -> Iterator[str]:
+    prefixes = [prefix for name in config.data.train_datasets for prefix in name.split(",")]
+    twice = sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1})
+    if twice:
+        yield (
+            f"data.train and data.changes hold {twice} in more than one dataset, which would repeat its tokens. Name a "
+            'dataset the same way everywhere: one prefix, or "a,b" for a list that is one dataset.'
+        )
+    steps = [change.from_step for change in config.data.changes]
+    if steps != sorted(set(steps)):
+        yield f"data.changes begin at steps {steps}. Put them in ascending order, one a step."
 
 
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
@@ -190,6 +204,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _overlap,
     _fp8,
     _schedule,
+    _blend,
     _evaluation,
 )
 

@@ -77,11 +77,26 @@ class AudioConfig(Section):
     """Train the encoder with the decoder; the projector is always trained."""
 
 
+class BlendChange(Section):
+    """Other weights from a step on."""
+
+    from_step: PositiveInt
+    """First step with these weights, counted from 0."""
+    train: dict[str, PositiveFloat]
+    """Datasets and weights, as data.train; what is not named is not drawn from."""
+
+
 class DataConfig(Section):
     """Where the samples come from. A batch is a pure function of (seed, step)."""
 
-    train: tuple[str, ...]
-    """Prefixes of the shards to train on, as tools/preprocess_data.py wrote them."""
+    train: tuple[str, ...] | dict[str, PositiveFloat]
+    """Prefixes of the shards to train on, as tools/preprocess_data.py wrote them: a list is one dataset. Several are
+    blended by weights, in tokens: {web: 0.7, "books-1,books-2": 0.3}, where a comma joins shards into one dataset."""
+    changes: tuple[BlendChange, ...] = ()
+    """Other weights, or other datasets, from later steps on. Each dataset goes on where it was, so a run that is
+    resumed with one more change repeats no sample."""
+    packing: Literal["best_fit", "concatenate"] = "best_fit"
+    """best_fit cuts no document that fits into a sample, and no media; concatenate lays texts end to end and cuts."""
     validation: tuple[str, ...] = ()
     """Prefixes of held-out shards; empty: no validation."""
     seq_len: PositiveInt
@@ -92,6 +107,12 @@ class DataConfig(Section):
     """Steps that are read and decoded ahead in a background thread; 0 reads in the foreground."""
     decoder: Literal["auto", "reference", "dali"] = "auto"
     """What decodes images and sound: auto takes DALI where the device is a GPU, and the reference elsewhere."""
+
+    @property
+    def train_datasets(self) -> list[str]:
+        """Every dataset that is trained on at some step, shards of one joined by commas."""
+        first = list(self.train) if isinstance(self.train, dict) else [",".join(self.train)]
+        return list(dict.fromkeys([*first, *(name for change in self.changes for name in change.train)]))
 
 
 class ParallelConfig(Section):

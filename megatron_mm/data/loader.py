@@ -1,7 +1,7 @@
 """From a step number to this rank's micro-batches: a pure function of (seed, step), read ahead in the background."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,14 +11,16 @@ from torch import Tensor
 
 from megatron_mm.batch import MediaUnits, MicroBatch, attention_spans, context_spans
 from megatron_mm.config import Config
+from megatron_mm.config.schema import BlendChange
+from megatron_mm.data.blend import Blend
 from megatron_mm.data.decode import blank_pixels, blank_waveform, cut_chunks, make_decoder
 from megatron_mm.data.order import SampleOrder
-from megatron_mm.data.packing import plan_packing
+from megatron_mm.data.packing import Plan, plan_packing
 from megatron_mm.errors import DataError
 from megatron_mm.modality import CHUNK_SAMPLES, Media, audio_frames
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
-from megatron_mm.shards import ShardReader, open_shards
+from megatron_mm.shards import ShardReader, check_tokenizers, open_shards
 
 log = logging.getLogger(__name__)
 
@@ -38,32 +40,76 @@ class Unit:
 
 
 class Loader:
-    """Reads packed samples of one set of shards for one rank.
+    """Reads packed samples of one dataset, or of a blend of several, for one rank.
 
-    Every rank reads tokens by itself; media only where the encoders are, and there only the units dealt to this rank.
+    Samples are numbered dataset after dataset. Every rank reads tokens by itself; media only where the encoders are,
+    and there only the units dealt to this rank.
     """
 
-    def __init__(self, prefixes: Sequence[str], *, config: Config, mesh: Mesh) -> None:
-        self.shards: list[ShardReader] = open_shards(prefixes)
+    def __init__(
+        self,
+        datasets: Sequence[str] | Mapping[str, float],
+        *,
+        config: Config,
+        mesh: Mesh,
+        changes: Sequence[BlendChange] = (),
+    ) -> None:
         self.config, self.mesh = config, mesh
-        tokenizer = self.shards[0].tokenizer
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise DataError(
-                f"{prefixes[0]} uses {tokenizer.vocab_size} ids, model.vocab_size={config.model.vocab_size} has fewer. "
-                f"Use model.vocab_size of at least that, a multiple of parallel.tp."
-            )
-        self.special_ids = tokenizer.special_ids
-        self.plan = plan_packing(self.shards, seq_len=config.data.seq_len)
-        self.order = SampleOrder(self.plan.num_samples, seed=config.data.seed)
+        size = config.training.global_batch_size
+        weights = datasets if isinstance(datasets, Mapping) else {",".join(datasets): 1.0}
+        self.blend = Blend([(0, weights), *((change.from_step * size, change.train) for change in changes)])
+        self.shards: list[ShardReader] = []
+        self.plans = [self._plan(name.split(",")) for name in self.blend.datasets]
+        self.orders = [SampleOrder(plan.num_samples, seed=config.data.seed) for plan in self.plans]
+        self.first_sample = np.cumsum([0, *(plan.num_samples for plan in self.plans)])
+        """Where the samples of each dataset begin: (num_datasets + 1,) int64."""
+        self.special_ids = self.shards[0].tokenizer.special_ids
         self._encodes = mesh.is_first_chunk(0)
         self.decoder = make_decoder(config.data.decoder, has_gpu=device.has_gpu())
         if self._encodes and mesh.speaks:
             log.info("media are decoded by %s", self.decoder.name)
 
+    def _plan(self, prefixes: Sequence[str]) -> Plan:
+        """Open the shards of one dataset. Raises DataError if they do not fit the model or the other datasets."""
+        shards = open_shards(prefixes)
+        tokenizer = shards[0].tokenizer
+        if tokenizer.vocab_size > self.config.model.vocab_size:
+            raise DataError(
+                f"{prefixes[0]} uses {tokenizer.vocab_size} ids, model.vocab_size={self.config.model.vocab_size} has "
+                "fewer. Use model.vocab_size of at least that, a multiple of parallel.tp."
+            )
+        check_tokenizers([*self.shards, *shards])
+        data = self.config.data
+        plan = plan_packing(shards, seq_len=data.seq_len, packing=data.packing, first_shard=len(self.shards))
+        self.shards += shards
+        return plan
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all datasets."""
+        return int(self.first_sample[-1])
+
+    def describe(self) -> list[str]:
+        """Return what each dataset holds and what packing it costs, for people."""
+        return [
+            f"{name}: {plan.num_samples} samples of {plan.seq_len} tokens an epoch, {plan.describe()}"
+            for name, plan in zip(self.blend.datasets, self.plans)
+        ]
+
     def step_samples(self, step: int) -> np.ndarray:
         """Return the samples of optimizer step `step`, counted from 0, in global order: (global_batch_size,) int64."""
         size = self.config.training.global_batch_size
-        return self.order.samples(np.arange(step * size, (step + 1) * size))
+        datasets, positions = self.blend.locate(np.arange(step * size, (step + 1) * size))
+        samples = np.empty_like(positions)
+        for dataset in np.unique(datasets):
+            own = datasets == dataset
+            samples[own] = self.first_sample[dataset] + self.orders[dataset].samples(positions[own])
+        return samples
+
+    def pieces(self, sample: int) -> np.ndarray:
+        """Return the PIECE records of one sample."""
+        dataset = int(np.searchsorted(self.first_sample, sample, "right")) - 1
+        return self.plans[dataset].sample(sample - int(self.first_sample[dataset]))
 
     def step(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of optimizer step `step`."""
@@ -80,14 +126,15 @@ class Loader:
 
     def micro_batch(self, samples: Sequence[int]) -> MicroBatch:
         """Return `samples` packed end to end, with the media units that this rank encodes."""
-        num_tokens = len(samples) * self.plan.seq_len
+        seq_len = self.config.data.seq_len
+        num_tokens = len(samples) * seq_len
         text = _TextArrays(num_tokens, pad=self.special_ids["pad"])
         units: dict[Media, list[Unit]] = {Media.IMAGE: [], Media.AUDIO: []}
         for number, sample in enumerate(samples):
-            text.position = number * self.plan.seq_len
-            for piece in self.plan.sample(int(sample)) if sample >= 0 else ():
+            text.position = number * seq_len
+            for piece in self.pieces(int(sample)) if sample >= 0 else ():
                 self._add_piece(piece, text, units)
-            text.end_sample((number + 1) * self.plan.seq_len)
+            text.end_sample((number + 1) * seq_len)
         text.mask_labels([self.special_ids["image"], self.special_ids["audio"]])
         cp_rank, cp_size = self.mesh.cp_rank, self.mesh.cp_size
         own = np.concatenate([np.asarray(span) for span in context_spans(num_tokens, cp_rank=cp_rank, cp_size=cp_size)])

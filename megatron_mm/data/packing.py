@@ -1,12 +1,15 @@
 """Which pieces of which documents make up each sample.
 
-A document of n tokens gives n - 1 inputs, each with the token behind it as its label. Documents that fit are never
-cut; longer ones are cut into pieces of seq_len, and never inside a media run. Pieces are packed into samples by
-best-fit (Ding et al. 2024, "Fewer truncations improve language modeling") over windows of documents, in one pass.
+A document of n tokens gives n - 1 inputs, each with the token behind it as its label. Two ways: best fit (Ding et al.
+2024, "Fewer truncations improve language modeling") never cuts a document that fits into a sample, nor a media run;
+concatenation lays documents end to end and cuts every seq_len inputs, wherever that is. No plan is held in memory: a
+sample is found when it is asked for.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import bisect
+import os
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -18,79 +21,193 @@ try:
 except ImportError:  # built by setup.py where a C++ compiler is
     _index = None
 
-WINDOW = 10_000
-"""Pieces that are sorted by length together."""
-MAX_OPEN = 100
-"""Samples with room left that are carried from one window to the next."""
+Packing = Literal["best_fit", "concatenate"]
+WINDOW_SAMPLES = 256
+"""Samples' worth of documents that are packed together: what is left open at the end of a window is padding."""
+SCANNED_DOCUMENTS = 2**20
+"""Documents whose lengths are read at a time."""
+MAX_THREADS = 8
 
 PIECE = np.dtype([("shard", "<u4"), ("document", "<u8"), ("start", "<u4"), ("length", "<u4")])
 """A run of inputs of one document: tokens [start, start + length) of it."""
+Cuts = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Documents that are cut around media runs, where the pieces of each begin among all, and the lengths of the pieces."""
 
 
-@dataclass(frozen=True)
-class PackingPlan:
-    """The pieces of every sample."""
+class BestFitPlan:
+    """Samples packed by best fit, window after window of documents: a pure function of lengths and media runs.
 
-    pieces: np.ndarray
-    """(num_pieces,) PIECE, sample after sample."""
-    first_piece: np.ndarray
-    """(num_samples + 1,) int64: where each sample's pieces start."""
-    seq_len: int
+    Held are where each window begins and how many samples it makes, some 20 bytes for 2 million tokens.
+    """
+
+    def __init__(self, shards: Sequence[ShardReader], *, seq_len: int, first_shard: int = 0) -> None:
+        self.shards, self.seq_len, self.first_shard = shards, seq_len, first_shard
+        self._long_documents = 0
+        windows = [self._scan(shard) for shard in shards]
+        self._first_window = np.cumsum([0, *(len(samples) for _, samples in windows)])
+        self._ends = np.concatenate([np.zeros(0, np.int64), *(ends for ends, _ in windows)])
+        self._first_sample = np.concatenate([[0], *(samples for _, samples in windows)]).cumsum()
+        self._check_inputs()
 
     @property
     def num_samples(self) -> int:
         """Samples of one epoch."""
-        return len(self.first_piece) - 1
+        return int(self._first_sample[-1])
 
     @property
-    def padding_fraction(self) -> float:
-        """Positions that hold no input, 0 to 1."""
-        return 1.0 - float(self.pieces["length"].sum(dtype=np.int64)) / max(1, self.num_samples * self.seq_len)
+    def num_inputs(self) -> int:
+        """Positions that hold an input, in one epoch."""
+        return sum(shard.num_tokens - shard.num_documents for shard in self.shards)
+
+    def describe(self) -> str:
+        """Return what the packing costs, for people."""
+        return f"{_common(self)}, {self._long_documents} documents longer than a sample cut"
 
     def sample(self, index: int) -> np.ndarray:
         """Return the PIECE records of one sample."""
-        return self.pieces[self.first_piece[index] : self.first_piece[index + 1]]
+        window = int(np.searchsorted(self._first_sample, index, "right")) - 1
+        number = int(np.searchsorted(self._first_window, window, "right")) - 1
+        begin = int(self._ends[window - 1]) if window > self._first_window[number] else 0
+        shard = self.shards[number]
+        lengths = shard.lengths(begin, int(self._ends[window]))
+        cuts = self._cuts(shard, begin, lengths)
+        documents, starts, sizes, bins = pack_window(lengths, self.seq_len, cuts)
+        own = np.flatnonzero(bins == index - self._first_sample[window])
+        pieces = np.empty(len(own), PIECE)
+        pieces["shard"], pieces["document"] = self.first_shard + number, begin + documents[own]
+        pieces["start"], pieces["length"] = starts[own], sizes[own]
+        return pieces
+
+    def _scan(self, shard: ShardReader) -> tuple[np.ndarray, np.ndarray]:
+        """Return (document behind each window, samples of it) of one shard."""
+        ends, samples = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        start, size, num_tokens = 0, SCANNED_DOCUMENTS, 0
+        while start < shard.num_documents:
+            stop = min(start + size, shard.num_documents)
+            lengths = shard.lengths(start, stop)
+            cuts = self._cuts(shard, start, lengths)
+            is_last = stop == shard.num_documents
+            found, counts = count_samples(lengths, self.seq_len, cuts, is_last=is_last)
+            if not len(found):
+                size *= 2  # of so many short documents that they do not fill a window
+                continue
+            ends.append(start + found)
+            samples.append(counts)
+            done = int(found[-1])
+            num_tokens += int(lengths[:done].sum(dtype=np.int64))
+            self._long_documents += int((lengths[:done] - 1 > self.seq_len).sum())
+            start += done
+        if num_tokens != shard.num_tokens:
+            raise DataError(
+                f"{shard.prefix}.idx: its lengths add up to {num_tokens} tokens, not to {shard.num_tokens}."
+            )
+        return np.concatenate(ends), np.concatenate(samples)
+
+    def _cuts(self, shard: ShardReader, start: int, lengths: np.ndarray) -> Cuts:
+        """Return how those of some documents that are long and have media are cut."""
+        has_media = shard.has_media(start, start + len(lengths))
+        documents = np.flatnonzero(has_media & (lengths.astype(np.int64) - 1 > self.seq_len))
+        ranges = [cut_around_media(shard, start + int(document), self.seq_len) for document in documents]
+        sizes = [stop - begin for own in ranges for begin, stop in own]
+        return documents, np.cumsum([0, *map(len, ranges)]), np.asarray(sizes, np.int32)
+
+    def _check_inputs(self) -> None:
+        if not self.num_samples:
+            names = ", ".join(shard.prefix for shard in self.shards)
+            raise DataError(f"{names}: no document has two tokens to learn from.")
 
 
-def plan_packing(shards: Sequence[ShardReader], *, seq_len: int) -> PackingPlan:
-    """Pack the documents of `shards` into samples: a pure function of their lengths and media runs.
+class ConcatenatedPlan:
+    """Samples cut from documents laid end to end: nothing is computed or held, at any number of documents."""
 
-    Raises DataError if a media run is longer than `seq_len`, or there is not one input.
+    def __init__(self, shards: Sequence[ShardReader], *, seq_len: int, first_shard: int = 0) -> None:
+        self.shards, self.seq_len, self.first_shard = shards, seq_len, first_shard
+        self._first_input = [0]
+        for shard in shards:
+            if shard.num_items:
+                raise DataError(
+                    f"{shard.prefix} holds media, whose runs data.packing=concatenate would cut. Use "
+                    "data.packing=best_fit."
+                )
+            self._first_input.append(self._first_input[-1] + shard.num_tokens - shard.num_documents)
+        if not self.num_inputs:
+            names = ", ".join(shard.prefix for shard in shards)
+            raise DataError(f"{names}: no document has two tokens to learn from.")
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch; the last one is padded."""
+        return -(-self.num_inputs // self.seq_len)
+
+    @property
+    def num_inputs(self) -> int:
+        """Positions that hold an input, in one epoch."""
+        return self._first_input[-1]
+
+    def describe(self) -> str:
+        """Return what the packing costs, for people."""
+        return f"{_common(self)}, up to {self.num_samples - 1} documents cut"
+
+    def sample(self, index: int) -> np.ndarray:
+        """Return the PIECE records of one sample."""
+        position = index * self.seq_len
+        stop = min(position + self.seq_len, self.num_inputs)
+        pieces = []
+        number = bisect.bisect_right(self._first_input, position) - 1
+        while position < stop:
+            for piece in self._pieces(number, position - self._first_input[number], stop - self._first_input[number]):
+                pieces.append(piece)
+                position += piece[3]
+            number += 1
+        return np.asarray(pieces, PIECE)
+
+    def _pieces(self, number: int, position: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield the pieces of inputs [position, stop) of one shard, as far as it goes."""
+        shard = self.shards[number]
+
+        def inputs_before(document: int) -> int:
+            return shard.token_start(document) - document
+
+        document = bisect.bisect_right(range(shard.num_documents), position, key=inputs_before) - 1
+        while position < stop and document < shard.num_documents:
+            start = position - inputs_before(document)
+            length = min(shard.length(document) - 1 - start, stop - position)
+            if length:
+                yield self.first_shard + number, document, start, length
+            position += length
+            document += 1
+
+
+Plan = BestFitPlan | ConcatenatedPlan
+
+
+def plan_packing(
+    shards: Sequence[ShardReader], *, seq_len: int, packing: Packing = "best_fit", first_shard: int = 0
+) -> Plan:
+    """Return the samples of `shards`, which are numbered from `first_shard` in their pieces.
+
+    Raises DataError if a media run is longer than `seq_len` or would be cut, or there is not one input.
     """
-    pieces = np.concatenate([np.zeros(0, PIECE), *(_pieces(shard, i, seq_len) for i, shard in enumerate(shards))])
-    if not len(pieces):
-        raise DataError(f"{', '.join(shard.prefix for shard in shards)}: no document has two tokens to learn from.")
-    bins, num_samples = pack_best_fit(pieces["length"], seq_len)
-    counts = np.bincount(bins, minlength=num_samples)
-    first_piece = np.concatenate([[0], np.cumsum(counts)])
-    return PackingPlan(pieces[np.argsort(bins, kind="stable")], first_piece, seq_len)
+    plan = {"best_fit": BestFitPlan, "concatenate": ConcatenatedPlan}[packing]
+    return plan(shards, seq_len=seq_len, first_shard=first_shard)
 
 
-def _pieces(shard: ShardReader, number: int, seq_len: int) -> np.ndarray:
-    """Return the pieces of all documents of one shard, in their order."""
-    inputs = np.maximum(shard.lengths.astype(np.int64) - 1, 0)
-    cut_at_runs = np.flatnonzero(shard.has_media() & (inputs > seq_len))
-    counts = -(-inputs // seq_len)
-    cuts = {int(document): _cut(shard, int(document), seq_len) for document in cut_at_runs}
-    counts[cut_at_runs] = [len(cuts[int(document)]) for document in cut_at_runs]
-    pieces = np.zeros(int(counts.sum()), PIECE)
-    pieces["shard"] = number
-    pieces["document"] = np.repeat(np.arange(len(inputs)), counts)
-    first = np.cumsum(counts) - counts
-    pieces["start"] = (np.arange(len(pieces)) - np.repeat(first, counts)) * seq_len
-    pieces["length"] = np.minimum(seq_len, np.repeat(inputs, counts) - pieces["start"])
-    for document, own in cuts.items():
-        pieces[first[document] : first[document] + len(own)]["start"] = [start for start, _ in own]
-        pieces[first[document] : first[document] + len(own)]["length"] = [stop - start for start, stop in own]
-    return pieces
+def padding_fraction(plan: Plan) -> float:
+    """Return the positions that hold no input, 0 to 1."""
+    return 1.0 - plan.num_inputs / (plan.num_samples * plan.seq_len)
 
 
-def _cut(shard: ShardReader, document: int, seq_len: int) -> list[tuple[int, int]]:
+def _common(plan: Plan) -> str:
+    documents = sum(shard.num_documents for shard in plan.shards)
+    return f"{100 * padding_fraction(plan):.2f}% padding, {documents / plan.num_samples:.1f} documents a sample"
+
+
+def cut_around_media(shard: ShardReader, document: int, seq_len: int) -> list[tuple[int, int]]:
     """Cut a long document into (start, stop) ranges of inputs, each as long as fits without cutting a media run.
 
     A run's start and end tokens stay with it.
     """
-    inputs = int(shard.lengths[document]) - 1
+    inputs = shard.length(document) - 1
     media = shard.media(document)
     first = media["token_offset"].astype(np.int64)
     runs = list(zip((first - 1).tolist(), (first + media["num_tokens"] + 1).tolist()))
@@ -111,39 +228,80 @@ def _cut(shard: ShardReader, document: int, seq_len: int) -> list[tuple[int, int
     return ranges
 
 
-def pack_best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """Return (bin of each piece, number of bins): each piece goes into the fullest open bin that it fits in.
+def count_samples(lengths: np.ndarray, seq_len: int, cuts: Cuts, *, is_last: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Cut documents into windows; return (document behind each, samples of each), (num_windows,) int64.
 
-    Pieces are taken longest first within each WINDOW; between windows the fullest bins are closed until MAX_OPEN
-    remain. Shapes: lengths (num_pieces,) in 1..capacity; bins (num_pieces,) int64.
+    A window ends with the document that brings it to WINDOW_SAMPLES * seq_len inputs; what is left over is one only
+    if `is_last`.
     """
+    window_inputs = WINDOW_SAMPLES * seq_len
     if _index is not None:
-        return _index.pack_best_fit(lengths, capacity, WINDOW, MAX_OPEN)
-    return pack_best_fit_reference(lengths, capacity, window=WINDOW, max_open=MAX_OPEN)
+        threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        return _index.count_samples(lengths, seq_len, window_inputs, is_last, *cuts, threads)
+    return count_samples_reference(lengths, seq_len, cuts, window_inputs=window_inputs, is_last=is_last)
 
 
-def pack_best_fit_reference(
-    lengths: np.ndarray, capacity: int, *, window: int, max_open: int
-) -> tuple[np.ndarray, int]:
-    """Pack as `pack_best_fit` says, by searching all open bins for every piece."""
+def pack_window(lengths: np.ndarray, seq_len: int, cuts: Cuts) -> tuple[np.ndarray, ...]:
+    """Pack documents of `lengths` tokens; return (document, start, length, sample) of each piece, (num_pieces,)."""
+    if _index is not None:
+        return _index.pack_window(lengths, seq_len, *cuts)
+    return pack_window_reference(lengths, seq_len, cuts)
+
+
+def count_samples_reference(
+    lengths: np.ndarray, seq_len: int, cuts: Cuts, *, window_inputs: int, is_last: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Count as `count_samples` says, by packing every window."""
+    ends: list[int] = []
+    inputs = 0
+    for document, length in enumerate(lengths.tolist(), start=1):
+        inputs += max(0, length - 1)
+        if inputs >= window_inputs or (is_last and document == len(lengths)):
+            ends.append(document)
+            inputs = 0
+    samples = []
+    for begin, end in zip([0, *ends], ends):
+        inside = (cuts[0] >= begin) & (cuts[0] < end)
+        sizes = [cuts[2][cuts[1][i] : cuts[1][i + 1]] for i in np.flatnonzero(inside)]
+        own = (cuts[0][inside] - begin, np.cumsum([0, *map(len, sizes)]), np.concatenate([cuts[2][:0], *sizes]))
+        samples.append(int(pack_window_reference(lengths[begin:end], seq_len, own)[3].max(initial=-1)) + 1)
+    return np.asarray(ends, np.int64), np.asarray(samples, np.int64)
+
+
+def pack_window_reference(lengths: np.ndarray, seq_len: int, cuts: Cuts) -> tuple[np.ndarray, ...]:
+    """Pack as `pack_window` says, document by document and piece by piece."""
+    pieces: list[tuple[int, int, int]] = []
+    cut = {int(document): cuts[2][cuts[1][i] : cuts[1][i + 1]].tolist() for i, document in enumerate(cuts[0])}
+    for document, length in enumerate(lengths.tolist()):
+        inputs, start = length - 1, 0
+        for size in cut.get(document, [min(seq_len, inputs - at) for at in range(0, inputs, seq_len)]):
+            pieces.append((document, start, size))
+            start += size
+    documents, starts, sizes = (
+        (np.asarray(column, np.int64) for column in zip(*pieces)) if pieces else [np.zeros(0)] * 3
+    )
+    return documents, starts, sizes, pack_best_fit_reference(sizes, seq_len)[0]
+
+
+def pack_best_fit_reference(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+    """Return (bin of each piece, number of bins): each piece, longest first, goes into the fullest bin that it fits in.
+
+    Of bins that are equally full it takes the one that was touched last. Shapes: lengths (num_pieces,) in 1..capacity;
+    bins (num_pieces,) int64.
+    """
     bins = np.empty(len(lengths), np.int64)
     num_bins = 0
     open_bins: list[tuple[int, int]] = []  # (room, bin), the one that was touched last at the end
-    for start in range(0, len(lengths), window):
-        members = range(start, min(start + window, len(lengths)))
-        for piece in sorted(members, key=lambda index: -int(lengths[index])):
-            length = int(lengths[piece])
-            rooms = [room for room, _ in open_bins if room >= length]
-            if rooms:
-                index = max(i for i, (room, _) in enumerate(open_bins) if room == min(rooms))
-                room, bin_ = open_bins.pop(index)
-            else:
-                room, bin_ = capacity, num_bins
-                num_bins += 1
-            bins[piece] = bin_
-            if room > length:
-                open_bins.append((room - length, bin_))
-        while len(open_bins) > max_open:
-            fullest = min(room for room, _ in open_bins)
-            open_bins.pop(max(i for i, (room, _) in enumerate(open_bins) if room == fullest))
+    for piece in sorted(range(len(lengths)), key=lambda index: -int(lengths[index])):
+        length = int(lengths[piece])
+        rooms = [room for room, _ in open_bins if room >= length]
+        if rooms:
+            index = max(i for i, (room, _) in enumerate(open_bins) if room == min(rooms))
+            room, bin_ = open_bins.pop(index)
+        else:
+            room, bin_ = capacity, num_bins
+            num_bins += 1
+        bins[piece] = bin_
+        if room > length:
+            open_bins.append((room - length, bin_))
     return bins, num_bins

@@ -1,14 +1,13 @@
-"""From a document to what shards store: ids with one run of placeholders for each media item."""
+"""From documents to what shards store: ids with one run of placeholders for each media item."""
 
 import io
+from collections.abc import Sequence
 
-import av
 import numpy as np
 
-from megatron_mm.ingest.audio import encode_flac
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, Segment, TextSegment
 from megatron_mm.modality import IMAGE_TOKENS, SAMPLE_RATE, Media, audio_chunk_frames
-from megatron_mm.shards import EncodedDocument, MediaItem
+from megatron_mm.shards import EncodedBatch, EncodedDocument, MediaItem
 from megatron_mm.tokenizer import TextTokenizer
 
 MAX_AUDIO_SECONDS = 30
@@ -39,6 +38,16 @@ def encode_document(
     return EncodedDocument(np.asarray(tokens), document.source, media)
 
 
+def encode_texts(texts: Sequence[str], tokenizer: TextTokenizer) -> EncodedBatch:
+    """Return one document for each text: its ids and end-of-text, as `encode_document` makes them."""
+    ids = tokenizer.encode_batch(texts)
+    end = np.asarray([tokenizer.special_ids["end_of_text"]], np.uint32)
+    tokens = np.concatenate([np.zeros(0, np.uint32), *(part for own in ids for part in (own, end))])
+    lengths = np.fromiter((len(own) + 1 for own in ids), np.int32, len(ids))
+    narrow = np.uint16 if not tokens.size or tokens.max() <= np.iinfo(np.uint16).max else np.uint32
+    return EncodedBatch(tokens.astype(narrow), lengths, np.zeros(len(ids), np.uint8))
+
+
 def _run(segment: ImageSegment | AudioSegment) -> tuple[Media, int]:
     """Return the kind of a media segment and the placeholders that it fills."""
     if isinstance(segment, ImageSegment):
@@ -51,6 +60,11 @@ def _parts(segment: Segment, max_audio_seconds: int) -> list[Segment]:
     limit = max_audio_seconds * SAMPLE_RATE
     if not isinstance(segment, AudioSegment) or segment.num_samples <= limit:
         return [segment]
+    # FFmpeg's libraries take a quarter of a second to load, which runs over text are spared.
+    import av
+
+    from megatron_mm.ingest.audio import encode_flac
+
     with av.open(io.BytesIO(segment.data)) as container:
         samples = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
     clips = [samples[start : start + limit].astype(np.float32) / 32768.0 for start in range(0, len(samples), limit)]

@@ -1,22 +1,37 @@
 """Preprocessing: paths in, shards out, over several worker processes, every input accounted for."""
 
 import functools
+import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_mm.errors import DataError
+from megatron_mm.ingest import work
+from megatron_mm.ingest.detect import Kind
 from megatron_mm.ingest.document import Rejection, TextSegment
-from megatron_mm.ingest.encode import encode_document
-from megatron_mm.ingest.read import pair_captions
-from megatron_mm.ingest.work import DEFAULTS, Options, Work, cut_file, cut_work, read_all, read_work
+from megatron_mm.ingest.lines import Encoded, encode_documents, encode_lines
+from megatron_mm.ingest.work import (
+    DEFAULTS,
+    Options,
+    Work,
+    cut_file,
+    cut_work,
+    pair_captions,
+    read_all,
+    read_work,
+)
 from megatron_mm.ingest.workers import Cut, Failure, Workers
-from megatron_mm.shards import Counts, EncodedDocument, ShardWriter
-from megatron_mm.tokenizer import TextTokenizer
+from megatron_mm.shards import Counts, EncodedBatch, ShardWriter
+from megatron_mm.tokenizer import EncodingMismatch, Engine, TextTokenizer
+
+LISTED = 1_000
+"""Rejections that a report names; all of them are in P.rejected.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,22 @@ class Report:
     counts: Counts
     num_inputs: int
     rejections: Sequence[Rejection]
+    """The first LISTED of counts.rejected."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the inputs one of several runs reads: the files, or ranges of lines, that begin in its bytes."""
+
+    task: int = 0
+    tasks: int = 1
+
+    def prefix(self, output_prefix: str) -> str:
+        """Return where this run writes: one of several writes shards of its own, to be merged."""
+        return output_prefix if self.tasks == 1 else f"{output_prefix}-{self.task:05d}-of-{self.tasks:05d}"
+
+
+EVERYTHING = Share()
 
 
 def preprocess(
@@ -36,39 +67,57 @@ def preprocess(
     workers: int = 1,
     skip_bad: bool = False,
     options: Options = DEFAULTS,
+    engine: Engine = "auto",
+    share: Share = EVERYTHING,
 ) -> Report:
     """Read every file under `inputs` and write one set of shards; the result does not depend on `workers`.
 
-    What cannot be read is listed in `output_prefix`.rejected.jsonl, with its reason, if `skip_bad`; otherwise the first
+    A run that was killed is gone on with by the next one with the same inputs and settings, to the same bytes. What
+    cannot be read is listed in `output_prefix`.rejected.jsonl, with its reason, if `skip_bad`; otherwise the first
     such input ends the run and nothing is written. Raises DataError for that, for a path that does not exist, and if
     nothing is left to write.
     """
-    tokenizer = TextTokenizer(tokenizer_path)
-    work = list(_work(find_files(inputs)))
-    rejections: list[Rejection] = []
-    with ShardWriter(output_prefix, tokenizer=tokenizer.info) as writer:
-        progress = tqdm(total=sum(item.num_bytes for item in work), unit="B", unit_scale=True, desc="preprocess")
-        make_task = functools.partial(_make_task, tokenizer_path, options)
+    tokenizer = TextTokenizer(tokenizer_path, engine=engine)
+    plan = Plan(find_files(inputs), share)
+    key = _resume_key(plan, tokenizer, skip_bad, options)
+    with ShardWriter(share.prefix(output_prefix), tokenizer=tokenizer.info, resume_key=key) as writer:
+        plan.restore(writer.progress)
+        progress = tqdm(total=plan.num_bytes, initial=plan.done_bytes, unit="B", unit_scale=True, desc="preprocess")
+        make_task = functools.partial(_make_task, tokenizer_path, engine, options)
         with progress, Workers(workers, make_task, split=cut_work) as pool:
-            for item, result in pool.run(work):
-                failed = isinstance(result, Failure)
-                documents, rejected = ([], [Rejection(str(item.path), result.reason)]) if failed else result
-                for document in documents:
-                    writer.add(document)
-                rejections += rejected
-                if rejected and not skip_bad:
-                    raise DataError(_first_bad(rejections))
-                progress.update(item.num_bytes)
-                progress.set_postfix(documents=writer.counts.documents, rejected=len(rejections), refresh=False)
-        if not writer.counts.documents:
-            raise DataError(f"none of the {len(work)} inputs gave a document. " + _first_bad(rejections))
-        _write_rejections(output_prefix, rejections)
-    return Report(writer.counts, len(work), rejections)
+            for item, result in pool.run(plan.work()):
+                _take_in(writer, item, result, skip_bad=skip_bad)
+                if plan.finish(item):
+                    writer.commit_if_due(plan.progress())
+                progress.update(plan.done_bytes - progress.n)
+                progress.set_postfix(documents=writer.counts.documents, rejected=writer.counts.rejected, refresh=False)
+        rejections = [Rejection(**record) for record in writer.rejections(LISTED)]
+        if not writer.counts.documents and share.tasks == 1:
+            raise DataError(f"none of the {plan.num_done} inputs gave a document. " + _first_bad(rejections))
+    return Report(writer.counts, plan.num_done, rejections)
+
+
+def _take_in(writer: ShardWriter, item: Work, result: "Encoded | str | Failure", *, skip_bad: bool) -> None:
+    """Write what a worker made of a piece of work. Raises DataError at something bad unless `skip_bad`."""
+    if isinstance(result, str):
+        raise EncodingMismatch(result)
+    if isinstance(result, Failure):
+        result = EncodedBatch.of([]), [Rejection(_place(item), result.reason)]
+    batch, rejections = result
+    if rejections and not skip_bad:
+        raise DataError(_first_bad(rejections))
+    writer.add_batch(batch)
+    for rejection in rejections:
+        writer.add_rejection(asdict(rejection))
+
+
+def _place(item: Work) -> str:
+    return str(item.path) if item.stop is None else f"{item.path}:{item.first_line}"
 
 
 def read_texts(inputs: Sequence[str]) -> Iterator[str]:
     """Yield the text of every document under `inputs`, in a fixed order. Raises DataError at the first bad input."""
-    for item in _work(find_files(inputs)):
+    for item in Plan(find_files(inputs), EVERYTHING).work():
         for documents, rejections in read_all(item, DEFAULTS):
             if rejections:
                 raise DataError(f"{rejections[0].path}: {rejections[0].reason}")
@@ -93,31 +142,104 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
     return files
 
 
-def _work(files: Sequence[Path]) -> Iterator[Work]:
-    """Yield what workers read: a caption goes with its image or recording, long JSON-lines files are cut."""
-    captions = pair_captions(files)
-    shown = set(captions.values())
-    for file in files:
-        if file in shown:
-            continue
-        yield from cut_file(file, caption=captions.get(file))
+@dataclass
+class _Started:
+    """A piece of work under way: its file, and which piece of it, both counted."""
+
+    file: int
+    piece: int
+    work: Work
 
 
-Encoded = tuple[list[EncodedDocument], list[Rejection]]
+@dataclass
+class Plan:
+    """The work of one run in its order, and how far it has come. A caption goes with its image or recording."""
+
+    files: Sequence[Path]
+    share: Share
+    num_done: int = 0
+    done_bytes: int = 0
+    _next: tuple[int, int] = (0, 0)  # (file, piece) that is not finished
+    _started: deque[_Started] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self._captions = pair_captions(self.files)
+        shown = set(self._captions.values())
+        self.files = [file for file in self.files if file not in shown]
+        self.sizes = [file.stat().st_size for file in self.files]
+        total = sum(self.sizes)
+        self._from = total * self.share.task // self.share.tasks
+        self._until = total * (self.share.task + 1) // self.share.tasks
+        self.num_bytes = self._until - self._from
+
+    def work(self) -> Iterator[Work]:
+        """Yield what is not done yet, file after file: files are cut as they are reached."""
+        first_file, first_piece = self._next
+        before = 0
+        for number, (path, size) in enumerate(zip(self.files, self.sizes)):
+            # A file of no bytes begins where the next one does, so the last share takes what begins at its end.
+            is_last = self.share.task + 1 == self.share.tasks
+            if number >= first_file and before <= self._until and before + size >= self._from:
+                for piece, item in enumerate(cut_file(path, caption=self._captions.get(path))):
+                    begins = before + item.start
+                    is_own = self._from <= begins and (begins < self._until or is_last)
+                    if is_own and (number, piece) >= (first_file, first_piece):
+                        self._started.append(_Started(number, piece, item))
+                        yield item
+            before += size
+
+    def finish(self, item: Work) -> bool:
+        """Note that `item`, a piece of work or the next part of one, is done; return whether the piece is."""
+        if not item.ends:
+            return False
+        started = self._started.popleft()
+        self._next = (started.file, started.piece + 1)
+        self.num_done += 1
+        self.done_bytes += started.work.num_bytes
+        return True
+
+    def progress(self) -> dict[str, int]:
+        """Return what `restore` takes."""
+        return {"file": self._next[0], "piece": self._next[1], "done": self.num_done, "bytes": self.done_bytes}
+
+    def restore(self, progress: dict[str, int] | None) -> None:
+        """Go on where an earlier run was at `progress`."""
+        if progress is not None:
+            self._next = (progress["file"], progress["piece"])
+            self.num_done, self.done_bytes = progress["done"], progress["bytes"]
 
 
-def _make_task(tokenizer_path: str, options: Options) -> Callable[[Work], Encoded | Cut[Work]]:
+def _resume_key(plan: Plan, tokenizer: TextTokenizer, skip_bad: bool, options: Options) -> str:
+    """Return what is the same for two runs only if they write the same bytes."""
+    files = [(str(path), size, path.stat().st_mtime_ns) for path, size in zip(plan.files, plan.sizes)]
+    settings = [
+        asdict(tokenizer.info),
+        tokenizer.engine,
+        skip_bad,
+        asdict(options),
+        asdict(plan.share),
+        work.LINES_BYTES,
+    ]
+    return hashlib.sha256(json.dumps([files, settings, work.LINES_BYTES]).encode()).hexdigest()
+
+
+def _make_task(tokenizer_path: str, engine: Engine, options: Options) -> "Callable[[Work], Encoded | Cut[Work] | str]":
     """Return what a worker does with each piece of work; it loads the tokenizer once."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = TextTokenizer(tokenizer_path)
+    tokenizer = TextTokenizer(tokenizer_path, engine=engine)
 
-    def read_and_encode(work: Work) -> Encoded | Cut[Work]:
-        reading = read_work(work, options)
-        if isinstance(reading, Cut):
-            return reading
-        documents, rejections = reading
-        seconds = options.max_audio_seconds
-        return [encode_document(document, tokenizer, max_audio_seconds=seconds) for document in documents], rejections
+    def read_and_encode(work: Work) -> Encoded | Cut[Work] | str:
+        try:
+            if work.kind is Kind.JSONL:
+                return encode_lines(work, tokenizer, options)
+            reading = read_work(work, options)
+            if isinstance(reading, Cut):
+                return reading
+            documents, rejections = reading
+            encoded, failed = encode_documents(documents, tokenizer, options, place=_place(work))
+        except EncodingMismatch as error:  # not a rejection: it ends the run
+            return str(error)
+        return EncodedBatch.of(encoded), [*rejections, *failed]
 
     return read_and_encode
 
@@ -127,10 +249,3 @@ def _first_bad(rejections: Sequence[Rejection]) -> str:
         return ""
     first = rejections[0]
     return f"{first.path}: {first.reason}. Mend it, or leave out what cannot be read with --bad-input skip."
-
-
-def _write_rejections(output_prefix: str, rejections: Sequence[Rejection]) -> None:
-    path = Path(f"{output_prefix}.rejected.jsonl")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(asdict(rejection)) + "\n" for rejection in rejections))
-    os.replace(partial, path)

@@ -3,7 +3,7 @@
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_mm.errors import DataError
@@ -18,13 +18,12 @@ from megatron_mm.ingest.pdf import read_pdf
 from megatron_mm.ingest.records import TEXT_FIELDS, read_lines, read_rows
 from megatron_mm.ingest.text import decode_text, read_html, read_text
 from megatron_mm.ingest.video import read_video
+from megatron_mm.ingest.work import CAPTIONED, pair_captions
 from megatron_mm.modality import Source
 
 MAX_FILE_BYTES = 2**30
 """Larger files are refused where a file is read whole: all kinds but JSON lines, Parquet and archives."""
 UNBOUNDED = {Kind.JSONL, Kind.PARQUET, Kind.ARCHIVE, Kind.COMPRESSED}
-CAPTIONED = {Kind.IMAGE, Kind.AUDIO, Kind.VIDEO}
-"""Kinds whose text may stand in a file of the same name beside them."""
 BESIDE_MEDIA = (".txt", ".json", ".cls")
 """Files that say something of media of the same name."""
 
@@ -95,19 +94,6 @@ def _caption(path: Path) -> list[Segment]:
         return [TextSegment(text)] if text.strip() else []
     except (DataError, ValueError, AttributeError) as error:
         raise DataError(f"its text {path.name} cannot be read: {error}") from error
-
-
-def pair_captions(files: Iterable[Path]) -> dict[Path, Path]:
-    """Pair each image, recording and film with the file of the same name beside it that holds its text.
-
-    That is a text file or else a JSON object with a text field (WebDataset's conventions).
-    """
-    files = list(files)
-    texts = {
-        file.with_suffix(""): file for suffix in (".json", ".txt") for file in files if file.suffix.lower() == suffix
-    }
-    media = (file for file in files if KIND_OF_SUFFIX.get(file.suffix.lower()) in CAPTIONED)
-    return {file: texts[file.with_suffix("")] for file in media if file.with_suffix("") in texts}
 
 
 def _beside_media(files: Sequence[Path]) -> set[Path]:

@@ -1,21 +1,15 @@
 """Inputs cut into pieces of work: a file, or a part of one that can be read by itself."""
 
 import io
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import pyarrow
-
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.archive import sample_ranges
 from megatron_mm.ingest.detect import KIND_OF_SUFFIX, Kind, detect
 from megatron_mm.ingest.document import Reading, Rejection
 from megatron_mm.ingest.encode import MAX_AUDIO_SECONDS
-from megatron_mm.ingest.read import read_archive, read_file
-from megatron_mm.ingest.records import read_lines, read_rows, row_groups
 from megatron_mm.ingest.workers import Cut
 
 LINES_BYTES = 4 * 2**20
@@ -24,6 +18,8 @@ ARCHIVE_BYTES = 16 * 2**20
 """Bytes of a tar or a Parquet file, the same."""
 PARTS_OF_ROWS = 16
 """Parts that a range of rows is cut into when it fails: each of them reads its row group again."""
+CAPTIONED = {Kind.IMAGE, Kind.AUDIO, Kind.VIDEO}
+"""Kinds whose text may stand in a file of the same name beside them."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,8 @@ class Work:
     """Where the samples of a range of a tar start, and last where it stops."""
     size: int | None = None
     """Bytes that this work reads, for the progress bar; None: those of the file."""
+    ends: bool = True
+    """Whether it is the last part of what it was cut from; true of what was not cut."""
 
     @property
     def num_bytes(self) -> int:
@@ -72,14 +70,29 @@ def cut_file(path: Path, *, caption: Path | None = None) -> Iterator[Work]:
 
 def _line_ranges(path: Path) -> Iterator[Work]:
     """Cut a file at line ends into ranges of about LINES_BYTES."""
-    with path.open("rb") as file:
+    block = bytearray(LINES_BYTES)
+    with path.open("rb", buffering=0) as file, path.open("rb") as rest:
         start, line = 0, 1
-        while block := file.read(LINES_BYTES):
-            block += file.readline()
-            stop = start + len(block)
-            yield Work(path, kind=Kind.JSONL, start=start, stop=stop, first_line=line, size=len(block))
-            start = stop
-            line += block.count(b"\n")
+        while size := file.readinto(block):
+            lines = block.count(b"\n", 0, size)
+            tail = rest.readline() if rest.seek(start + size) else b""
+            stop = start + size + len(tail)
+            yield Work(path, kind=Kind.JSONL, start=start, stop=stop, first_line=line, size=stop - start)
+            start = file.seek(stop)
+            line += lines + tail.endswith(b"\n")
+
+
+def pair_captions(files: Iterable[Path]) -> dict[Path, Path]:
+    """Pair each image, recording and film with the file of the same name beside it that holds its text.
+
+    That is a text file or else a JSON object with a text field (WebDataset's conventions).
+    """
+    files = list(files)
+    texts = {
+        file.with_suffix(""): file for suffix in (".json", ".txt") for file in files if file.suffix.lower() == suffix
+    }
+    media = (file for file in files if KIND_OF_SUFFIX.get(file.suffix.lower()) in CAPTIONED)
+    return {file: texts[file.with_suffix("")] for file in media if file.with_suffix("") in texts}
 
 
 def read_work(work: Work, options: Options) -> Reading | Cut[Work]:
@@ -87,6 +100,14 @@ def read_work(work: Work, options: Options) -> Reading | Cut[Work]:
 
     Never raises for what is in the file.
     """
+    # The readers of media take half a second to load, which runs over plain text are spared.
+    import tarfile
+
+    import pyarrow
+
+    from megatron_mm.ingest.read import read_archive, read_file
+    from megatron_mm.ingest.records import read_lines, read_rows
+
     try:
         if work.kind is Kind.JSONL:
             return read_lines(work.path, start=work.start, stop=work.stop, first_line=work.first_line)
@@ -97,7 +118,7 @@ def read_work(work: Work, options: Options) -> Reading | Cut[Work]:
             return read_archive(work.path, start=work.start, stop=work.stop, trust_content=trust_content)
         parts = _cut_archive(work, options)
         if len(parts) > 1:
-            return Cut(parts)
+            return Cut(_parts_of(work, parts))
     except (DataError, OSError, tarfile.TarError, pyarrow.ArrowException) as error:
         return [], [Rejection(str(work.path), str(error))]
     return read_file(work.path, caption=work.caption, trust_content=options.trust_content)
@@ -119,6 +140,9 @@ def _cut_archive(work: Work, options: Options) -> list[Work]:
     named = KIND_OF_SUFFIX.get(work.path.suffix.lower())
     if size <= ARCHIVE_BYTES or named not in (Kind.PARQUET, Kind.ARCHIVE) or work.path.suffix.lower() == ".zip":
         return []
+    from megatron_mm.ingest.archive import sample_ranges
+    from megatron_mm.ingest.records import row_groups
+
     kind = detect(work.path, trust_content=options.trust_content)
     if kind is Kind.PARQUET:
         rows = row_groups(work.path)
@@ -132,8 +156,18 @@ def _cut_archive(work: Work, options: Options) -> list[Work]:
     ]
 
 
+def _parts_of(work: Work, parts: Sequence[Work]) -> list[Work]:
+    """Return `parts` of `work`, the last of them marked as such if it is the end of the work too."""
+    last = len(parts) - 1
+    return [replace(part, ends=work.ends and number == last) for number, part in enumerate(parts)]
+
+
 def cut_work(work: Work) -> list[Work]:
     """Return the parts of `work` to try alone when it fails: lines, samples of a tar, runs of rows; or itself."""
+    return _parts_of(work, _cut(work))
+
+
+def _cut(work: Work) -> list[Work]:
     if work.kind is Kind.ARCHIVE:
         spans = list(pairwise(work.marks))
         return [replace(work, start=start, stop=stop, marks=(start, stop), size=stop - start) for start, stop in spans]

@@ -30,7 +30,7 @@ MAY_CHANGE = (
     *("preset", "run_dir", "parallel.", "checkpoint.", "evaluation.", "logging.", "schedule."),
     *("training.steps", "training.stop_after", "training.micro_batch_size", "training.recompute", "training.kernels"),
     *("training.backend", "training.attention", "training.check_replicas_interval"),
-    *("data.validation", "data.prefetch_steps"),
+    *("data.validation", "data.prefetch_steps", "data.changes"),
 )
 """Settings that a resumed run may have different from the one that was saved."""
 
@@ -143,8 +143,13 @@ def _check_files(path: Path) -> int:
 
 def _check_settings(path: Path, config: Config) -> None:
     """Raise ConfigError if `config` would not go on with the run that was saved."""
-    changed = configs.differences(configs.load(str(path / "config.yaml")), config)
+    saved = configs.load(str(path / "config.yaml"))
+    changed = configs.differences(saved, config)
     refused = [line for key, line in changed.items() if not key.startswith(MAY_CHANGE)]
+    step = int(path.name.removeprefix("step_"))
+    past = [[change for change in data.changes if change.from_step < step] for data in (saved.data, config.data)]
+    if past[0] != past[1]:
+        refused.append(f"{changed['data.changes']} (only changes from step {step} on can differ)")
     if refused:
         raise ConfigError(
             f"{path} was saved with other settings, which a resumed run cannot change:\n"

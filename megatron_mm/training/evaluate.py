@@ -19,7 +19,7 @@ def evaluate(state: TrainState, loader: Loader) -> Tensor:
     """
     config = state.config
     batch_size = config.training.global_batch_size
-    samples = np.arange(min(config.evaluation.samples, loader.plan.num_samples))
+    samples = np.arange(min(config.evaluation.samples, loader.num_samples))
     samples = np.append(samples, np.full(-len(samples) % batch_size, -1))
     losses = torch.zeros(len(Source), 2, dtype=torch.float64, device=device.current())
     settle_parameters(state)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def train(config: Config, mesh: Mesh) -> TrainState:
     """Train to the last step, from the newest checkpoint if there is one. Collective over all ranks."""
     kernels, backend = ops.select(config.training.kernels, device.current()), choose(config)
-    loader = Loader(config.data.train, config=config, mesh=mesh)
+    loader = Loader(config.data.train, config=config, mesh=mesh, changes=config.data.changes)
     heldout = Loader(config.data.validation, config=config, mesh=mesh) if config.data.validation else None
     state = build_state(config, mesh)
     _resume(state)
@@ -78,7 +78,7 @@ def _announce(state: TrainState, loader: Loader, chosen: str, parameters: int) -
     """Say once what runs: settings, layout, model, data; save the settings."""
     if not state.mesh.speaks:
         return
-    config, plan = state.config, loader.plan
+    config = state.config
     configs.save(config)
     for change in configs.changes(config):
         log.info("%s | %s", config.preset, change)
@@ -90,11 +90,7 @@ def _announce(state: TrainState, loader: Loader, chosen: str, parameters: int) -
         chosen,
         config.num_micro_batches(state.mesh.dp_size),
     )
-    log.info(
-        "data %d samples of %d tokens an epoch, %.2f%% padding | %d tokens a step",
-        plan.num_samples,
-        plan.seq_len,
-        100 * plan.padding_fraction,
-        config.tokens_per_step,
-    )
+    for line in loader.describe():
+        log.info("data %s", line)
+    log.info("%d tokens a step", config.tokens_per_step)
     log.info("start at step %d of %d", state.step, config.training.steps)

@@ -158,3 +158,18 @@ def test_every_field_is_explained() -> None:
         assert explanation.endswith("."), key
         assert kind, key
         assert default, key
+
+
+def test_a_blend_is_weights_by_dataset_and_may_change_on_the_way() -> None:
+    changes = "data.changes=[{from_step: 10, train: {a: 1, c: 1}}, {from_step: 20, train: {c: 1}}]"
+    config = configs.load("tiny", ['data.train={a: 0.7, "b,d": 0.3}', changes])
+    assert config.data.train_datasets == ["a", "b,d", "c"]
+    assert configs.load("tiny", ["data.train=[a, b]"]).data.train_datasets == ["a,b"]
+    with pytest.raises(ConfigError, match=r"hold \['b'\] in more than one dataset"):
+        configs.load("tiny", ["data.train=[a, b]", "data.changes=[{from_step: 3, train: {b: 1}}]"])
+    with pytest.raises(ConfigError, match=r"begin at steps \[3, 3\]"):
+        configs.load(
+            "tiny", ["data.train=[a]", "data.changes=[{from_step: 3, train: {b: 1}}, {from_step: 3, train: {c: 1}}]"]
+        )
+    with pytest.raises(ConfigError, match=r"data\.validation holds \['c'\]"):
+        configs.load("tiny", ["data.train=[a]", "data.changes=[{from_step: 3, train: {c: 1}}]", "data.validation=[c]"])

@@ -1,5 +1,6 @@
 """Micro-batches: a pure function of seed and step, whole over all ranks, with loss only where it belongs."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ from small import small_config, write_shards
 from megatron_mm.batch import MicroBatch, attention_spans, context_spans
 from megatron_mm.data.loader import Loader, Prefetcher, deal_rows
 from megatron_mm.errors import DataError
-from megatron_mm.modality import Media
+from megatron_mm.modality import Media, Source
+from megatron_mm.shards import EncodedDocument, ShardReader, ShardWriter
 
 
 def mesh(*, first: bool = True, **place: int) -> SimpleNamespace:
@@ -97,7 +99,7 @@ def test_every_loss_bearing_token_is_met_once_an_epoch(shards: Path) -> None:
     shard = loader.shards[0]
     media = [shard.tokenizer.special_ids["image"], shard.tokenizer.special_ids["audio"]]
     expected = sum((~np.isin(shard.tokens(document)[1:], media)).sum() for document in range(shard.num_documents))
-    batch = loader.micro_batch(range(loader.plan.num_samples))
+    batch = loader.micro_batch(range(loader.num_samples))
     assert batch.loss_mask.sum().item() == expected
 
 
@@ -250,3 +252,47 @@ def test_a_micro_batch_moves_whole(shards: Path) -> None:
     ]
     assert all(tensor.is_meta for tensor in tensors)
     assert doc_lengths(moved) == doc_lengths(batch)
+
+
+@pytest.fixture(scope="module")
+def blended(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three datasets of one tokenizer."""
+    others = [write_shards(shards.parent, name, seed=seed) for name, seed in (("second", 1), ("third", 2))]
+    return [str(shards), *map(str, others)]
+
+
+def blend_of(weights: dict[str, float], *changes: str) -> Loader:
+    pairs = ", ".join(f"{name}: {weight}" for name, weight in weights.items())
+    config = small_config("unused", "unused", f"data.train={{{pairs}}}", f"data.changes=[{', '.join(changes)}]")
+    return Loader(config.data.train, config=config, mesh=mesh(), changes=config.data.changes)
+
+
+def test_a_blend_draws_by_weight_and_sees_every_sample_of_an_epoch_once(blended: list[str]) -> None:
+    loader = blend_of({blended[0]: 3, blended[1]: 1})
+    samples = np.concatenate([loader.step_samples(step) for step in range(40)])
+    is_first = samples < loader.first_sample[1]
+    assert is_first.sum() == 240
+    for own, plan in ((samples[is_first], loader.plans[0]), (samples[~is_first], loader.plans[1])):
+        epoch = own[: plan.num_samples]
+        assert len(set(epoch.tolist())) == len(epoch)
+
+
+def test_a_dataset_added_later_leaves_the_past_and_repeats_nothing(blended: list[str]) -> None:
+    before = blend_of({blended[0]: 3, blended[1]: 1})
+    change = f"{{from_step: 3, train: {{{blended[0]}: 1, {blended[2]}: 1}}}}"
+    after = blend_of({blended[0]: 3, blended[1]: 1}, change)
+    for step in range(3):
+        for ours, theirs in zip(before.step(step), after.step(step), strict=True):
+            assert_same(ours, theirs)
+    drawn = np.concatenate([after.step_samples(step) for step in range(5)])
+    first = drawn[drawn < after.first_sample[1]]
+    assert len(set(first.tolist())) == min(len(first), after.plans[0].num_samples), "it goes on where it was"
+    assert (drawn[24:] >= after.first_sample[2]).sum() == 8
+
+
+def test_datasets_of_different_tokenizers_are_not_blended(blended: list[str], tmp_path: Path) -> None:
+    info = dataclasses.replace(ShardReader(blended[0]).tokenizer, sha256="1" * 64)
+    with ShardWriter(tmp_path / "other", tokenizer=info) as writer:
+        writer.add(EncodedDocument(np.arange(9), Source.TEXT))
+    with pytest.raises(DataError, match="different tokenizers"):
+        blend_of({blended[0]: 1, str(tmp_path / "other"): 1})

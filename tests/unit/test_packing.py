@@ -5,7 +5,14 @@ import pytest
 from small import VOCAB_SIZE
 
 from megatron_mm.data import _index, packing
-from megatron_mm.data.packing import pack_best_fit, pack_best_fit_reference, plan_packing
+from megatron_mm.data.packing import (
+    count_samples,
+    count_samples_reference,
+    pack_best_fit_reference,
+    pack_window_reference,
+    padding_fraction,
+    plan_packing,
+)
 from megatron_mm.errors import DataError
 from megatron_mm.modality import Media, Source
 from megatron_mm.shards import EncodedDocument, MediaItem, ShardReader, ShardWriter, TokenizerInfo
@@ -36,35 +43,64 @@ def page(*parts: int) -> EncodedDocument:
     return EncodedDocument(np.asarray([*tokens, 0]), Source.PDF, media)
 
 
+def no_cuts() -> packing.Cuts:
+    return np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int32)
+
+
+def pieces_of(plan: packing.Plan) -> np.ndarray:
+    return np.concatenate([plan.sample(sample) for sample in range(plan.num_samples)])
+
+
 @pytest.mark.parametrize("capacity", [1, 2, 63, 64, 65, 100, 4_095, 4_096, 8_192])
-@pytest.mark.parametrize(("window", "max_open"), [(1, 3), (50, 4), (10_000, 100), (40, 0)])
-def test_the_extension_packs_as_the_reference(capacity: int, window: int, max_open: int) -> None:
+def test_the_extension_packs_as_the_reference(capacity: int) -> None:
     rng = np.random.default_rng(capacity)
     lengths = np.minimum(np.exp(rng.normal(np.log(capacity / 4 + 1), 1.0, 700)), capacity).astype(np.int32).clip(1)
-    native, num_native = _index.pack_best_fit(lengths, capacity, window, max_open)
-    bins, num_bins = pack_best_fit_reference(lengths, capacity, window=window, max_open=max_open)
+    native, num_native = _index.pack_best_fit(lengths, capacity)
+    bins, num_bins = pack_best_fit_reference(lengths, capacity)
     assert num_native == num_bins
     np.testing.assert_array_equal(native, bins)
     assert np.bincount(bins, weights=lengths).max() <= capacity
     assert sorted(set(bins)) == list(range(num_bins))
 
 
+@pytest.mark.parametrize("is_last", [True, False])
+def test_the_extension_counts_windows_as_the_reference(is_last: bool) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 300, 900).astype(np.int32)
+    lengths[[5, 6, 700]] = 201  # cut elsewhere than at each 64 inputs
+    cuts = (np.asarray([5, 700]), np.asarray([0, 4, 8]), np.asarray([50, 64, 64, 22, 64, 10, 63, 63], np.int32))
+    native = _index.count_samples(lengths, 64, 64 * 40, is_last, *cuts, 3)
+    plain = count_samples_reference(lengths, 64, cuts, window_inputs=64 * 40, is_last=is_last)
+    for ours, reference in zip(native, plain, strict=True):
+        assert len(ours) > 10
+        np.testing.assert_array_equal(ours, reference)
+    for ours, reference in zip(
+        _index.pack_window(lengths, 64, *cuts), pack_window_reference(lengths, 64, cuts), strict=True
+    ):
+        np.testing.assert_array_equal(ours, reference)
+
+
 def test_nothing_to_pack_is_no_bins() -> None:
-    bins, num_bins = pack_best_fit(np.zeros(0, np.int32), 8)
+    bins, num_bins = _index.pack_best_fit(np.zeros(0, np.int32), 8)
     assert (len(bins), num_bins) == (0, 0)
+    assert all(len(column) == 0 for column in _index.pack_window(np.ones(3, np.int32), 8, *no_cuts()))
 
 
 def test_lengths_outside_the_capacity_are_refused() -> None:
     for lengths in ([0], [9]):
         with pytest.raises(ValueError, match="outside 1..capacity"):
-            _index.pack_best_fit(np.asarray(lengths, np.int32), 8, 10, 10)
+            _index.pack_best_fit(np.asarray(lengths, np.int32), 8)
+    with pytest.raises(ValueError, match="cuts do not fit together"):
+        _index.pack_window(np.ones(3, np.int32), 8, np.zeros(2, np.int64), *no_cuts()[1:])
 
 
-def test_padding_of_ordinary_lengths_is_small() -> None:
+@pytest.mark.parametrize("mean", [100, 1_000, 4_000])
+def test_padding_of_ordinary_lengths_is_small(mean: int) -> None:
     rng = np.random.default_rng(0)
-    lengths = np.exp(rng.normal(np.log(1000) - 1.3**2 / 2, 1.3, 100_000)).clip(1, 8192).astype(np.int32)
-    _, num_bins = pack_best_fit(lengths, 8192)
-    assert 1 - lengths.sum(dtype=np.int64) / (num_bins * 8192) < 0.001
+    lengths = np.exp(rng.normal(np.log(mean) - 1.3**2 / 2, 1.3, 20_000_000 // mean)).clip(2, 10**6).astype(np.int32)
+    _, samples = count_samples(lengths, 8192, no_cuts(), is_last=False)
+    ends, _ = count_samples(lengths, 8192, no_cuts(), is_last=False)
+    assert 0 <= 1 - (lengths[: ends[-1]] - 1).sum(dtype=np.int64) / (samples.sum() * 8192) < 0.01
 
 
 def test_every_input_is_in_one_sample(tmp_path) -> None:
@@ -82,10 +118,10 @@ def test_every_input_is_in_one_sample(tmp_path) -> None:
         for piece in pieces:
             covered[piece["document"]][piece["start"] : piece["start"] + piece["length"]] += 1
     assert all((count == 1).all() for count in covered), "each token but the last is an input exactly once"
-    pieces_of = np.bincount(plan.pieces["document"].astype(int), minlength=len(documents))
-    inputs = shard.lengths - 1
-    assert (pieces_of[(inputs > 0) & (inputs <= 128)] == 1).all(), "a document that fits is never cut"
-    assert plan.padding_fraction == pytest.approx(1 - inputs.clip(0).sum() / (plan.num_samples * 128))
+    number_of = np.bincount(pieces_of(plan)["document"].astype(int), minlength=len(documents))
+    inputs = shard.lengths() - 1
+    assert (number_of[(inputs > 0) & (inputs <= 128)] == 1).all(), "a document that fits is never cut"
+    assert padding_fraction(plan) == pytest.approx(1 - inputs.clip(0).sum() / (plan.num_samples * 128))
 
 
 def test_a_media_run_is_never_cut(tmp_path) -> None:
@@ -94,7 +130,7 @@ def test_a_media_run_is_never_cut(tmp_path) -> None:
     ]
     shards = shards_of(tmp_path, documents)
     plan = plan_packing(shards, seq_len=128)
-    for piece in plan.pieces:
+    for piece in pieces_of(plan):
         start, stop = int(piece["start"]), int(piece["start"] + piece["length"])
         for item in shards[0].media(int(piece["document"])):
             first, last = int(item["token_offset"]), int(item["token_offset"] + item["num_tokens"])
@@ -111,15 +147,51 @@ def test_a_run_longer_than_a_sample_is_said(tmp_path) -> None:
 
 def test_documents_without_inputs_are_left_out(tmp_path) -> None:
     plan = plan_packing(shards_of(tmp_path, [text(1), text(2), text(1)]), seq_len=8)
-    assert plan.pieces.tolist() == [(0, 1, 0, 1)]
+    assert pieces_of(plan).tolist() == [(0, 1, 0, 1)]
     with pytest.raises(DataError, match="no document has two tokens"):
         plan_packing(shards_of(tmp_path, [text(1)]), seq_len=8)
 
 
 def test_without_the_extension_the_plan_is_the_same(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = shards_of(tmp_path, [text(int(length)) for length in np.random.default_rng(1).integers(1, 300, 300)])
-    native = plan_packing(shards, seq_len=64)
+    monkeypatch.setattr(packing, "WINDOW_SAMPLES", 20)
+    documents = [text(int(length)) for length in np.random.default_rng(1).integers(1, 300, 300)]
+    shards = shards_of(tmp_path, [*documents, page(70, -20, 60), *documents])
+    native = pieces_of(plan_packing(shards, seq_len=64)).tolist()
     monkeypatch.setattr(packing, "_index", None)
-    plain = plan_packing(shards, seq_len=64)
-    assert plain.pieces.tolist() == native.pieces.tolist()
-    assert plain.first_piece.tolist() == native.first_piece.tolist()
+    assert pieces_of(plan_packing(shards, seq_len=64)).tolist() == native
+
+
+def test_a_plan_does_not_depend_on_how_much_is_scanned_at_a_time(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "WINDOW_SAMPLES", 5)
+    shards = shards_of(tmp_path, [text(int(length)) for length in np.random.default_rng(2).integers(1, 90, 500)])
+    whole = pieces_of(plan_packing(shards, seq_len=64)).tolist()
+    for scanned in (1, 7, 100):
+        monkeypatch.setattr(packing, "SCANNED_DOCUMENTS", scanned)
+        assert pieces_of(plan_packing(shards, seq_len=64)).tolist() == whole
+
+
+def test_concatenation_lays_every_input_end_to_end(tmp_path) -> None:
+    rng = np.random.default_rng(3)
+    lengths = [[1, 5, 1, 1, 700, 2], rng.integers(1, 90, 300).tolist(), [1], [3]]
+    shards = [
+        shard for number, own in enumerate(lengths) for shard in shards_of(tmp_path / str(number), [*map(text, own)])
+    ]
+    plan = plan_packing(shards, seq_len=64, packing="concatenate", first_shard=10)
+    expected = [
+        (10 + shard, document, place)
+        for shard, own in enumerate(lengths)
+        for document, length in enumerate(own)
+        for place in range(length - 1)
+    ]
+    found = [
+        (int(piece["shard"]), int(piece["document"]), int(piece["start"]) + offset)
+        for piece in pieces_of(plan)
+        for offset in range(piece["length"])
+    ]
+    assert found == expected
+    assert {int(plan.sample(sample)["length"].sum()) for sample in range(plan.num_samples - 1)} == {64}
+
+
+def test_concatenation_refuses_media_which_it_would_cut(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"holds media.*Use data\.packing=best_fit"):
+        plan_packing(shards_of(tmp_path, [page(3, -20, 5)]), seq_len=64, packing="concatenate")

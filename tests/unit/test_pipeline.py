@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from small import png, save_tokenizer, sentence
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import pipeline, work
+from megatron_mm.ingest.lines import OTHER_FIELDS, encode_documents, encode_lines
 from megatron_mm.ingest.pipeline import Options, find_files, preprocess, read_texts
+from megatron_mm.ingest.records import MEDIA_FIELDS, read_lines
 from megatron_mm.ingest.workers import Limits, Workers
-from megatron_mm.shards import ShardReader
-from megatron_mm.tokenizer import TextTokenizer
+from megatron_mm.shards import EncodedBatch, ShardReader, merge, open_shards, writer
+from megatron_mm.shards.writer import CheckedFile
+from megatron_mm.tokenizer import HARD_TEXTS, TextTokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 OUTPUTS = {"p.bin", "p.idx", "p.media.bin", "p.media.idx", "p.json", "p.rejected.jsonl"}
@@ -159,23 +163,196 @@ def make_reader():
     return lambda item: work.read_work(item, work.DEFAULTS)
 
 
-def test_a_run_killed_at_any_moment_leaves_no_shards_to_be_read(corpus: Path, tmp_path: Path) -> None:
+class Serial:
+    """Workers without processes of their own."""
+
+    def __init__(self, count, make_task, **_) -> None:
+        self.task = make_task()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def run(self, work):
+        return ((item, self.task(item)) for item in work)
+
+
+def run_until_killed(corpus: Path, prefix: Path, *, events: int, delay: float) -> int:
+    """Run in a process that is killed `delay` seconds after so many writes, syncs and renames; return its status."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    remaining = [events]
+
+    def count(function):
+        def counted(*arguments, **options):
+            remaining[0] -= 1
+            if remaining[0] == 0:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return function(*arguments, **options)
+
+        return counted
+
+    try:
+        os.fsync, os.replace, CheckedFile.write = count(os.fsync), count(os.replace), count(CheckedFile.write)
+        pipeline.Workers = Serial
+        run(corpus, prefix, skip_bad=True)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_runs_killed_at_20_random_moments_end_in_the_bytes_of_one(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "LINES_BYTES", 20_000)
+    monkeypatch.setattr(writer, "COMMIT_BYTES", 30_000)
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
+    rng = np.random.default_rng(0)
+    (corpus / "8.txt").write_bytes(b"\xff\xff\xff")
+    lines = [json.dumps({"text": sentence(rng, 200)}) + ("," if number % 97 == 0 else "") for number in range(2_000)]
+    (corpus / "long.jsonl").write_text("\n".join(lines))
+    prefix = tmp_path / "out" / "p"
+    kills, finished, resumed = 0, 0, set()
+    while kills < 20:
+        status = run_until_killed(corpus, prefix, events=int(rng.integers(1, 120)), delay=float(rng.uniform(0, 0.004)))
+        assert status in (0, -signal.SIGKILL)
+        finished, kills = finished + (status == 0), kills + (status != 0)
+        journal = Path(f"{prefix}.journal.partial")
+        resumed.add(len(journal.read_bytes().splitlines()) if journal.exists() else 0)
+        if not Path(f"{prefix}.json").exists():
+            with pytest.raises(DataError, match="is missing"):
+                ShardReader(prefix)
+    assert len(resumed) > 5, "the runs are killed at different moments of their work"
+    assert finished <= 3, "most runs are killed"
+    report = run(corpus, prefix, skip_bad=True)
+    assert run(corpus, tmp_path / "alone" / "p", skip_bad=True) == report
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "alone")
+    assert outputs(tmp_path / "out").keys() == OUTPUTS
+    assert report.counts.rejected == 1 + 21
+
+
+def test_what_was_begun_with_other_inputs_is_not_gone_on_with(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(writer, "COMMIT_BYTES", 1)
+    assert run_until_killed(corpus, tmp_path / "out" / "p", events=40, delay=0.0) == -signal.SIGKILL
+    (corpus / "0.txt").write_text("something else")
+    run(corpus, tmp_path / "out" / "p")
+    run(corpus, tmp_path / "alone" / "p")
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "alone")
+
+
+def test_the_workers_of_a_killed_tool_leave_and_the_next_run_ends_it(corpus: Path, tmp_path: Path) -> None:
     (corpus / "long.jsonl").write_text("".join(json.dumps({"text": "lake " * 200}) + "\n" for _ in range(20_000)))
     command = [sys.executable, TOOL, "--input", corpus, "--output-prefix", tmp_path / "out" / "p"]
     command += ["--tokenizer", tmp_path / "tokenizer.json", "--workers", "2"]
-    for delay in (0.5, 2.0, 3.0):
-        tool = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(delay)
-        tool.kill()
-        tool.wait()
-        assert_group_ends(tool.pid)
-        assert not [path for path in (tmp_path / "out").glob("*") if not path.name.endswith(".partial")]
-        with pytest.raises(DataError, match="is missing"):
-            ShardReader(tmp_path / "out" / "p")
+    tool = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    tokens = tmp_path / "out" / "p.bin.partial"
+    while not (tokens.exists() and tokens.stat().st_size) and tool.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    tool.kill()
+    tool.wait()
+    assert_group_ends(tool.pid)
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "20508 documents" in finished.stdout
     ShardReader(tmp_path / "out" / "p").verify()
     assert outputs(tmp_path / "out").keys() == OUTPUTS
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 11])
+def test_the_shares_of_an_array_are_the_whole(corpus: Path, tmp_path: Path, monkeypatch, tasks: int) -> None:
+    monkeypatch.setattr(work, "LINES_BYTES", 9_000)
+    monkeypatch.setattr(pipeline, "Workers", Serial)
+    run(corpus, tmp_path / "whole")
+    for task in range(tasks):
+        run(corpus, tmp_path / "p", share=pipeline.Share(task, tasks))
+    parts = sorted(path.with_suffix("") for path in tmp_path.glob("p-*.json"))
+    if tasks > 1:
+        merge(tmp_path / "p", list(map(str, parts)))
+    shards, (whole,) = open_shards([str(tmp_path / "p")]), open_shards([str(tmp_path / "whole")])
+    assert len(shards) == tasks
+    tokens = [shard.tokens(number).tolist() for shard in shards for number in range(shard.num_documents)]
+    assert tokens == [whole.tokens(number).tolist() for number in range(whole.num_documents)]
+
+
+LINES = [
+    *(
+        '{"text": "plain"}',
+        '{"text": "ünïcödé \\u00e9\\ud83d\\ude00 \\\\ \\n"}',
+        ' {"a": [1, {"b": null}], "text": " x "} ',
+        "",
+        "  ",
+    ),
+    *(
+        '{"text": ""}',
+        '{"text": "  "}',
+        '{"text": null}',
+        '{"text": 3}',
+        '{"txt": "a"}',
+        "[]",
+        '"text"',
+        "3",
+        "{",
+        "nul",
+        "{}{}",
+    ),
+    *(
+        '{"text": "half \\ud800 pair"}',
+        '{"text": "a", "text": "b"}',
+        '{"text": "n", "n": NaN}',
+        '{"text": "x", "i": 1e999}',
+    ),
+    *(
+        '{"text": "zero \\u0000"}',
+        '{"text": "i", "i": 123456789012345678901234567890}',
+        '\ufeff{"text": "marked"}',
+        '{"text": "cr"}\r',
+    ),
+    *(
+        '{"segments": [{"text": "one "}, {"text": "two"}]}',
+        '{"image": "none.png", "text": "x"}',
+        '{"segments": 3}',
+        '{"text": "\t"}',
+    ),
+]
+"""Lines of every kind that JSON and its readers disagree on."""
+
+
+def test_the_short_way_reads_lines_as_the_long_one(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(
+        b"\n".join([line.encode() for line in LINES] + [b'{"text": "\xff"}', b'{"text": "\0"}', b'{"text": "end"}'])
+    )
+    tokenizer = TextTokenizer(tmp_path / "tokenizer.json")
+    whole = work.Work(path, start=0, stop=path.stat().st_size)
+    documents, rejected = read_lines(path)
+    slow, failed = encode_documents(documents, tokenizer, work.DEFAULTS, place="x")
+    batch, rejections = encode_lines(whole, tokenizer, work.DEFAULTS)
+    expected = EncodedBatch.of(slow)
+    np.testing.assert_array_equal(batch.tokens, expected.tokens)
+    np.testing.assert_array_equal(batch.lengths, expected.lengths)
+    assert len(batch.lengths) > 8 and len(rejections) > 12
+    assert [rejection for rejection in rejections if "surrogate" not in rejection.reason] == rejected
+    assert len(rejections) == len(rejected) + len(failed)
+    assert {"segments", *MEDIA_FIELDS} <= OTHER_FIELDS, "a line with media takes the long way"
+
+
+def test_a_tokenizer_that_starts_to_differ_ends_the_run(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "Workers", Serial)
+    monkeypatch.setattr(TextTokenizer, "_agrees", lambda self, fast, text: text in HARD_TEXTS)
+    with pytest.raises(DataError, match="give different ids for .* Use --tokenizer-engine reference"):
+        run(corpus, tmp_path / "out" / "p", skip_bad=True)
+    run(corpus, tmp_path / "out" / "p", skip_bad=True, engine="reference")
+
+
+def test_text_alone_needs_neither_torch_nor_readers_of_media(corpus: Path, tmp_path: Path) -> None:
+    imported = "import sys, megatron_mm.ingest.pipeline; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", imported], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "av", "PIL", "pypdfium2", "lxml", "transformers"} & set(modules)
 
 
 def assert_group_ends(group: int) -> None:

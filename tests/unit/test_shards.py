@@ -110,6 +110,8 @@ DAMAGE = {
     "the index says another type": lambda p: poke(f"{p}.idx", 17, b"\4"),
     "a length is wrong": lambda p: poke(f"{p}.idx", 34, b"\x07\0\0\0"),
     "a length is negative": lambda p: poke(f"{p}.idx", 34, b"\xff\xff\xff\xff"),
+    "a boundary is wrong": lambda p: poke(f"{p}.idx", os.path.getsize(f"{p}.idx") - 16, b"\x01"),
+    "a pointer is swapped": lambda p: poke(f"{p}.idx", os.path.getsize(f"{p}.idx") - 8 * 83 - 8 * 20, b"\x02"),
     "the media index is of other shards": lambda p: poke(f"{p}.media.idx", 16, b"\x01"),
 }
 """Damage that opening shards must find."""
@@ -118,7 +120,6 @@ SILENT_DAMAGE = {
     "a token is flipped": lambda p: poke(f"{p}.bin", 100, b"\xff"),
     "a page of tokens is zero": lambda p: poke(f"{p}.bin", 0, bytes(1024)),
     "a pixel is flipped": lambda p: poke(f"{p}.media.bin", 300, b"\xff\xfe"),
-    "a pointer is swapped": lambda p: poke(f"{p}.idx", os.path.getsize(f"{p}.idx") - 16, b"\x01"),
 }
 """Damage that leaves sizes and headers as they are: `verify` must find it."""
 

@@ -1,0 +1,35 @@
+"""The on-disk border between ingestion and training: token shards and media shards.
+
+A prefix P names five files. `P.bin` and `P.idx` are megatron-core's IndexedDataset format, one document a sequence, at
+decoder length: a media item is a run of placeholder ids. `P.media.bin` holds the encoded bytes of all media items end
+to end, `P.media.idx` says where each lies and which run it fills, and `P.json` is the manifest: counts, tokenizer,
+sizes and checksums. The manifest is written last, so a set of shards without one is not finished and is never read.
+
+Several sets of shards may be one: `P.json` then lists their prefixes as `parts` and there is no other file (`merge`).
+
+Layout of P.media.idx, little-endian: the header (magic, version, documents, items), a record for each document
+(`DOCUMENT`), a record for each item (`ITEM`).
+"""
+
+from megatron_mm.shards.format import (
+    Counts,
+    EncodedBatch,
+    EncodedDocument,
+    MediaItem,
+    TokenizerInfo,
+)
+from megatron_mm.shards.reader import ShardReader, check_tokenizers, merge, open_shards
+from megatron_mm.shards.writer import ShardWriter
+
+__all__ = [
+    "Counts",
+    "EncodedBatch",
+    "EncodedDocument",
+    "MediaItem",
+    "ShardReader",
+    "ShardWriter",
+    "TokenizerInfo",
+    "check_tokenizers",
+    "merge",
+    "open_shards",
+]

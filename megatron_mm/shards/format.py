@@ -1,0 +1,111 @@
+"""What shards are made of: the layout of their files, and documents on their way into them."""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_mm.modality import Media, Source
+
+TOKEN_MAGIC, TOKEN_VERSION = b"MMIDIDX\x00\x00", 1
+TOKEN_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+"""megatron-core's codes of the two types that token ids are stored in."""
+TOKEN_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, code of the type, sequences, document boundaries: then lengths, pointers and boundaries."""
+MEDIA_MAGIC, MEDIA_VERSION = b"MMMEDIA\x00", 1
+MEDIA_HEADER = struct.Struct("<8sQQQ")
+DOCUMENT = np.dtype([("first_item", "<u8"), ("source", "u1"), ("reserved", "u1", 7)])
+ITEM = np.dtype(
+    [
+        ("offset", "<u8"),  # bytes into P.media.bin
+        ("num_bytes", "<u4"),
+        ("crc32", "<u4"),
+        ("kind", "<u2"),  # modality.Media
+        ("reserved", "<u2"),
+        ("token_offset", "<u4"),  # of the first placeholder, in its document
+        ("num_tokens", "<u4"),  # placeholders
+        ("reserved_2", "<u4"),
+    ]
+)
+SUFFIXES = (".bin", ".idx", ".media.bin", ".media.idx")
+BLOCK_BYTES = 16 * 2**20
+"""Bytes that one checksum of the manifest covers."""
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What shards must agree on with one another and with a model: which ids mean what."""
+
+    sha256: str
+    vocab_size: int
+    special_ids: dict[str, int]
+
+
+@dataclass(frozen=True)
+class MediaItem:
+    """One image or clip: its encoded bytes, and the run of placeholders that stands for it."""
+
+    kind: Media
+    data: bytes
+    token_offset: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document as it is stored: ids with placeholders, ending in end-of-text, and the media behind them."""
+
+    tokens: np.ndarray
+    source: Source
+    media: Sequence[MediaItem] = ()
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Documents end to end, as a worker hands them to a writer."""
+
+    tokens: np.ndarray
+    """(num_tokens,) of any integer type."""
+    lengths: np.ndarray
+    """(num_documents,) int32: tokens of each document."""
+    sources: np.ndarray
+    """(num_documents,) uint8, modality.Source."""
+    media: Sequence[tuple[int, MediaItem]] = ()
+    """Document of the batch, and what it holds, in the order of documents and tokens."""
+
+    @staticmethod
+    def of(documents: Sequence[EncodedDocument]) -> "EncodedBatch":
+        """Return `documents` as a batch."""
+        return EncodedBatch(
+            np.concatenate([np.zeros(0, np.uint16), *(np.asarray(document.tokens) for document in documents)]),
+            np.asarray([len(document.tokens) for document in documents], np.int32),
+            np.asarray([document.source for document in documents], np.uint8),
+            [(number, item) for number, document in enumerate(documents) for item in document.media],
+        )
+
+
+@dataclass
+class Counts:
+    """What a set of shards holds."""
+
+    documents: int = 0
+    tokens: int = 0
+    by_source: dict[str, int] = field(default_factory=dict)
+    media: dict[str, int] = field(default_factory=dict)
+    media_bytes: int = 0
+    rejected: int = 0
+    """Inputs, and parts of inputs, that were left out: P.rejected.jsonl says why."""
+
+    def add(self, batch: EncodedBatch) -> None:
+        """Count the documents of one more batch."""
+        self.documents += len(batch.lengths)
+        self.tokens += len(batch.tokens)
+        for source, number in enumerate(np.bincount(batch.sources).tolist()):
+            if number:
+                name = Source(source).name.lower()
+                self.by_source[name] = self.by_source.get(name, 0) + number
+        for _, item in batch.media:
+            kind = item.kind.name.lower()
+            self.media[kind] = self.media.get(kind, 0) + 1
+            self.media_bytes += len(item.data)

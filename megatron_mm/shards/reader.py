@@ -1,0 +1,278 @@
+"""Reading shards: checked on opening as far as that is cheap, again at every read, and byte by byte by `verify`."""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_mm.errors import DataError
+from megatron_mm.modality import Source
+from megatron_mm.shards.format import (
+    BLOCK_BYTES,
+    DOCUMENT,
+    ITEM,
+    MEDIA_HEADER,
+    MEDIA_MAGIC,
+    MEDIA_VERSION,
+    TOKEN_DTYPES,
+    TOKEN_HEADER,
+    TOKEN_MAGIC,
+    TOKEN_VERSION,
+    TokenizerInfo,
+)
+from megatron_mm.shards.writer import write_manifest
+
+CHECKED_DOCUMENTS = 2**20
+"""Documents whose index is checked on opening: the first half of them and the last; the others when they are read."""
+
+
+class ShardReader:
+    """Reads one set of shards by document, with as little memory for a billion documents as for one.
+
+    Reads are single preads, so threads and forks may share a reader. Raises DataError on opening if the shards are not
+    finished, or their sizes, headers and indexes disagree, and at any read whose document has an index that disagrees;
+    `verify` checks every byte.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self.manifest = _read_manifest(self.prefix)
+        if "parts" in self.manifest:
+            raise DataError(f"{self.prefix}.json lists parts: open them with open_shards(['{self.prefix}']).")
+        self.tokenizer = TokenizerInfo(**self.manifest["tokenizer"])
+        self.num_documents: int = self.manifest["documents"]
+        self.num_tokens: int = self.manifest["tokens"]
+        self._check_sizes()
+        self._map_token_index()
+        self._map_media_index()
+        self._check_index(0, min(self.num_documents, CHECKED_DOCUMENTS // 2))
+        self._check_index(max(0, self.num_documents - CHECKED_DOCUMENTS // 2), self.num_documents)
+        self._token_file = os.open(self.prefix + ".bin", os.O_RDONLY)
+        self._media_file = os.open(self.prefix + ".media.bin", os.O_RDONLY)
+        self._index_file = os.open(self.prefix + ".idx", os.O_RDONLY)
+
+    @property
+    def num_items(self) -> int:
+        """Media items of all documents."""
+        return len(self._items)
+
+    def length(self, document: int) -> int:
+        """Return the tokens of a document. Raises DataError if the index disagrees about where it ends."""
+        start, length = int(self._pointers[document]), int(self._lengths[document])
+        last = document + 1 == self.num_documents
+        stop = self.num_tokens * self._dtype.itemsize if last else int(self._pointers[document + 1])
+        if length < 1 or stop - start != length * self._dtype.itemsize:
+            raise self._index_error(document)
+        return length
+
+    def lengths(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the tokens of documents [start, stop): (stop - start,) int32. They are read, not mapped."""
+        stop = self.num_documents if stop is None else stop
+        data = self._read(self._index_file, ".idx", TOKEN_HEADER.size + 4 * start, 4 * (stop - start))
+        return np.frombuffer(data, np.int32)
+
+    def token_start(self, document: int) -> int:
+        """Return the tokens before a document; all of them at num_documents."""
+        if document == self.num_documents:
+            return self.num_tokens
+        return int(self._pointers[document]) // self._dtype.itemsize
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return ids [start, stop) of a document, int64."""
+        length = self.length(document)
+        stop = length if stop is None else stop
+        assert 0 <= start <= stop <= length, (document, start, stop, length)
+        offset = int(self._pointers[document]) + start * self._dtype.itemsize
+        data = self._read(self._token_file, ".bin", offset, (stop - start) * self._dtype.itemsize)
+        return np.frombuffer(data, self._dtype).astype(np.int64)
+
+    def source(self, document: int) -> Source:
+        """Return what kind of file a document came from."""
+        return Source(int(self._documents["source"][document]))
+
+    def media(self, document: int) -> np.ndarray:
+        """Return the `ITEM` records of a document's media, in token order."""
+        if not len(self._items):
+            return self._items
+        first = int(self._documents["first_item"][document])
+        last = document + 1 == self.num_documents
+        stop = len(self._items) if last else int(self._documents["first_item"][document + 1])
+        return self._items[first:stop]
+
+    def media_bytes(self, item: np.ndarray) -> bytes:
+        """Return the encoded bytes of one media item. Raises DataError if they are not those that were written."""
+        data = self._read(self._media_file, ".media.bin", int(item["offset"]), int(item["num_bytes"]))
+        if zlib.crc32(data) != int(item["crc32"]):
+            raise DataError(
+                f"{self.prefix}.media.bin: the item at byte {item['offset']} does not match its checksum. Run "
+                "`verify` on the shards, and preprocess them again."
+            )
+        return data
+
+    def has_media(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return whether each of documents [start, stop) has media: (stop - start,) bool."""
+        stop = self.num_documents if stop is None else stop
+        if not len(self._items):
+            return np.zeros(stop - start, bool)
+        first = np.append(self._documents["first_item"][start : stop + 1], len(self._items)).astype(np.int64)
+        return np.diff(first[: stop - start + 1]) > 0
+
+    def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
+        """Check every byte against the manifest's checksums; raise DataError at the first block that differs."""
+        for suffix, expected in self.manifest["files"].items():
+            for block, crc32 in enumerate(_block_checksums(self.prefix + suffix, progress)):
+                if crc32 != expected["block_crc32"][block]:
+                    raise DataError(
+                        f"{self.prefix}{suffix}: bytes {block * BLOCK_BYTES} to {(block + 1) * BLOCK_BYTES} differ "
+                        "from what was written. Preprocess the inputs again, or restore the file from a copy."
+                    )
+
+    def _read(self, file: int, suffix: str, offset: int, num_bytes: int) -> bytes:
+        data = os.pread(file, num_bytes, offset)
+        while len(data) < num_bytes and (more := os.pread(file, num_bytes - len(data), offset + len(data))):
+            data += more  # Linux reads at most 2 GiB at a time
+        if len(data) != num_bytes:
+            raise DataError(
+                f"{self.prefix}{suffix}: {num_bytes} bytes at {offset} could not be read; it was cut short."
+            )
+        return data
+
+    def _check_sizes(self) -> None:
+        for suffix, expected in self.manifest["files"].items():
+            path = Path(self.prefix + suffix)
+            found = path.stat().st_size if path.exists() else None
+            if found != expected["bytes"]:
+                raise DataError(
+                    f"{path} has {found if found is not None else 'no'} bytes, its manifest says {expected['bytes']}: "
+                    "it belongs to other shards or was cut short. Preprocess the inputs again."
+                )
+
+    def _map_token_index(self) -> None:
+        path, count = self.prefix + ".idx", self.num_documents
+        with open(path, "rb") as file:
+            header = file.read(TOKEN_HEADER.size)
+        whole = TOKEN_HEADER.size + 4 * count + 8 * count + 8 * (count + 1)
+        if len(header) < TOKEN_HEADER.size or os.path.getsize(path) != whole:
+            raise DataError(f"{path} does not hold the {count} documents of its manifest. Preprocess the inputs again.")
+        magic, version, code, documents, boundaries = TOKEN_HEADER.unpack(header)
+        if magic != TOKEN_MAGIC or version != TOKEN_VERSION or code not in TOKEN_DTYPES:
+            raise DataError(f"{path} does not start with an index header. Preprocess the inputs again.")
+        if (documents, boundaries) != (count, count + 1):
+            raise DataError(f"{path} has {documents} documents, its manifest says {count}.")
+        self._dtype = TOKEN_DTYPES[code]
+        if self.num_tokens * self._dtype.itemsize != self.manifest["files"][".bin"]["bytes"]:
+            raise DataError(f"{path}: {self.num_tokens} tokens of {self._dtype} are not what {self.prefix}.bin holds.")
+        self._lengths = _map(path, np.dtype("<i4"), TOKEN_HEADER.size, count)
+        self._pointers = _map(path, np.dtype("<i8"), TOKEN_HEADER.size + 4 * count, count)
+        self._boundaries = _map(path, np.dtype("<i8"), TOKEN_HEADER.size + 12 * count, count + 1)
+
+    def _map_media_index(self) -> None:
+        path = self.prefix + ".media.idx"
+        with open(path, "rb") as file:
+            header = file.read(MEDIA_HEADER.size).ljust(MEDIA_HEADER.size, b"\0")
+        magic, version, documents, items = MEDIA_HEADER.unpack(header)
+        split = MEDIA_HEADER.size + documents * DOCUMENT.itemsize
+        found = (magic, version, documents, split + items * ITEM.itemsize)
+        if found != (MEDIA_MAGIC, MEDIA_VERSION, self.num_documents, os.path.getsize(path)):
+            raise DataError(f"{path} is not the media index of {self.prefix}.idx. Preprocess the inputs again.")
+        self._documents = _map(path, DOCUMENT, MEDIA_HEADER.size, documents)
+        self._items = _map(path, ITEM, split, items)
+
+    def _check_index(self, start: int, stop: int) -> None:
+        """Raise DataError if lengths, pointers and boundaries of documents [start, stop) disagree."""
+        if start == stop:
+            return
+        last = stop == self.num_documents
+        end = self.num_tokens * self._dtype.itemsize if last else int(self._pointers[stop])
+        pointers = np.append(self._pointers[start:stop], end)
+        wrong = np.diff(pointers) != self._lengths[start:stop].astype(np.int64) * self._dtype.itemsize
+        wrong |= (self._lengths[start:stop] < 1) | (self._boundaries[start:stop] != np.arange(start, stop))
+        if wrong.any():
+            raise self._index_error(start + int(wrong.argmax()))
+        if (start == 0 and pointers[0] != 0) or (last and self._boundaries[stop] != stop):
+            raise self._index_error(start)
+
+    def _index_error(self, document: int) -> DataError:
+        return DataError(
+            f"{self.prefix}.idx disagrees with itself about document {document}: it is damaged, or belongs to other "
+            "shards. Preprocess the inputs again, or restore the file from a copy."
+        )
+
+
+def open_shards(prefixes: Sequence[str]) -> list[ShardReader]:
+    """Open several sets of shards that are used together, a prefix of `merge` as its parts.
+
+    Raises DataError if they come from different tokenizers.
+    """
+    readers = [ShardReader(part) for prefix in prefixes for part in _parts(str(prefix))]
+    check_tokenizers(readers)
+    return readers
+
+
+def check_tokenizers(readers: Sequence[ShardReader]) -> None:
+    """Pass if all shards come from one tokenizer; raise DataError otherwise."""
+    for reader in readers[1:]:
+        if reader.tokenizer != readers[0].tokenizer:
+            raise DataError(
+                f"{reader.prefix} and {readers[0].prefix} come from different tokenizers: the same id means different "
+                "text. Preprocess one of them again with the other's tokenizer."
+            )
+
+
+def merge(prefix: str | Path, parts: Sequence[str]) -> dict[str, Any]:
+    """Make `prefix` name all of `parts`, in their order, without copying data; return its manifest.
+
+    The parts stay where they are and are named relative to the folder of `prefix`. Raises DataError as `open_shards`.
+    """
+    readers = open_shards(parts)
+    folder = Path(prefix).resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {
+        "version": 1,
+        "documents": sum(reader.num_documents for reader in readers),
+        "tokens": sum(reader.num_tokens for reader in readers),
+        "tokenizer": asdict(readers[0].tokenizer),
+        "parts": [os.path.relpath(Path(reader.prefix).resolve(), folder) for reader in readers],
+    }
+    write_manifest(str(prefix), manifest)
+    return manifest
+
+
+def _parts(prefix: str) -> list[str]:
+    """Return the prefixes of the files that `prefix` stands for: itself, or the parts that were merged."""
+    parts = _read_manifest(prefix).get("parts")
+    return [prefix] if parts is None else [str(Path(prefix).parent / part) for part in parts]
+
+
+def _read_manifest(prefix: str) -> dict[str, Any]:
+    path = prefix + ".json"
+    try:
+        manifest = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} is missing: {prefix} is not a finished set of shards. Make it with "
+            f"`python tools/preprocess_data.py --output-prefix {prefix} ...`."
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}). Preprocess the inputs again.") from error
+    if not isinstance(manifest, dict) or manifest.get("version") != 1:
+        version = manifest.get("version") if isinstance(manifest, dict) else None
+        raise DataError(f"{path} has version {version}; this package reads version 1.")
+    return manifest
+
+
+def _map(path: str, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
+    """Return `count` elements of a file without reading them."""
+    return np.asarray(np.memmap(path, dtype, "r", offset, (count,))) if count else np.zeros(0, dtype)
+
+
+def _block_checksums(path: str, progress: Callable[[int], None]) -> Iterator[int]:
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield zlib.crc32(block)
+            progress(len(block))

@@ -1,0 +1,320 @@
+"""Writing shards: appended to, committed now and then, and published whole."""
+
+import fcntl
+import itertools
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from megatron_mm.errors import DataError
+from megatron_mm.shards.format import (
+    BLOCK_BYTES,
+    DOCUMENT,
+    ITEM,
+    MEDIA_HEADER,
+    MEDIA_MAGIC,
+    MEDIA_VERSION,
+    TOKEN_DTYPES,
+    TOKEN_HEADER,
+    TOKEN_MAGIC,
+    TOKEN_VERSION,
+    Counts,
+    EncodedBatch,
+    EncodedDocument,
+    TokenizerInfo,
+)
+
+PARTS = (".bin", ".media.bin", ".rejected.jsonl", ".lengths", ".documents", ".items")
+"""Files that grow while shards are written; the last three become the two indexes."""
+SUFFIXES = (".rejected.jsonl", ".bin", ".media.bin", ".media.idx", ".idx")
+"""Files of finished shards, in the order in which they get their names."""
+COMMIT_BYTES = 64 * 2**20
+COMMIT_SECONDS = 10.0
+"""A commit is due after so much: what a run that is killed has to do again."""
+COPY_ELEMENTS = 2**20
+"""Documents of which the index is made at a time."""
+
+
+class ShardWriter:
+    """Writes one set of shards; nothing appears under its final name before all of it is on disk.
+
+    Use as a context manager: leaving it publishes the shards, leaving it by an exception removes what was begun.
+    With a `resume_key` what was begun stays, unless the exception is a DataError, and the next writer with the same
+    key goes on after the last `commit`. Raises DataError if another process is writing the same prefix.
+    """
+
+    def __init__(self, prefix: str | Path, *, tokenizer: TokenizerInfo, resume_key: str | None = None) -> None:
+        self.prefix = str(prefix)
+        self.tokenizer = tokenizer
+        self.resume_key = resume_key
+        self.counts = Counts()
+        self.progress: Any = None
+        """What the last `commit` of the run that this one goes on with was given; None from the start."""
+        self._num_items = 0
+        self._dtype_code = 8 if tokenizer.vocab_size <= np.iinfo(np.uint16).max else 4
+        self._dtype = TOKEN_DTYPES[self._dtype_code]
+
+    def __enter__(self) -> Self:
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        lock = open(_partial(self.prefix + ".bin"), "ab")  # closed when .bin has its name
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{self.prefix}: another process is writing these shards. Wait for it.") from None
+        self._lock = lock
+        self._files = {part: CheckedFile(_partial(self.prefix + part)) for part in PARTS}
+        self._resume()
+        self._committed_bytes, self._committed_at = self._num_bytes, time.monotonic()
+        return self
+
+    def add(self, document: EncodedDocument) -> None:
+        """Append one document. Raises DataError as `add_batch` does."""
+        self.add_batch(EncodedBatch.of([document]))
+
+    def add_batch(self, batch: EncodedBatch) -> None:
+        """Append documents.
+
+        Raises DataError if an id is outside the vocabulary, a document is empty, or a media run does not lie on its
+        placeholders.
+        """
+        tokens, lengths = batch.tokens, batch.lengths
+        if len(tokens) != lengths.sum(dtype=np.int64) or len(lengths) != len(batch.sources):
+            raise DataError(f"{self.prefix}: {len(tokens)} tokens came for documents of {lengths.sum()}.")
+        if not len(lengths):
+            return
+        if lengths.min() < 1:
+            raise DataError(f"{self.prefix}: document {self.counts.documents + int(lengths.argmin())} has no tokens.")
+        if not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
+            raise DataError(f"{self.prefix}: a token id is outside the vocabulary of {self.tokenizer.vocab_size}.")
+        documents = np.zeros(len(lengths), DOCUMENT)
+        documents["source"] = batch.sources
+        items_before = np.bincount([number for number, _ in batch.media], minlength=len(lengths)).cumsum()
+        documents["first_item"] = self._num_items + np.concatenate([[0], items_before[:-1]])
+        self._files[".items"].write(self._write_media(batch))
+        self._files[".bin"].write(tokens.astype(self._dtype, copy=False))
+        self._files[".lengths"].write(lengths.astype(np.int32, copy=False))
+        self._files[".documents"].write(documents)
+        self._num_items += len(batch.media)
+        self.counts.add(batch)
+
+    def add_rejection(self, record: dict[str, str]) -> None:
+        """Note something that was left out: {"path": ..., "reason": ...}."""
+        self._files[".rejected.jsonl"].write(json.dumps(record).encode() + b"\n")
+        self.counts.rejected += 1
+
+    def rejections(self, limit: int) -> list[dict[str, str]]:
+        """Return the first `limit` notes of what was left out."""
+        with open(self._files[".rejected.jsonl"].path) as file:
+            return [json.loads(line) for line in itertools.islice(file, limit)]
+
+    def commit_if_due(self, progress: Any) -> None:
+        """Commit if enough was appended, or time went by, since the last time."""
+        is_much = self._num_bytes - self._committed_bytes >= COMMIT_BYTES
+        if is_much or time.monotonic() - self._committed_at >= COMMIT_SECONDS:
+            self.commit(progress)
+
+    def commit(self, progress: Any) -> None:
+        """Make what was appended the place to go on from; `progress` is any JSON that says how far that is."""
+        if self.resume_key is None:
+            return
+        for file in self._files.values():
+            file.sync()
+        state = {part: file.state() for part, file in self._files.items()}
+        line = {"progress": progress, "items": self._num_items, "counts": asdict(self.counts), "files": state}
+        self._journal.write(json.dumps(line).encode() + b"\n")
+        os.fsync(self._journal.fileno())
+        self._committed_bytes, self._committed_at = self._num_bytes, time.monotonic()
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self._files.values())
+
+    def _resume(self) -> None:
+        """Go on from the last commit of a run with the same key whose bytes are all there; from nothing otherwise."""
+        states: list[dict[str, Any]] = []
+        if self.resume_key is not None:
+            path = _partial(self.prefix + ".journal")
+            lines = _whole_lines(path)
+            start = json.dumps({"key": self.resume_key}).encode() + b"\n"
+            if lines[:1] == [start]:
+                states = [json.loads(line) for line in lines[1:]]
+            while states and not all(
+                os.path.getsize(self._files[p].path) >= states[-1]["files"][p]["bytes"] for p in PARTS
+            ):
+                states.pop()
+            self._journal = open(path, "ab", buffering=0)
+            self._journal.truncate(sum(map(len, lines[: len(states) + 1])) if states else 0)
+            if not states:
+                self._journal.write(start)
+        for part, file in self._files.items():
+            file.restore([state["files"][part] for state in states])
+        if states:
+            self.progress, self._num_items = states[-1]["progress"], states[-1]["items"]
+            self.counts = Counts(**states[-1]["counts"])
+
+    def _write_media(self, batch: EncodedBatch) -> np.ndarray:
+        """Append the bytes of a batch's media and return their ITEM records."""
+        starts = np.concatenate([[0], np.cumsum(batch.lengths, dtype=np.int64)])
+        records = np.zeros(len(batch.media), ITEM)
+        for record, (number, item) in zip(records, batch.media):
+            placeholder = self.tokenizer.special_ids[item.kind.name.lower()]
+            first = int(starts[number]) + item.token_offset
+            run = batch.tokens[first : min(first + item.num_tokens, starts[number + 1])]
+            if len(run) != item.num_tokens or (run != placeholder).any():
+                raise DataError(
+                    f"{self.prefix}: document {self.counts.documents + number} has a media run at {item.token_offset} "
+                    f"that is not {item.num_tokens} placeholders."
+                )
+            record["offset"], record["num_bytes"] = self._files[".media.bin"].num_bytes, len(item.data)
+            record["crc32"], record["kind"] = zlib.crc32(item.data), item.kind
+            record["token_offset"], record["num_tokens"] = item.token_offset, item.num_tokens
+            self._files[".media.bin"].write(item.data)
+        return records
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._publish()
+        elif self.resume_key is None or issubclass(kind, DataError):
+            for suffix in {*PARTS, *SUFFIXES, ".journal"}:
+                Path(_partial(self.prefix + suffix)).unlink(missing_ok=True)
+        for file in self._files.values():
+            file.close()
+        self._lock.close()
+
+    def _publish(self) -> None:
+        """Make the shards appear whole: data to disk, old manifest away, names in place, new manifest last."""
+        finished = {suffix: self._files[suffix] for suffix in (".rejected.jsonl", ".bin", ".media.bin")}
+        finished |= {".media.idx": self._media_index(), ".idx": self._token_index()}
+        for file in finished.values():
+            file.sync()
+        files = {suffix: finished[suffix].summary() for suffix in (".bin", ".idx", ".media.bin", ".media.idx")}
+        manifest = {"version": 1, **asdict(self.counts), "tokenizer": asdict(self.tokenizer), "files": files}
+        # megatron-core's reader asks for no manifest and takes a .bin with any .idx beside it: .idx is the first of the
+        # old files to go, and the last of the new ones but the manifest to come.
+        for suffix in (".json", ".idx"):
+            Path(self.prefix + suffix).unlink(missing_ok=True)
+        # A run that is killed from here on has nothing to go on from: half of its files have other names.
+        for suffix in (".journal", *set(PARTS) - set(SUFFIXES)):
+            Path(_partial(self.prefix + suffix)).unlink(missing_ok=True)
+        for suffix in SUFFIXES:
+            os.replace(_partial(self.prefix + suffix), self.prefix + suffix)
+            finished[suffix].close()
+        write_manifest(self.prefix, manifest)
+
+    def _token_index(self) -> "CheckedFile":
+        """Write the index as megatron-core reads it, one sequence a document, in bounded memory."""
+        count = self.counts.documents
+        index = CheckedFile(_partial(self.prefix + ".idx"))
+        index.restore([])
+        index.write(TOKEN_HEADER.pack(TOKEN_MAGIC, TOKEN_VERSION, self._dtype_code, count, count + 1))
+        for lengths in self._elements(".lengths", np.dtype(np.int32)):
+            index.write(lengths)
+        pointer = 0
+        for lengths in self._elements(".lengths", np.dtype(np.int32)):
+            ends = pointer + np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
+            index.write(np.concatenate([[pointer], ends[:-1]]))
+            pointer = int(ends[-1])
+        for start in range(0, count + 1, COPY_ELEMENTS):
+            index.write(np.arange(start, min(start + COPY_ELEMENTS, count + 1), dtype=np.int64))
+        return index
+
+    def _media_index(self) -> "CheckedFile":
+        index = CheckedFile(_partial(self.prefix + ".media.idx"))
+        index.restore([])
+        index.write(MEDIA_HEADER.pack(MEDIA_MAGIC, MEDIA_VERSION, self.counts.documents, self._num_items))
+        for part, dtype in ((".documents", DOCUMENT), (".items", ITEM)):
+            for elements in self._elements(part, dtype):
+                index.write(elements)
+        return index
+
+    def _elements(self, part: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """Yield what was appended to one of the files that become an index."""
+        with open(_partial(self.prefix + part), "rb") as file:
+            while len(elements := np.fromfile(file, dtype, COPY_ELEMENTS)):
+                yield elements
+
+
+class CheckedFile:
+    """A file that is appended to, and the checksum of each block of it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.num_bytes = 0
+        self._file = open(path, "ab", buffering=0)
+        self._blocks: list[int] = []
+        self._crc32 = 0  # of the block that is not full yet
+        self._reported = 0  # blocks that `state` has told of
+
+    def write(self, data: bytes | np.ndarray) -> None:
+        """Append `data`."""
+        view = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).view(np.uint8).data)
+        while len(view):
+            piece = view[: BLOCK_BYTES - self.num_bytes % BLOCK_BYTES]
+            piece = piece[: self._file.write(piece)]
+            self._crc32 = zlib.crc32(piece, self._crc32)
+            self.num_bytes += len(piece)
+            if self.num_bytes % BLOCK_BYTES == 0:
+                self._blocks.append(self._crc32)
+                self._crc32 = 0
+            view = view[len(piece) :]
+
+    def sync(self) -> None:
+        """Wait until what was appended is on disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs beside the states that were returned before."""
+        new = self._blocks[self._reported :]
+        self._reported = len(self._blocks)
+        return {"bytes": self.num_bytes, "crc32": self._crc32, "blocks": new}
+
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        """Cut the file back to where it was at the last of `states`."""
+        self.num_bytes, self._crc32 = (states[-1]["bytes"], states[-1]["crc32"]) if states else (0, 0)
+        self._blocks = [block for state in states for block in state["blocks"]]
+        self._reported = len(self._blocks)
+        self._file.truncate(self.num_bytes)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the manifest says of the file."""
+        open_block = [self._crc32] if self.num_bytes % BLOCK_BYTES else []
+        return {"bytes": self.num_bytes, "block_crc32": [*self._blocks, *open_block]}
+
+
+def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
+    """Write `prefix`.json: from then on the shards are there."""
+    partial = _partial(prefix + ".json")
+    with open(partial, "w") as file:
+        file.write(json.dumps(manifest, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, prefix + ".json")
+    folder = os.open(Path(prefix).parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def _whole_lines(path: str) -> list[bytes]:
+    """Return the lines of a journal, without the one that a killed run was writing."""
+    if not os.path.exists(path):
+        return []
+    lines = Path(path).read_bytes().splitlines(keepends=True)
+    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+
+
+def _partial(path: str) -> str:
+    return path + ".partial"
