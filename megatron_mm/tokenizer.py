@@ -60,6 +60,10 @@ class TextTokenizer:
         """Return the ids of `text`, without any special token."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def to_json(self) -> str:
+        """Return the tokenizer.json of this tokenizer, special tokens included."""
+        return self._tokenizer.to_str(pretty=True)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens spelled out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
