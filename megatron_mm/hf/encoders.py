@@ -19,8 +19,10 @@ from megatron_mm.model.multimodal import MultimodalModel
 
 log = logging.getLogger(__name__)
 
-VISION_LEFT_BEHIND = r"(head|fc_norm|classifier|pooler|decoder|head_drop)\..*"
-AUDIO_LEFT_BEHIND = r"(aux|lm_head|quantizer|project_q|project_hid|classifier|projector)\..*|masked_spec_embed"
+VISION_LEFT_BEHIND = r"(vit\.)?(head|fc_norm|classifier|pooler)\..*"
+AUDIO_LEFT_BEHIND = (
+    r"(aux|lm_head|quantizer|project_q|project_hid|classifier|projector)\..*|(wav2vec2\.)?masked_spec_embed"
+)
 VISION_NAMES = (
     # timm
     (r"blocks\.", "layers."),

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,16 @@ from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf import files, weight_map
-from megatron_mm.hf.stream import Shard, ShardWriter, check_sha256, info_of, pack, require_space, sha256_of
+from megatron_mm.hf.stream import (
+    Shard,
+    ShardWriter,
+    check_complete,
+    check_sha256,
+    info_of,
+    pack,
+    require_space,
+    sha256_of,
+)
 from megatron_mm.hf.tensors import CheckpointReader, TensorInfo
 from megatron_mm.hf.weight_map import Target
 from megatron_mm.tokenizer import TextTokenizer
@@ -40,6 +48,26 @@ class Options:
     """Of one safetensors file."""
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One export: what it is made of, and which files it becomes."""
+
+    source: CheckpointReader
+    config: Config
+    tokenizer: TextTokenizer
+    options: Options
+    shards: tuple[Shard, ...]
+    links: dict[str, str]
+    """Paths that are hard links, and to what."""
+
+    def shards_of(self, kind: str) -> dict[str, tuple[Shard, str]]:
+        """Return (shard, path that it is written to) of each file of an export, in order."""
+        by_path = {shard.path: shard for shard in self.shards}
+        written = dict(zip(by_path, by_path)) | self.links
+        own = sorted(path for path in written if path.startswith(f"{kind}/"))
+        return {path.removeprefix(f"{kind}/"): (by_path[written[path]], written[path]) for path in own}
+
+
 def export(checkpoint: Path, out: Path, *, tokenizer_path: Path, options: Options = Options()) -> None:
     """Write the exports of a checkpoint to OUT/text, OUT/image and OUT/full, as `options` has it.
 
@@ -49,6 +77,30 @@ def export(checkpoint: Path, out: Path, *, tokenizer_path: Path, options: Option
     """
     if out.exists():
         raise ConfigError(f"{out} exists: name a folder that does not, or remove it.")
+    job = _prepare(checkpoint, tokenizer_path, options)
+    partial = out.with_name(out.name + ".partial")
+    begun = _fingerprint(checkpoint, job.tokenizer, options)
+    done = _begin(partial, begun)
+    for kind in options.kinds:
+        (partial / kind).mkdir(exist_ok=True)
+    require_space(partial, sum(shard.num_bytes for shard in job.shards if shard.path not in done))
+    total = sum(shard.num_bytes for shard in job.shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export") as progress:
+        writer = ShardWriter(partial, done=done, progress=progress)
+        for shard in job.shards:
+            writer.write(shard, job.source)
+            _write_atomically(partial / "progress.json", json.dumps({"begun": begun, "done": done}))
+        writer.finish()
+    for link, path in job.links.items():
+        (partial / link).unlink(missing_ok=True)
+        os.link(partial / path, partial / link)
+    for kind in options.kinds:
+        _finish(partial / kind, kind, job, done)
+    os.replace(partial, out)
+    (out / "progress.json").unlink()
+
+
+def _prepare(checkpoint: Path, tokenizer_path: Path, options: Options) -> _Job:
     if checkpoint.name.endswith(".partial"):
         raise DataError(f"{checkpoint} is half written: use the newest step_N folder beside it.")
     source = CheckpointReader(checkpoint)
@@ -56,26 +108,7 @@ def export(checkpoint: Path, out: Path, *, tokenizer_path: Path, options: Option
     tokenizer = TextTokenizer(tokenizer_path)
     _check_settings(config, tokenizer, options)
     shards, links = _plan(source, config, options)
-    partial = out.with_name(out.name + ".partial")
-    begun = _fingerprint(checkpoint, tokenizer, options)
-    done = _begin(partial, begun)
-    for kind in options.kinds:
-        (partial / kind).mkdir(exist_ok=True)
-    require_space(partial, sum(shard.num_bytes for shard in shards if shard.path not in done))
-    total = sum(shard.num_bytes for shard in shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="export") as progress:
-        writer = ShardWriter(partial, done=done, progress=progress)
-        for shard in shards:
-            writer.write(shard, source)
-            _write_atomically(partial / "progress.json", json.dumps({"begun": begun, "done": done}))
-        writer.finish()
-    for link, path in links.items():
-        (partial / link).unlink(missing_ok=True)
-        os.link(partial / path, partial / link)
-    for kind in options.kinds:
-        _finish(partial / kind, kind, source, config, tokenizer, options, shards, links, done)
-    os.replace(partial, out)
-    (out / "progress.json").unlink()
+    return _Job(source, config, tokenizer, options, tuple(shards), links)
 
 
 def verify(folder: Path) -> int:
@@ -114,11 +147,18 @@ def targets_of(part: str, source: CheckpointReader, config: Config, *, kv_replic
 
 def _plan(source: CheckpointReader, config: Config, options: Options) -> tuple[list[Shard], dict[str, str]]:
     """Return the shards to write, and the paths that are hard links to others."""
+    media = ("image", "audio")
+    there = ["text", "language"]
+    there += [part for part in media if any(name.startswith(f"embedding.{part}.") for name in source.tensors)]
+    for kind in options.kinds:
+        lacking = [part for part in PARTS[kind] if part not in there]
+        if lacking:
+            raise ConfigError(f"{source.path} has no {' and no '.join(lacking)} encoder: export it with --text alone.")
     resolved: dict[str, list[tuple[Target, TensorInfo]]] = {}
-    for part in ("text", "language", "image", "audio"):
+    for part in there:
         targets = targets_of(part, source, config, kv_replicate=options.kv_replicate)
         resolved[part] = [(target, info_of(target, source, dtype=options.dtype)) for target in targets]
-    _check_complete(source, [target for part in resolved.values() for target, _ in part])
+    check_complete(source, [target for part in resolved.values() for target, _ in part], where=str(source.path))
     packed = {part: pack(tensors, shard_bytes=options.shard_bytes) for part, tensors in resolved.items()}
     shards: list[Shard] = []
     links: dict[str, str] = {}
@@ -133,22 +173,6 @@ def _plan(source: CheckpointReader, config: Config, options: Options) -> tuple[l
                 written[piece] = path
                 shards.append(Shard(path, packed[piece[0]][piece[1]]))
     return shards, links
-
-
-def _check_complete(source: CheckpointReader, targets: Sequence[Target]) -> None:
-    """Pass if the targets take every row of every tensor of the checkpoint. Raises DataError otherwise."""
-    taken: dict[str, int] = {}
-    for target in targets:
-        for rows in target.rows:
-            taken[rows.source] = max(taken.get(rows.source, 0), rows.stop)
-        if target.plus:
-            taken[target.plus] = source.tensors[target.plus].shape[0]
-    for name, info in source.tensors.items():
-        if not name.startswith(weight_map.KEPT) and taken.get(name, 0) != info.shape[0]:
-            raise DataError(
-                f"{source.path}: {name} has {info.shape[0]} rows, of which its config.yaml knows {taken.get(name, 0)}: "
-                "they do not belong together."
-            )
 
 
 def _fingerprint(checkpoint: Path, tokenizer: TextTokenizer, options: Options) -> str:
@@ -173,41 +197,28 @@ def _begin(partial: Path, begun: str) -> dict[str, str]:
     return found["done"]
 
 
-def _finish(
-    folder: Path,
-    kind: str,
-    source: CheckpointReader,
-    config: Config,
-    tokenizer: TextTokenizer,
-    options: Options,
-    shards: Sequence[Shard],
-    links: dict[str, str],
-    done: dict[str, str],
-) -> None:
+def _finish(folder: Path, kind: str, job: _Job, done: dict[str, str]) -> None:
     """Write the files around the shards of one export, the manifest last."""
-    by_path = {shard.path: shard for shard in shards}
-    own = {path: by_path[path] for path in done if path.startswith(f"{kind}/")}
-    own |= {link: by_path[path] for link, path in links.items() if link.startswith(f"{kind}/")}
-    names = {path.removeprefix(f"{kind}/"): shard for path, shard in sorted(own.items())}
+    shards = job.shards_of(kind)
     index: dict[str, Any] = {
-        "metadata": {"total_size": sum(shard.num_bytes for shard in names.values())},
-        "weight_map": {target.name: name for name, shard in names.items() for target, _ in shard.tensors},
+        "metadata": {"total_size": sum(shard.num_bytes for shard, _ in shards.values())},
+        "weight_map": {target.name: name for name, (shard, _) in shards.items() for target, _ in shard.tensors},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    dtype = options.dtype or source.tensors["output_layer.weight"].dtype
-    files.write_files(
-        folder, kind=kind, config=config, tokenizer=tokenizer, dtype=dtype, kv_replicate=options.kv_replicate
-    )
+    trained = job.source.tensors["output_layer.weight"].dtype
+    dtype, times = job.options.dtype or trained, job.options.kv_replicate
+    files.write_files(folder, kind=kind, config=job.config, tokenizer=job.tokenizer, dtype=dtype, kv_replicate=times)
     figures = {
         "tensors, each made of rows of the training checkpoint": len(index["weight_map"]),
-        "shards read back after writing, sha256 equal": len(names),
-        "weights": f"{dtype} (trained in {source.tensors['output_layer.weight'].dtype})".replace("torch.", ""),
+        "shards read back after writing, sha256 equal": len(shards),
+        "weights": f"{dtype} (trained in {trained})".replace("torch.", ""),
     }
-    card = files.model_card(config, kind=kind, step=source.step, figures=figures)
+    card = files.model_card(job.config, kind=kind, step=job.source.step, figures=figures)
     (folder / "README.md").write_text(card)
-    sums = {path.removeprefix(f"{kind}/"): done[links.get(path, path)] for path in sorted(own)}
-    sums |= {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name not in sums | {MANIFEST: ""}}
-    manifest = {"kind": kind, "checkpoint": source.path.name, "step": source.step, "options": repr(options)}
+    sums = {name: done[path] for name, (_, path) in shards.items()}
+    others = sorted(file for file in folder.iterdir() if file.name not in sums and file.name != MANIFEST)
+    sums |= {file.name: sha256_of(file) for file in others}
+    manifest = {"kind": kind, "checkpoint": job.source.path.name, "step": job.source.step, "options": repr(job.options)}
     _write_atomically(folder / MANIFEST, json.dumps(manifest | {"sha256": sums}, indent=1))
 
 

@@ -25,7 +25,7 @@ from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf import weight_map
-from megatron_mm.hf.stream import SYNC_BYTES, blocks, info_of, require_space
+from megatron_mm.hf.stream import SYNC_BYTES, blocks, check_complete, info_of, require_space
 from megatron_mm.hf.tensors import PRECISIONS, CheckpointReader, SafetensorsReader, TensorInfo, TensorSource
 from megatron_mm.hf.weight_map import Target, whole
 
@@ -60,6 +60,7 @@ def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[s
     partial.mkdir(parents=True)
     dtype = PRECISIONS[config.training.precision]
     resolved = [(target, info_of(target, source, dtype=dtype)) for target in targets]
+    check_complete(source, targets, where=str(folder))
     require_space(partial, sum(info.shape[0] * info.row_bytes for _, info in resolved))
     _write(partial, resolved, source, num_layers=config.model.num_layers)
     (partial / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
@@ -109,7 +110,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _targets(reader: SafetensorsReader, config: Config, *, kind: str) -> list[Target]:
     """Return our tensors as rows of the folder's. Raises DataError with what is missing and what is left over."""
-    own = [name for name in reader.tensors if not name.endswith("rotary_emb.inv_freq")]  # old files keep this constant
+    own = [name for name in reader.tensors if not name.endswith("rotary_emb.inv_freq")]
     prefix = "model.language_model." if kind in PARTS else "model."
     targets = weight_map.inverted(list(weight_map.decoder(config.model, prefix=prefix)))
     if "lm_head.weight" not in own:  # tied: the head starts as the embedding

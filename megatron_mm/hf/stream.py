@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_mm.errors import DataError
 from megatron_mm.hf.tensors import BLOCK_BYTES, SAFETENSORS_NAMES, TensorInfo, TensorSource, row_blocks
-from megatron_mm.hf.weight_map import Target
+from megatron_mm.hf.weight_map import IGNORED, KEPT, Target
 
 SYNC_BYTES = 256 << 20
 """Bytes after which what was written is pushed to the disk: a page cache full of unwritten pages stalls the machine."""
@@ -45,6 +45,22 @@ def info_of(target: Target, source: TensorSource, *, dtype: torch.dtype | None =
             )
     num_rows = sum(rows.stop - rows.start for rows in target.rows)
     return TensorInfo((num_rows, *first.shape[1:]), dtype or first.dtype)
+
+
+def check_complete(source: TensorSource, targets: Sequence[Target], *, where: str) -> None:
+    """Pass if `targets` take every row of every tensor of `source` that they know. Raises DataError otherwise."""
+    taken: dict[str, int] = {}
+    for target in targets:
+        for rows in target.rows:
+            taken[rows.source] = max(taken.get(rows.source, 0), rows.stop)
+        if target.plus:
+            taken[target.plus] = source.tensors[target.plus].shape[0]
+    for name, info in source.tensors.items():
+        if not name.startswith(KEPT) and not name.endswith(IGNORED) and taken.get(name, 0) != info.shape[0]:
+            raise DataError(
+                f"{where}: {name} has {info.shape[0]} rows, of which its configuration knows {taken.get(name, 0)}: "
+                "they do not belong together."
+            )
 
 
 def blocks(target: Target, source: TensorSource, *, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -120,7 +136,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, *, done: dict[str, str], progress: tqdm) -> None:
         self.folder, self.done, self.progress = folder, done, progress
-        self._writer, self._checker = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._checker = ThreadPoolExecutor(1)
         self._checks: list[Future[None]] = []
 
     def write(self, shard: Shard, source: TensorSource) -> None:
@@ -140,15 +156,16 @@ class ShardWriter:
 
     def _write(self, path: Path, shard: Shard, source: TensorSource) -> str:
         digest = hashlib.sha256()
-        with path.open("wb", buffering=0) as file:
+        # The thread ends before the file is closed: it must not write to another file under the same descriptor.
+        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
             os.posix_fallocate(file.fileno(), 0, len(shard.header()) + shard.num_bytes)
-            pending = self._writer.submit(_append, file.fileno(), digest, shard.header(), 0)
+            pending = writer.submit(_append, file.fileno(), digest, shard.header(), 0)
             position = len(shard.header())
             for target, info in shard.tensors:
                 for block in blocks(target, source, dtype=info.dtype):
                     data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
                     pending.result()  # one block is read while another one is written
-                    pending = self._writer.submit(_append, file.fileno(), digest, data, position)
+                    pending = writer.submit(_append, file.fileno(), digest, data, position)
                     position += data.nbytes
                     self.progress.update(data.nbytes)
             pending.result()
@@ -162,7 +179,6 @@ class ShardWriter:
             for check in self._checks:
                 check.result()
         finally:
-            self._writer.shutdown()
             self._checker.shutdown()
 
 

@@ -10,6 +10,8 @@ from megatron_mm.errors import DataError
 TEXT_TYPE = "embedding.text_type_embedding"
 NEUTRAL = ("lambda_1", "lambda_2")
 """InternVL's LayerScale, which our image encoder has not: one in an export."""
+IGNORED = (*NEUTRAL, "rotary_emb.inv_freq")
+"""Of a folder that is imported: what is neutral, and a constant that old files keep."""
 KEPT = "embedding.image.encoder.tower.layernorm."
 """The published final norm of the image encoder: not applied (the projector's norm stands in its place)."""
 RENAMED = (

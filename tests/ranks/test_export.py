@@ -22,12 +22,14 @@ from megatron_mm.data.loader import Loader
 from megatron_mm.data.packing import plan_packing
 from megatron_mm.hf import weight_map
 from megatron_mm.hf.export import KINDS, Options, export
+from megatron_mm.hf.load import import_folder
 from megatron_mm.hf.weight_map import Rows, Target
 from megatron_mm.modality import Media
 from megatron_mm.model.initialize import draw_normal, name_in_whole_model
 from megatron_mm.parallel import mesh as meshes
 from megatron_mm.shards import open_shards
 from megatron_mm.training import checkpoint
+from megatron_mm.training.start import start
 from megatron_mm.training.state import TrainState, build_state
 from megatron_mm.training.step import run_micro_batches, train_step
 
@@ -206,6 +208,43 @@ def test_the_gate_finds_a_wrong_map(wrong: str, trained: dict[str, Any], monkeyp
         return
     out = exported(trained, 1, name=wrong, kinds=("text",))
     assert difference(trained, 1, out / "text")[0] > 100 * GATE
+
+
+def start_and_go_on(config: Config) -> None:
+    """Save what a run starts from as step 1, and what one step makes of it as step 2."""
+    mesh = meshes.cut(config)
+    loader = Loader(config.data.train, config=config, mesh=mesh)
+    state = build_state(config, mesh)
+    train_step(state, loader.step(0))  # there is nothing of the optimizer to save before
+    start(state)
+    checkpoint.save(state)
+    train_step(state, loader.step(0))
+    checkpoint.save(state)
+
+
+@pytest.mark.parametrize(("text", "ranks"), [("tp=4", 4), ("pp=2 vpp=2", 2)])
+def test_a_run_that_starts_from_an_export_holds_its_weights(
+    text: str, ranks: int, trained: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    if trained["config"].audio.form != "ls960":
+        return
+    original = exported(trained, 1)
+    preset = checkpoint.folder(trained["config"]) / "step_00000001" / "config.yaml"
+    settings = ["parallel.tp=1", "parallel.pp=1", f"run_dir={tmp_path / 'run'}"]
+    config = import_folder(original / "full", tmp_path / "start", preset=str(preset), overrides=settings)
+    parallel = small_config(shards, "unused", *layout(text)).parallel
+    config = config.model_copy(update={"parallel": parallel})
+    run_ranks(ranks, start_and_go_on, config)
+    for step, largest in ((1, 0.0), (2, 0.05)):
+        path = checkpoint.folder(config) / f"step_{step:08d}"
+        export(path, tmp_path / f"out_{step}", tokenizer_path=tokenizer_of(config), options=Options(kinds=("full",)))
+        for file in sorted((original / "full").glob("*.safetensors")):
+            before, after = load_file(file), load_file(tmp_path / f"out_{step}" / "full" / file.name)
+            assert before.keys() == after.keys()
+            differences = [(after[name] - value).abs().max().item() for name, value in before.items()]
+            assert max(differences) <= largest, file.name
+            if step == 1:
+                assert file.read_bytes() == (tmp_path / "out_1" / "full" / file.name).read_bytes()
 
 
 def as_llama_of(config: Config, seed: int) -> dict[str, Tensor]:
