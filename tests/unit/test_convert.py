@@ -219,7 +219,7 @@ def test_a_full_disk_leaves_nothing_that_looks_finished_and_can_be_gone_on_from(
 
     def limited(descriptor: int, data: memoryview, position: int) -> int:
         written.append(len(data))
-        if sum(written) > 60_000:
+        if sum(written) > 90_000:
             raise OSError(errno.ENOSPC, "no space left on device")
         return original(descriptor, data, position)
 
