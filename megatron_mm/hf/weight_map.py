@@ -1,7 +1,7 @@
 """Which rows of which of our tensors make up each Hugging Face tensor. One map: imports run it backwards."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_mm.config import ModelConfig
@@ -100,13 +100,13 @@ def renamed(name: str, *, ours: bool) -> str | None:
     return None
 
 
-def encoder(names: Collection[str], rows: dict[str, int], *, modality: str, num_layers: int) -> Iterator[Target]:
-    """Yield the exported tensors of one modality's encoder and projector, of which we hold `names`.
+def encoder(rows: dict[str, int], *, modality: str, num_layers: int) -> Iterator[Target]:
+    """Yield the exported tensors of one modality's encoder and projector; `rows` are those of each tensor we hold.
 
     The modality-type embedding goes into the last bias, where training adds it too: exact to the bit in any precision.
     """
     prefix = f"embedding.{modality}."
-    for name in names:
+    for name in rows:
         if not name.startswith(prefix) or name.startswith(KEPT) or name.endswith("type_embedding"):
             continue
         is_typed = name == f"{prefix}projector.linear_2.bias"
