@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 run_dir=${1:-runs/demo}
 steps=${DEMO_STEPS:-140}
 shards=$run_dir/shards
-rm -rf "$run_dir"/{shards,checkpoints,tensorboard,metrics.jsonl,loss.png,config.yaml}
+rm -rf "$run_dir"/{shards,checkpoints,tensorboard,export,export.partial,metrics.jsonl,loss.png,config.yaml}
 
 # 1. Files to shards. An image or recording and the text file of the same name are one document.
 for split in train heldout; do
@@ -28,3 +28,8 @@ train parallel.tp=1 parallel.pp=2
 
 # 4. What came of it.
 python tools/report_run.py "$run_dir"
+
+# 5. The model as Hugging Face folders, which stock transformers loads: a caption, and a text that goes on.
+newest=$(find "$run_dir/checkpoints" -name 'step_*' -not -name '*.partial' | sort | tail -n 1)
+python tools/convert_checkpoint.py to-hf "$newest" "$run_dir/export" --tokenizer examples/sample_data/tokenizer.json
+python examples/use_export.py "$run_dir/export" examples/sample_data/heldout/photos/purple-daisies.jpg

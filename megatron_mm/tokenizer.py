@@ -177,6 +177,10 @@ class TextTokenizer:
                 "--tokenizer-engine reference, which is slower."
             )
 
+    def to_json(self) -> str:
+        """Return the tokenizer.json of this tokenizer, special tokens included."""
+        return self._tokenizer.to_str(pretty=True)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens spelled out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

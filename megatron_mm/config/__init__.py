@@ -1,7 +1,7 @@
 """Settings: schema, presets, loading, and the rules that span several of them."""
 
 from megatron_mm.config.load import changes, describe_fields, differences, load, preset_names, save, to_yaml
-from megatron_mm.config.rules import check_world
+from megatron_mm.config.rules import check_world, divisors
 from megatron_mm.config.schema import (
     AudioConfig,
     Config,
@@ -24,6 +24,7 @@ __all__ = [
     "check_world",
     "describe_fields",
     "differences",
+    "divisors",
     "load",
     "preset_names",
     "save",

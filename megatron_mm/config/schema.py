@@ -49,6 +49,8 @@ class VisionConfig(Section):
     """Width of the encoder's MLP."""
     num_attention_heads: PositiveInt
     """Attention heads of the encoder."""
+    pretrained: str | None = None
+    """ViT file of timm or Hugging Face that a new run's encoder starts from; null: random weights."""
     trainable: bool = False
     """Train the encoder with the decoder; the projector is always trained."""
 
@@ -73,6 +75,8 @@ class AudioConfig(Section):
     form: Literal["ls960", "lv60k"] = "ls960"
     """ls960: as pretrained on Librispeech (group norm, post-norm layers, waveform as it is).
     lv60k: as pretrained on Libri-Light (layer norm, conv biases, pre-norm layers, each clip normalised)."""
+    pretrained: str | None = None
+    """Wav2Vec 2.0 file of torchaudio or Hugging Face that a new run's encoder starts from; null: random weights."""
     trainable: bool = False
     """Train the encoder with the decoder; the projector is always trained."""
 
@@ -152,6 +156,9 @@ class TrainingConfig(Section):
 
     steps: PositiveInt
     """Optimizer steps of the whole run."""
+    start_from: str | None = None
+    """Checkpoint whose weights a new run starts from, at step 0: of another run, or as tools/convert_checkpoint.py
+    from-hf writes it; null: random weights."""
     stop_after: PositiveInt | None = None
     """Save and end after this step, to go on later, in another layout if need be; null goes to the last step."""
     global_batch_size: PositiveInt

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     *("preset", "run_dir", "parallel.", "checkpoint.", "evaluation.", "logging.", "schedule."),
+    *("training.start_from", "vision.pretrained", "audio.pretrained"),
     *("training.steps", "training.stop_after", "training.micro_batch_size", "training.recompute", "training.kernels"),
     *("training.backend", "training.attention", "training.check_replicas_interval"),
     *("data.validation", "data.prefetch_steps", "data.changes"),

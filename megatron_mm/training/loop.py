@@ -19,6 +19,7 @@ from megatron_mm.training.guard import Guard
 from megatron_mm.training.metrics import Metrics
 from megatron_mm.training.replicas import check_replicas
 from megatron_mm.training.report import plot_losses
+from megatron_mm.training.start import start
 from megatron_mm.training.state import TrainState, build_state, total_parameters
 from megatron_mm.training.step import train_step
 
@@ -61,10 +62,11 @@ def _is_due(state: TrainState, interval: int) -> bool:
 
 
 def _resume(state: TrainState) -> None:
-    """Load the newest checkpoint of the run, if there is one and it is wanted."""
+    """Load the newest checkpoint of the run, if there is one and it is wanted; otherwise start a new run."""
     path = checkpoint.newest(state.config)
     dist.barrier()  # all have looked before any may write
     if path is None:
+        start(state)
         return
     if not state.config.checkpoint.resume:
         raise ConfigError(

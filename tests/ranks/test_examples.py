@@ -22,6 +22,8 @@ def test_pretrain_tiny_trains_stops_and_goes_on_in_another_layout(tmp_path: Path
     assert "TP2 PP2 DP1, steps 0 to 2" in report
     assert "TP1 PP2 DP2, steps 2 to 4" in report
     assert all(f"  {source} " in report for source in ("text", "image", "audio", "pdf"))
+    assert "InternVLForConditionalGeneration | purple-daisies.jpg |" in ended.stdout
+    assert "LlamaForCausalLM | 'It was" in ended.stdout
     records = read_metrics(tmp_path / "run")
     assert [record["step"] for record in records if "grad_norm" in record] == [1, 2, 3, 4]
     with Image.open(tmp_path / "run" / "loss.png") as picture:

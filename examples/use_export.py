@@ -1,0 +1,25 @@
+"""Load exports with stock transformers: caption an image, continue a text. Nothing of megatron_mm is imported.
+
+python examples/use_export.py EXPORTS IMAGE [TEXT]
+"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+exports, image = Path(sys.argv[1]), Path(sys.argv[2])
+text = sys.argv[3] if len(sys.argv) > 3 else "It was"
+
+processor = AutoProcessor.from_pretrained(exports / "image")
+model = AutoModelForImageTextToText.from_pretrained(exports / "image")
+inputs = processor(images=[Image.open(image).convert("RGB")], text=["<|image|>"], return_tensors="pt")
+caption = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+print(f"{type(model).__name__} | {image.name} |{processor.tokenizer.decode(caption, skip_special_tokens=True)!r}")
+
+tokenizer = AutoTokenizer.from_pretrained(exports / "text")
+model = AutoModelForCausalLM.from_pretrained(exports / "text")
+inputs = tokenizer(text, return_tensors="pt")
+continued = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0]
+print(f"{type(model).__name__} | {tokenizer.decode(continued, skip_special_tokens=True)!r}")

@@ -1,0 +1,172 @@
+"""Pretrained encoders into the model: ViT of timm or Hugging Face, Wav2Vec 2.0 of torchaudio or Hugging Face.
+
+The names in a file tell which library wrote it. Every key is accounted for: it is a weight of the encoder, or on a list
+of what an encoder leaves behind (classification heads, pretraining objectives); anything else is an error.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_mm.config import Config
+from megatron_mm.errors import DataError
+from megatron_mm.model.multimodal import MultimodalModel
+
+log = logging.getLogger(__name__)
+
+VISION_LEFT_BEHIND = r"(vit\.)?(head|fc_norm|classifier|pooler)\..*"
+AUDIO_LEFT_BEHIND = (
+    r"(aux|lm_head|quantizer|project_q|project_hid|classifier|projector)\..*|(wav2vec2\.)?masked_spec_embed"
+)
+VISION_NAMES = (
+    # timm
+    (r"blocks\.", "layers."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.attn\.", ".attention."),
+    (r"^norm\.", "layernorm."),
+    (r"^cls_token$", "embeddings.cls_token"),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    # Hugging Face, as transformers 4 names them and transformers 5 still writes them
+    (r"^vit\.", ""),
+    (r"^encoder\.layer\.", "layers."),
+    (r"\.attention\.attention\.(query|key|value)\.", lambda found: f".attention.{found[1][0]}_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+)
+AUDIO_NAMES = (
+    # torchaudio
+    (r"^encoder\.feature_projection\.", "feature_projection."),
+    (r"^encoder\.transformer\.", "encoder."),
+    # Hugging Face
+    (r"^wav2vec2\.", ""),
+    # weight norm as older versions of torch keep it
+    (r"\.conv\.weight_g$", ".conv.parametrizations.weight.original0"),
+    (r"\.conv\.weight_v$", ".conv.parametrizations.weight.original1"),
+)
+"""What turns the names of each library into those of our encoders, one after the other."""
+
+
+def load_pretrained(chunks: Sequence[MultimodalModel], config: Config) -> None:
+    """Give the encoders of this rank the weights of vision.pretrained and audio.pretrained. No communication.
+
+    The image projector's norm starts from the published final norm, in whose place it stands.
+    """
+    for chunk in chunks:
+        if not chunk.pre_process:
+            continue
+        if config.vision.pretrained:
+            vision = chunk.embedding.image
+            load_vision(vision.encoder.tower, Path(config.vision.pretrained))
+            with torch.no_grad():
+                vision.projector.norm.weight.copy_(vision.encoder.tower.layernorm.weight)
+                vision.projector.norm.bias.copy_(vision.encoder.tower.layernorm.bias)
+        if config.audio.pretrained:
+            load_audio(chunk.embedding.audio.encoder.tower, Path(config.audio.pretrained))
+
+
+def load_vision(tower: nn.Module, path: Path) -> None:
+    """Load a ViT file into the image encoder; position embeddings of another resolution are resized.
+
+    Raises DataError with every key that is missing, unexpected, or of another shape.
+    """
+    weights = {}
+    for name, value in _renamed(read_weights(path), VISION_NAMES, VISION_LEFT_BEHIND).items():
+        fused = re.fullmatch(r"(.*\.attention)\.qkv\.(weight|bias)", name)
+        if fused:  # timm: all queries, all keys, all values
+            parts = zip(("q", "k", "v"), value.chunk(3))
+            weights |= {f"{fused[1]}.{letter}_proj.{fused[2]}": part for letter, part in parts}
+        else:
+            weights[name] = value
+    positions = "embeddings.position_embeddings"
+    if positions in weights:
+        own = tower.get_parameter(positions)
+        weights[positions] = resize_positions(weights[positions], num_tokens=own.shape[1])
+    _fill(tower, weights, path, hint="vision.num_layers, hidden_size, ffn_hidden_size")
+
+
+def load_audio(tower: nn.Module, path: Path) -> None:
+    """Load a Wav2Vec 2.0 file into the sound encoder.
+
+    Raises DataError with every key that is missing, unexpected, or of another shape.
+    """
+    weights = _renamed(read_weights(path), AUDIO_NAMES, AUDIO_LEFT_BEHIND)
+    _fill(tower, weights, path, hint="audio.form, num_layers, hidden_size, ffn_hidden_size")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, or of a Hugging Face folder. Nothing in it is executed."""
+    from safetensors.torch import load_file
+
+    candidates = [path / name for name in ("model.safetensors", "pytorch_model.bin")] if path.is_dir() else [path]
+    found = [file for file in candidates if file.is_file()]
+    if not found:
+        raise DataError(f"{path} does not exist, or holds neither model.safetensors nor pytorch_model.bin.")
+    file = found[0]
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # both readers raise what they like
+        raise DataError(f"{file} cannot be read as weights: {type(error).__name__}: {error}") from error
+    while isinstance(loaded, dict) and set(loaded) & {"state_dict", "model"}:
+        loaded = loaded.get("state_dict", loaded.get("model"))
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise DataError(f"{file} holds no dictionary of tensors.")
+    return loaded
+
+
+def _renamed(weights: dict[str, Tensor], names: Sequence[tuple], left_behind: str) -> dict[str, Tensor]:
+    """Return `weights` under our names, without what an encoder leaves behind."""
+    result = {}
+    for name, value in weights.items():
+        if re.fullmatch(left_behind, name):
+            continue
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        result[name] = value
+    return result
+
+
+def resize_positions(positions: Tensor, *, num_tokens: int) -> Tensor:
+    """Return position embeddings for another number of patches: bicubic with antialiasing, as timm does.
+
+    Shapes: positions (1, 1 + old_patches, width), the class token first; returns (1, num_tokens, width). Raises
+    DataError if the patches are no square.
+    """
+    if positions.shape[1] == num_tokens:
+        return positions
+    old, new = round((positions.shape[1] - 1) ** 0.5), round((num_tokens - 1) ** 0.5)
+    if old * old + 1 != positions.shape[1]:
+        raise DataError(f"{positions.shape[1]} position embeddings are not a class token and a square of patches.")
+    first, grid = positions[:, :1], positions[:, 1:].float()
+    grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, width, old, old)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
+    log.info("position embeddings resized from %d x %d to %d x %d patches", old, old, new, new)
+    return torch.cat([first, grid.permute(0, 2, 3, 1).reshape(1, new * new, -1).to(first.dtype)], dim=1)
+
+
+@torch.no_grad()
+def _fill(tower: nn.Module, weights: dict[str, Tensor], path: Path, *, hint: str) -> None:
+    own = dict(tower.named_parameters())
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    other = [
+        f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if weights[name].shape != own[name].shape
+    ]
+    lists = {"missing": missing, "unexpected": unexpected, "of another shape": sorted(other)}
+    wrong = [f"{len(names)} {what}: {', '.join(names)}" for what, names in lists.items() if names]
+    if wrong:
+        raise DataError(f"{path} does not fit the encoder ({hint}).\n" + "\n".join(wrong))
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
+    log.info("%s: %d pretrained tensors", path, len(own))

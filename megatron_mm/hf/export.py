@@ -1,0 +1,231 @@
+"""A training checkpoint as Hugging Face folders: stock text, stock text and images, and everything."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_mm import config as configs
+from megatron_mm.config import Config
+from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.hf import files, weight_map
+from megatron_mm.hf.stream import (
+    Shard,
+    ShardWriter,
+    check_complete,
+    check_sha256,
+    info_of,
+    pack,
+    require_space,
+    sha256_of,
+)
+from megatron_mm.hf.tensors import CheckpointReader, TensorInfo
+from megatron_mm.hf.weight_map import Target
+from megatron_mm.tokenizer import TextTokenizer
+
+KINDS = ("text", "image", "full")
+"""Exports: LlamaForCausalLM; InternVLForConditionalGeneration; text, images, sound and PDFs with a little own code."""
+PARTS = {"text": ("text",), "image": ("language", "image"), "full": ("language", "image", "audio")}
+"""Which parts make up an export; a part that two of them have is one file on the disk."""
+MANIFEST = "conversion_manifest.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is written."""
+
+    kinds: tuple[str, ...] = KINDS
+    dtype: torch.dtype | None = None
+    """None keeps the type of the training weights."""
+    kv_replicate: int = 1
+    """Times that each key/value head is written."""
+    shard_bytes: int = 5_000_000_000
+    """Of one safetensors file."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One export: what it is made of, and which files it becomes."""
+
+    source: CheckpointReader
+    config: Config
+    tokenizer: TextTokenizer
+    options: Options
+    shards: tuple[Shard, ...]
+    links: dict[str, str]
+    """Paths that are hard links, and to what."""
+
+    def shards_of(self, kind: str) -> dict[str, tuple[Shard, str]]:
+        """Return (shard, path that it is written to) of each file of an export, in order."""
+        by_path = {shard.path: shard for shard in self.shards}
+        written = dict(zip(by_path, by_path)) | self.links
+        own = sorted(path for path in written if path.startswith(f"{kind}/"))
+        return {path.removeprefix(f"{kind}/"): (by_path[written[path]], written[path]) for path in own}
+
+
+def export(checkpoint: Path, out: Path, *, tokenizer_path: Path, options: Options = Options()) -> None:
+    """Write the exports of a checkpoint to OUT/text, OUT/image and OUT/full, as `options` has it.
+
+    Streams blocks of rows from the checkpoint's files, needs neither GPU nor process group, and holds no tensor whole.
+    All is written to OUT.partial, read back, and renamed when it is right; the same command goes on behind the shards
+    of one that was interrupted. Raises DataError for a damaged or foreign checkpoint and a full disk.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists: name a folder that does not, or remove it.")
+    job = _prepare(checkpoint, tokenizer_path, options)
+    partial = out.with_name(out.name + ".partial")
+    begun = _fingerprint(checkpoint, job.tokenizer, options)
+    done = _begin(partial, begun)
+    for kind in options.kinds:
+        (partial / kind).mkdir(exist_ok=True)
+    require_space(partial, sum(shard.num_bytes for shard in job.shards if shard.path not in done))
+    total = sum(shard.num_bytes for shard in job.shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export") as progress:
+        writer = ShardWriter(partial, done=done, progress=progress)
+        for shard in job.shards:
+            writer.write(shard, job.source)
+            _write_atomically(partial / "progress.json", json.dumps({"begun": begun, "done": done}))
+        writer.finish()
+    for link, path in job.links.items():
+        (partial / link).unlink(missing_ok=True)
+        os.link(partial / path, partial / link)
+    for kind in options.kinds:
+        _finish(partial / kind, kind, job, done)
+    os.replace(partial, out)
+    (out / "progress.json").unlink()
+
+
+def _prepare(checkpoint: Path, tokenizer_path: Path, options: Options) -> _Job:
+    if checkpoint.name.endswith(".partial"):
+        raise DataError(f"{checkpoint} is half written: use the newest step_N folder beside it.")
+    source = CheckpointReader(checkpoint)
+    config = configs.load(str(checkpoint / "config.yaml"))
+    tokenizer = TextTokenizer(tokenizer_path)
+    _check_settings(config, tokenizer, options)
+    shards, links = _plan(source, config, options)
+    return _Job(source, config, tokenizer, options, tuple(shards), links)
+
+
+def verify(folder: Path) -> int:
+    """Pass if every file of an export is as it was written, and return how many there are. Raises DataError if not."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder} is not a finished export: {MANIFEST} cannot be read ({error}).") from error
+    for name, expected in tqdm(sums.items(), desc="verify", unit="file"):
+        check_sha256(folder / name, expected)
+    return len(sums)
+
+
+def _check_settings(config: Config, tokenizer: TextTokenizer, options: Options) -> None:
+    heads, groups, times = config.model.num_attention_heads, config.model.num_query_groups, options.kv_replicate
+    if heads % (groups * times):
+        fitting = configs.divisors(heads // groups)
+        raise ConfigError(
+            f"--kv-replicate {times} x {groups} groups does not divide {heads} heads. Use one of {fitting}."
+        )
+    if tokenizer.info.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"{tokenizer.path} has {tokenizer.info.vocab_size} ids, the model {config.model.vocab_size}: it is not the "
+            "tokenizer that the shards were made with."
+        )
+
+
+def targets_of(part: str, source: CheckpointReader, config: Config, *, kv_replicate: int = 1) -> list[Target]:
+    """Return the tensors of one part of an export."""
+    if part in ("text", "language"):
+        prefix = "model." if part == "text" else "model.language_model."
+        return list(weight_map.decoder(config.model, prefix=prefix, kv_replicate=kv_replicate))
+    rows = {name: info.shape[0] for name, info in source.tensors.items()}
+    return list(weight_map.encoder(rows, modality=part, num_layers=config.vision.num_layers))
+
+
+def _plan(source: CheckpointReader, config: Config, options: Options) -> tuple[list[Shard], dict[str, str]]:
+    """Return the shards to write, and the paths that are hard links to others."""
+    media = ("image", "audio")
+    there = ["text", "language"]
+    there += [part for part in media if any(name.startswith(f"embedding.{part}.") for name in source.tensors)]
+    for kind in options.kinds:
+        lacking = [part for part in PARTS[kind] if part not in there]
+        if lacking:
+            raise ConfigError(f"{source.path} has no {' and no '.join(lacking)} encoder: export it with --text alone.")
+    resolved: dict[str, list[tuple[Target, TensorInfo]]] = {}
+    for part in there:
+        targets = targets_of(part, source, config, kv_replicate=options.kv_replicate)
+        resolved[part] = [(target, info_of(target, source, dtype=options.dtype)) for target in targets]
+    check_complete(source, [target for part in resolved.values() for target, _ in part], where=str(source.path))
+    packed = {part: pack(tensors, shard_bytes=options.shard_bytes) for part, tensors in resolved.items()}
+    shards: list[Shard] = []
+    links: dict[str, str] = {}
+    written: dict[tuple[str, int], str] = {}
+    for kind in sorted(options.kinds, key=KINDS.index, reverse=True):
+        pieces = [(part, number) for part in PARTS[kind] for number in range(len(packed[part]))]
+        for position, piece in enumerate(pieces, start=1):
+            path = f"{kind}/model-{position:05d}-of-{len(pieces):05d}.safetensors"
+            if piece in written:
+                links[path] = written[piece]
+            else:
+                written[piece] = path
+                shards.append(Shard(path, packed[piece[0]][piece[1]]))
+    return shards, links
+
+
+def _fingerprint(checkpoint: Path, tokenizer: TextTokenizer, options: Options) -> str:
+    """Return what two exports must share for one to go on with the other's shards."""
+    digest = hashlib.sha256(repr((options, tokenizer.info.sha256)).encode())
+    for name in ("manifest.json", "config.yaml", ".metadata"):
+        digest.update((checkpoint / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _begin(partial: Path, begun: str) -> dict[str, str]:
+    """Return the shards that an interrupted export has left whole, by path, with their sha256."""
+    partial.mkdir(parents=True, exist_ok=True)
+    progress = partial / "progress.json"
+    if not progress.exists():
+        if any(file.is_file() for file in partial.rglob("*.safetensors")):
+            raise ConfigError(f"{partial} holds shards that are not accounted for: remove it.")
+        return {}
+    found = json.loads(progress.read_text())
+    if found["begun"] != begun:
+        raise ConfigError(f"{partial} was begun from another checkpoint, or with other options: remove it.")
+    return found["done"]
+
+
+def _finish(folder: Path, kind: str, job: _Job, done: dict[str, str]) -> None:
+    """Write the files around the shards of one export, the manifest last."""
+    shards = job.shards_of(kind)
+    index: dict[str, Any] = {
+        "metadata": {"total_size": sum(shard.num_bytes for shard, _ in shards.values())},
+        "weight_map": {target.name: name for name, (shard, _) in shards.items() for target, _ in shard.tensors},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    trained = job.source.tensors["output_layer.weight"].dtype
+    dtype, times = job.options.dtype or trained, job.options.kv_replicate
+    files.write_files(folder, kind=kind, config=job.config, tokenizer=job.tokenizer, dtype=dtype, kv_replicate=times)
+    figures = {
+        "tensors, each made of rows of the training checkpoint": len(index["weight_map"]),
+        "shards read back after writing, sha256 equal": len(shards),
+        "weights": f"{dtype} (trained in {trained})".replace("torch.", ""),
+    }
+    card = files.model_card(job.config, kind=kind, step=job.source.step, figures=figures)
+    (folder / "README.md").write_text(card)
+    sums = {name: done[path] for name, (_, path) in shards.items()}
+    others = sorted(file for file in folder.iterdir() if file.name not in sums and file.name != MANIFEST)
+    sums |= {file.name: sha256_of(file) for file in others}
+    manifest = {"kind": kind, "checkpoint": job.source.path.name, "step": job.source.step, "options": repr(job.options)}
+    _write_atomically(folder / MANIFEST, json.dumps(manifest | {"sha256": sums}, indent=1))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".new")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

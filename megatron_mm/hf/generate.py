@@ -1,0 +1,189 @@
+"""Text from text, images, sound and PDFs: transformers' generate over an export.
+
+Not megatron-core's inference: that engine wants its own GPTModel, a GPU and a process group, and knows no images or
+sound. An export is tested to give the training model's logits, runs on any device, and brings KV cache, batching and
+sampling that are kept by others. Prompts are read, tokenized and decoded by the code that the training data went
+through.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mm.data.decode import decode_chunks, decode_pixels
+from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.hf.export import Options, export
+from megatron_mm.ingest.document import Document
+from megatron_mm.ingest.encode import encode_document
+from megatron_mm.modality import Media
+from megatron_mm.parallel import device
+from megatron_mm.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 takes the most probable token."""
+    top_k: int = 0
+    """Tokens to choose among; 0: all."""
+    top_p: float = 1.0
+    """Choose among the most probable tokens that have this much probability together."""
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded export and what its prompts need."""
+
+    model: nn.Module
+    tokenizer: TextTokenizer
+    kinds: frozenset[Media]
+    """Media that the model can be given."""
+    normalize: bool
+    """Whether clips are normalised before they are encoded."""
+
+
+@contextmanager
+def opened(path: Path, *, tokenizer_path: Path | None = None, dtype: torch.dtype | None = None):
+    """Give a Speaker of the export or checkpoint at `path`; a checkpoint is exported to a temporary folder first.
+
+    Raises ConfigError if it is neither, or is a checkpoint and no tokenizer is named.
+    """
+    if (path / "config.json").exists():
+        yield _load(path, dtype)
+        return
+    if not (path / "manifest.json").exists():
+        raise ConfigError(f"{path} is neither an export (with a config.json) nor a checkpoint (with a manifest.json).")
+    if tokenizer_path is None:
+        raise ConfigError(f"{path} is a checkpoint: name the tokenizer.json of its shards with --tokenizer.")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "export"
+        export(path, out, tokenizer_path=tokenizer_path, options=Options(kinds=("full",), dtype=dtype))
+        yield _load(out / "full", dtype)
+
+
+def _load(folder: Path, dtype: torch.dtype | None) -> Speaker:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    # The package's own copy of the code that a full export carries: nothing in the folder is executed.
+    from megatron_mm.hf.code.modeling_megatron_mm import MegatronMMForConditionalGeneration
+
+    description = json.loads((folder / "config.json").read_text())
+    kind = description.get("model_type")
+    classes = {
+        "internvl": (AutoModelForImageTextToText, {Media.IMAGE}),
+        "megatron_mm": (MegatronMMForConditionalGeneration, {Media.IMAGE, Media.AUDIO}),
+    }
+    model_class, kinds = classes.get(kind, (AutoModelForCausalLM, set()))
+    model = model_class.from_pretrained(folder, dtype=dtype or "auto").eval().to(device.current())
+    normalize = description.get("audio_config", {}).get("do_stable_layer_norm", False)
+    return Speaker(model, TextTokenizer(folder / "tokenizer.json"), frozenset(kinds), normalize)
+
+
+def model_inputs(speaker: Speaker, prompts: Sequence[Document]) -> dict[str, Tensor]:
+    """Return the inputs of a batch of prompts, padded on the left.
+
+    Shapes: input_ids, attention_mask (num_prompts, longest); pixel_values (num_images, 3, 224, 224) and input_values,
+    input_values_mask (num_clips, longest clip) of all prompts in their order, if there are any. Raises DataError if a
+    prompt is empty, or has media that the model cannot be given.
+    """
+    rows: list[Tensor] = []
+    images: list[Tensor] = []
+    clips: list[Tensor] = []
+    for prompt in prompts:
+        encoded = encode_document(prompt, speaker.tokenizer)
+        rows.append(torch.from_numpy(encoded.tokens[:-1]).long())  # without the end of the text: it goes on
+        if not len(rows[-1]):
+            raise DataError("a prompt is empty: there is nothing to continue.")
+        for item in encoded.media:
+            if item.kind not in speaker.kinds:
+                raise DataError(f"this export takes no {item.kind.name.lower()}: use OUT/full.")
+            if item.kind is Media.IMAGE:
+                images.append(decode_pixels(item.data).float() / 127.5 - 1.0)
+            else:
+                clips.append(torch.cat(decode_chunks(item.data, normalize=speaker.normalize)))
+    pad = speaker.tokenizer.special_ids["pad"]
+    longest = max(len(row) for row in rows)
+    ids = torch.stack([torch.cat([row.new_full((longest - len(row),), pad), row]) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(longest) >= longest - lengths.unsqueeze(1)).long()}
+    if images:
+        inputs["pixel_values"] = torch.stack(images)
+    if clips:
+        samples = torch.tensor([len(clip) for clip in clips])
+        inputs["input_values"] = nn.utils.rnn.pad_sequence(clips, batch_first=True)
+        inputs["input_values_mask"] = torch.arange(int(samples.max())) < samples.unsqueeze(1)
+    return inputs
+
+
+def generate(
+    speaker: Speaker,
+    prompts: Sequence[Document],
+    *,
+    sampling: Sampling = Sampling(),
+    on_text: Callable[[str], None] | None = None,
+) -> list[str]:
+    """Return how the model continues each prompt, up to the end of its text.
+
+    `on_text` is given the text of a single prompt piece by piece, as it comes.
+    """
+    inputs = {name: value.to(device.current()) for name, value in model_inputs(speaker, prompts).items()}
+    tokenizer, model = speaker.tokenizer, speaker.model
+    end = tokenizer.special_ids["end_of_text"]
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    # Neither placeholders, which stand for media, nor rows of the head behind the last id of the tokenizer.
+    never = [number for number in tokenizer.special_ids.values() if number != end]
+    never += range(tokenizer.info.vocab_size, vocab_size)
+    choose: dict[str, Any] = {"do_sample": sampling.temperature > 0.0}
+    if choose["do_sample"]:
+        choose |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    torch.manual_seed(sampling.seed)
+    streamer = _Streamer(tokenizer, on_text) if on_text is not None and len(prompts) == 1 else None
+    with torch.no_grad():
+        ids = model.generate(
+            **inputs,
+            **choose,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=end,
+            pad_token_id=tokenizer.special_ids["pad"],
+            suppress_tokens=never,
+            streamer=streamer,
+        )
+    continued = ids[:, inputs["input_ids"].shape[1] :].tolist()
+    return [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in continued]
+
+
+class _Streamer:
+    """Passes on text as soon as its characters are whole; transformers' own wants its own tokenizer."""
+
+    def __init__(self, tokenizer: TextTokenizer, on_text: Callable[[str], None]) -> None:
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self._ids: list[int] = []
+        self._told, self._saw_prompt = 0, False
+
+    def put(self, ids: Tensor) -> None:
+        """Take the prompt, then one token after the other."""
+        if not self._saw_prompt:
+            self._saw_prompt = True
+            return
+        if ids.item() == self._tokenizer.special_ids["end_of_text"]:
+            return
+        self._ids.append(int(ids.item()))
+        text = self._tokenizer.decode(self._ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character's other bytes are still to come
+            self._on_text(text[self._told :])
+            self._told = len(text)
+
+    def end(self) -> None:
+        """Pass on what is left."""
+        self._on_text(self._tokenizer.decode(self._ids)[self._told :])

@@ -1,0 +1,91 @@
+"""Generation over an export: the cache changes nothing, a batch is its prompts, text streams, and misuse is named."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import run_ranks
+from small import png, small_config, tone
+from test_export import save_and_run
+
+from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.hf.generate import Sampling, Speaker, generate, model_inputs, opened
+from megatron_mm.ingest.audio import encode_flac
+from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, TextSegment
+from megatron_mm.modality import Source
+from megatron_mm.training import checkpoint
+
+LENGTH = 8
+
+
+@pytest.fixture(scope="module")
+def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a model whose weights are noise."""
+    config = small_config(shards, tmp_path_factory.mktemp("saved"), "training.global_batch_size=4")
+    run_ranks(1, save_and_run, config, [1])
+    return checkpoint.newest(config)
+
+
+@pytest.fixture(scope="module")
+def speaker(saved: Path, shards: Path) -> Iterator[Speaker]:
+    with opened(saved, tokenizer_path=shards.parent / "tokenizer.json") as loaded:
+        yield loaded
+
+
+def prompts() -> list[Document]:
+    rng = np.random.default_rng(0)
+    text, other = TextSegment("the tall bird "), TextSegment("a hill")
+    sound = AudioSegment(encode_flac(tone(rng, 20_000)), 20_000)
+    image = ImageSegment(png(rng))
+    made = [[text], [image, other], [other, sound, text, image]]
+    return [Document(segments, Source.TEXT) for segments in made]
+
+
+def recomputed(speaker: Speaker, prompt: Document) -> str:
+    """Take the most probable token of the whole text again and again, without a cache."""
+    inputs = model_inputs(speaker, [prompt])
+    ids, special = speaker.tokenizer.special_ids, []
+    for _ in range(LENGTH):
+        with torch.no_grad():
+            logits = speaker.model(**inputs).logits[0, -1]
+        logits[[number for role, number in ids.items() if role != "end_of_text"]] = -torch.inf
+        token = logits.argmax().view(1, 1)
+        if token == ids["end_of_text"]:
+            break
+        special.append(int(token))
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return speaker.tokenizer.decode(special)
+
+
+def test_greedy_text_is_that_of_a_model_without_cache_alone_or_in_a_batch(speaker: Speaker) -> None:
+    expected = [recomputed(speaker, prompt) for prompt in prompts()]
+    assert len(set(expected)) == len(expected)
+    sampling = Sampling(max_new_tokens=LENGTH)
+    assert [generate(speaker, [prompt], sampling=sampling)[0] for prompt in prompts()] == expected
+    assert generate(speaker, prompts(), sampling=sampling) == expected
+
+
+def test_text_streams_and_a_seed_repeats_it(speaker: Speaker) -> None:
+    pieces: list[str] = []
+    sampling = Sampling(max_new_tokens=LENGTH, temperature=1.5, top_k=50, top_p=0.95, seed=3)
+    (text,) = generate(speaker, prompts()[1:2], sampling=sampling, on_text=pieces.append)
+    assert "".join(pieces) == text
+    assert len(pieces) > 1
+    assert generate(speaker, prompts()[1:2], sampling=sampling) == [text]
+    others = {generate(speaker, prompts()[1:2], sampling=Sampling(LENGTH, 1.5, seed=seed))[0] for seed in range(4)}
+    assert len(others) > 1
+
+
+def test_misuse_is_named(speaker: Speaker, saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="empty"):
+        generate(speaker, [Document([], Source.TEXT)])
+    deaf = Speaker(speaker.model, speaker.tokenizer, frozenset(), normalize=False)
+    with pytest.raises(DataError, match="takes no image"):
+        generate(deaf, prompts()[1:2])
+    with pytest.raises(ConfigError, match="--tokenizer"), opened(saved):
+        pass
+    with pytest.raises(ConfigError, match="neither an export"), opened(tmp_path):
+        pass

@@ -1,0 +1,73 @@
+"""Convert between training checkpoints and Hugging Face folders: one plain process, no GPU, less than 1 GiB of memory.
+
+to-hf     a checkpoint of any layout to OUT/text (LlamaForCausalLM), OUT/image (InternVLForConditionalGeneration) and
+          OUT/full (text, images, sound and PDFs, with the code that composes them)
+from-hf   a Llama-family folder, or an export, to a checkpoint that training starts from, in any layout
+verify    compare every file of an export with its manifest
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.hf.export import KINDS, Options, export, verify
+from megatron_mm.hf.load import import_folder
+from megatron_mm.hf.tensors import PRECISIONS
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    try:
+        arguments.run(arguments)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    to_hf = commands.add_parser("to-hf", help="write Hugging Face folders from a checkpoint")
+    to_hf.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder RUN_DIR/checkpoints/step_N")
+    to_hf.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
+    to_hf.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="T", help="the tokenizer.json of the run's shards"
+    )
+    for kind in KINDS:
+        to_hf.add_argument(f"--{kind}", action="store_true", help=f"write OUT/{kind} (default: all three)")
+    to_hf.add_argument("--dtype", choices=PRECISIONS, help="of the weights (default: as they were trained)")
+    to_hf.add_argument("--kv-replicate", type=int, default=1, metavar="R", help="write each key/value head R times")
+    to_hf.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a shard (default 5)")
+    to_hf.set_defaults(run=_to_hf)
+    from_hf = commands.add_parser("from-hf", help="write a checkpoint to start from")
+    from_hf.add_argument("folder", type=Path, metavar="FOLDER", help="a Llama-family folder, or an export of ours")
+    from_hf.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
+    from_hf.add_argument(
+        "--preset", required=True, metavar="P", help="preset or YAML file of the run that will start from it"
+    )
+    from_hf.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from both")
+    from_hf.set_defaults(run=_from_hf)
+    check = commands.add_parser("verify", help="compare every file of an export with its manifest")
+    check.add_argument("export", type=Path, metavar="EXPORT", help="OUT/text, OUT/image or OUT/full")
+    check.set_defaults(run=lambda arguments: print(f"{verify(arguments.export)} files are as they were written"))
+    return parser
+
+
+def _to_hf(arguments: argparse.Namespace) -> None:
+    kinds = tuple(kind for kind in KINDS if getattr(arguments, kind)) or KINDS
+    dtype = PRECISIONS[arguments.dtype] if arguments.dtype else None
+    options = Options(kinds, dtype, arguments.kv_replicate, int(arguments.shard_gb * 1e9))
+    export(arguments.checkpoint, arguments.out, tokenizer_path=arguments.tokenizer, options=options)
+    for kind in kinds:
+        print(arguments.out / kind)
+
+
+def _from_hf(arguments: argparse.Namespace) -> None:
+    import_folder(arguments.folder, arguments.out, preset=arguments.preset, overrides=arguments.overrides)
+    print(f"{arguments.out}: start from it with python -m megatron_mm.train {arguments.out}/config.yaml run_dir=...")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Continue a prompt of text, images, sound and PDFs with a trained model, on a GPU or the CPU.
+
+  python tools/generate.py runs/demo/export/full --file photo.jpg --text "A photograph of"
+  python tools/generate.py runs/demo/checkpoints/step_00000140 --tokenizer T --text "It was" --temperature 0.8
+
+--text and --file may be repeated; they follow one another in the prompt as they stand. With --jsonl, every line of a
+file is a prompt, as tools/preprocess_data.py reads them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.hf.generate import Sampling, generate, opened
+from megatron_mm.hf.tensors import PRECISIONS
+from megatron_mm.ingest.document import Document, Segment, TextSegment
+from megatron_mm.ingest.read import read_file, read_lines
+from megatron_mm.modality import Source
+from megatron_mm.noise import silence
+
+
+def main() -> int:
+    silence()
+    arguments = _parser().parse_args()
+    try:
+        prompts = _prompts(arguments)
+        sampling = Sampling(
+            arguments.max_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed
+        )
+        dtype = PRECISIONS[arguments.dtype] if arguments.dtype else None
+        with opened(arguments.model, tokenizer_path=arguments.tokenizer, dtype=dtype) as speaker:
+            for start in range(0, len(prompts), arguments.batch_size):
+                batch = prompts[start : start + arguments.batch_size]
+                alone = len(prompts) == 1
+                stream = (lambda text: print(text, end="", flush=True)) if alone else None
+                texts = generate(speaker, batch, sampling=sampling, on_text=stream)
+                for number, text in enumerate(texts, start=start + 1):
+                    print("" if alone else f"[{number}] {text}")
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Document]:
+    if arguments.jsonl is not None:
+        if not arguments.jsonl.is_file():
+            raise DataError(f"{arguments.jsonl} does not exist.")
+        documents, rejections = read_lines(arguments.jsonl)
+        if rejections:
+            raise DataError(f"{rejections[0].path}: {rejections[0].reason}")
+        return documents
+    segments: list[Segment] = []
+    for kind, value in arguments.parts or []:
+        if kind == "text":
+            segments.append(TextSegment(value))
+            continue
+        documents, rejections = read_file(Path(value))
+        if not documents:
+            raise DataError(f"{rejections[0].path}: {rejections[0].reason}")
+        segments += [segment for document in documents for segment in document.segments]
+    if not segments:
+        raise ConfigError("give a prompt: --text, --file or --jsonl.")
+    return [Document(segments, Source.TEXT)]
+
+
+class _Part(argparse.Action):
+    """Appends (option, value) to one list, so that the order of the prompt's parts is kept."""
+
+    def __call__(self, parser, namespace, value, option_string=None) -> None:
+        namespace.parts = [*(namespace.parts or []), (option_string.lstrip("-"), value)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="an export, or a checkpoint")
+    parser.add_argument("--text", action=_Part, dest="parts", metavar="TEXT", help="text of the prompt")
+    parser.add_argument("--file", action=_Part, dest="parts", metavar="F", help="image, recording, PDF or text file")
+    parser.add_argument("--jsonl", type=Path, metavar="F", help="many prompts, one a line")
+    parser.add_argument("--tokenizer", type=Path, metavar="T", help="tokenizer.json, for a checkpoint")
+    parser.add_argument("--max-new-tokens", type=int, default=Sampling.max_new_tokens, metavar="N")
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="X", help="0: no sampling")
+    parser.add_argument("--top-k", type=int, default=Sampling.top_k, metavar="K")
+    parser.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P")
+    parser.add_argument("--seed", type=int, default=Sampling.seed, metavar="S")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="prompts of --jsonl at a time")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="of the weights (default: as they are)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
