@@ -39,16 +39,14 @@ def run_command(*arguments: str) -> Ended:
     return run_alone(_main, list(arguments))
 
 
-def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: int = TIMEOUT_SECONDS, **kwargs: Any
-) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
     """Return [function(*args, **kwargs) on rank 0, on rank 1, ...]; raise what a rank raised, with its rank."""
-    return _run(world_size, function, *args, joined=True, timeout_seconds=timeout_seconds, **kwargs)
+    return _run(world_size, function, *args, joined=True, **kwargs)
 
 
 def run_alone(function: Callable[..., Any], *args: Any) -> Any:
     """Return function(*args), called in a process that is in no process group."""
-    (result,) = _run(1, function, *args, joined=False, timeout_seconds=TIMEOUT_SECONDS)
+    (result,) = _run(1, function, *args, joined=False)
     return result
 
 
@@ -67,9 +65,7 @@ def _main(arguments: list[str]) -> Ended:
     return Ended(status, stdout.getvalue(), stderr.getvalue())
 
 
-def _run(
-    world_size: int, function: Callable[..., Any], *args: Any, joined: bool, timeout_seconds: int, **kwargs: Any
-) -> list[Any]:
+def _run(world_size: int, function: Callable[..., Any], *args: Any, joined: bool, **kwargs: Any) -> list[Any]:
     """Run a function in `world_size` processes, `joined` in a process group or not."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -78,7 +74,7 @@ def _run(
         ]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + timeout_seconds
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
             if any(Path(folder, f"{rank}.error").exists() for rank in range(world_size)):
                 time.sleep(1.0)  # the others may fail for the same reason: let the first cause be written
@@ -93,7 +89,7 @@ def _run(
             if error.exists():
                 raise AssertionError(f"rank {rank} of {world_size} failed:\n{error.read_text()}")
         if late:
-            raise AssertionError(f"ranks {late} of {world_size} did not finish in {timeout_seconds} s")
+            raise AssertionError(f"ranks {late} of {world_size} did not finish in {TIMEOUT_SECONDS} s")
         return [pickle.loads(Path(folder, f"{rank}.result").read_bytes()) for rank in range(world_size)]
 
 
