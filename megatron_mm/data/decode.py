@@ -116,6 +116,11 @@ def cut_chunks(waveform: Tensor, *, normalize: bool) -> list[Tensor]:
     return [chunk for chunk in waveform.split(CHUNK_SAMPLES) if audio_frames(chunk.numel())]
 
 
+def decode_chunks(data: bytes, *, normalize: bool) -> list[Tensor]:
+    """Return a recording as one-second chunks: `decode_waveform`, then `cut_chunks`."""
+    return cut_chunks(decode_waveform(data), normalize=normalize)
+
+
 def blank_pixels() -> Tensor:
     """Return what stands for an image that cannot be decoded: middle grey, (3, 224, 224) uint8."""
     return torch.full((3, IMAGE_SIZE, IMAGE_SIZE), 128, dtype=torch.uint8)
