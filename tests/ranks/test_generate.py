@@ -1,5 +1,6 @@
 """Generation over an export: the cache changes nothing, a batch is its prompts, text streams, and misuse is named."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from launch import run_ranks
-from small import png, small_config, tone
+from PIL import Image
+from small import decode_samples, png, small_config, tone
 from test_export import save_and_run
+from transformers import AutoProcessor
 
 from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.hf.export import export
 from megatron_mm.hf.generate import Sampling, Speaker, generate, model_inputs, opened
 from megatron_mm.ingest.audio import encode_flac
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, TextSegment
+from megatron_mm.ingest.read import read_file
 from megatron_mm.modality import Source
 from megatron_mm.training import checkpoint
 
@@ -29,8 +34,15 @@ def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def speaker(saved: Path, shards: Path) -> Iterator[Speaker]:
-    with opened(saved, tokenizer_path=shards.parent / "tokenizer.json") as loaded:
+def exports(saved: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "out"
+    export(saved, out, tokenizer_path=shards.parent / "tokenizer.json")
+    return out
+
+
+@pytest.fixture(scope="module")
+def speaker(exports: Path) -> Iterator[Speaker]:
+    with opened(exports / "full") as loaded:
         yield loaded
 
 
@@ -77,6 +89,40 @@ def test_text_streams_and_a_seed_repeats_it(speaker: Speaker) -> None:
     assert generate(speaker, prompts()[1:2], sampling=sampling) == [text]
     others = {generate(speaker, prompts()[1:2], sampling=Sampling(LENGTH, 1.5, seed=seed))[0] for seed in range(4)}
     assert len(others) > 1
+
+
+@pytest.mark.parametrize("kind", ["image", "full"])
+def test_the_processor_of_an_export_gives_the_inputs_of_training(kind: str, exports: Path, speaker: Speaker) -> None:
+    prompt = prompts()[1 if kind == "image" else 2]
+    expected = model_inputs(speaker, [prompt])
+    text, images, clips = "", [], []
+    for segment in prompt.segments:
+        if isinstance(segment, TextSegment):
+            text += segment.text
+        elif isinstance(segment, ImageSegment):
+            images.append(Image.open(io.BytesIO(segment.data)))
+            text += "<|image|>"
+        else:
+            clips.append(decode_samples(segment.data))
+            text += "<|audio|>"
+    processor = AutoProcessor.from_pretrained(exports / kind, trust_remote_code=kind == "full")
+    media = {"images": images} | ({"audio": clips} if clips else {})
+    found = processor(text=[text], **media, return_tensors="pt")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        tolerance = 2.1 / 127.5 if name == "pixel_values" else 0.0  # another resize: 2 of 255 levels
+        torch.testing.assert_close(found[name], value, rtol=0.0, atol=tolerance)
+
+
+def test_the_processor_reads_a_pdf_as_training_does(exports: Path) -> None:
+    path = Path(__file__).parents[2] / "examples/sample_data/train/papers/prtec-extended-abstract.pdf"
+    processor = AutoProcessor.from_pretrained(exports / "full", trust_remote_code=True)
+    read = processor.read_file(path)
+    segments = read_file(path)[0][0].segments
+    assert [segment.text for segment in segments if isinstance(segment, TextSegment)] == [
+        part for part in read["text"].split("<|image|>") if part
+    ]
+    assert len(read["images"]) == read["text"].count("<|image|>") > 0
 
 
 def test_misuse_is_named(speaker: Speaker, saved: Path, tmp_path: Path) -> None:

@@ -29,10 +29,11 @@ def audio_frames(num_samples, chunk_samples):
 class MegatronMMProcessor(ProcessorMixin):
     """Image processor, feature extractor and tokenizer in one."""
 
-    attributes = ["image_processor", "feature_extractor", "tokenizer"]  # noqa: RUF012
-    image_processor_class = "AutoImageProcessor"
-    feature_extractor_class = "AutoFeatureExtractor"
-    tokenizer_class = "AutoTokenizer"
+    if not hasattr(ProcessorMixin, "get_text_with_replacements"):  # transformers 4 wants them, 5 warns of them
+        attributes = ["image_processor", "feature_extractor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        feature_extractor_class = "AutoFeatureExtractor"
+        tokenizer_class = "AutoTokenizer"
 
     def __init__(
         self,
