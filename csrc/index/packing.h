@@ -11,23 +11,26 @@
 
 namespace megatron_mm {
 
-// The open bins by the room they have left; a 64-ary bitset finds the smallest room that is large enough.
+// The open bins by the room they have left, as a linked list for each room; a 64-ary bitset finds the smallest room
+// that is large enough.
 class OpenBins {
  public:
   explicit OpenBins(int capacity)
-      : capacity_(capacity), words_((capacity >> 6) + 1), summary_((words_.size() >> 6) + 1), bins_(capacity + 1) {}
+      : capacity_(capacity), words_((capacity >> 6) + 1), summary_((words_.size() >> 6) + 1), top_(capacity + 1, -1) {}
 
   void add(int room, int64_t bin) {
-    bins_[room].push_back(bin);
+    if (static_cast<size_t>(bin) >= below_.size()) below_.resize(2 * bin + 64);
+    below_[bin] = top_[room];
+    top_[room] = bin;
     words_[room >> 6] |= 1ULL << (room & 63);
     summary_[room >> 12] |= 1ULL << ((room >> 6) & 63);
   }
 
   // Takes out the bin that was added last among those with this room.
   int64_t take(int room) {
-    const int64_t bin = bins_[room].back();
-    bins_[room].pop_back();
-    if (bins_[room].empty()) {
+    const int64_t bin = top_[room];
+    top_[room] = below_[bin];
+    if (top_[room] < 0) {
       words_[room >> 6] &= ~(1ULL << (room & 63));
       if (!words_[room >> 6]) summary_[room >> 12] &= ~(1ULL << ((room >> 6) & 63));
     }
@@ -54,7 +57,7 @@ class OpenBins {
  private:
   int capacity_;
   std::vector<uint64_t> words_, summary_;
-  std::vector<std::vector<int64_t>> bins_;
+  std::vector<int64_t> top_, below_;  // last bin of each room, and the one before each bin
 };
 
 // Writes the bin of each piece, the longest first, and returns the number of bins. Lengths are in 1..capacity.
