@@ -1,27 +1,35 @@
-// Python's door to the CUDA launchers. Pointers travel as integers (Tensor.data_ptr()), streams likewise.
+// Python's door to the CUDA launchers: launch(name, arguments...). Pointers travel as integers (Tensor.data_ptr(), 0 for
+// none), and so do streams.
 #include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
 
 #include "launch.h"
 
 namespace {
 
-using Address = uintptr_t;
-void* at(Address address) { return reinterpret_cast<void*>(address); }
+int launch(const std::string& name, const pybind11::args& values) {
+  for (const auto& entry : megatron_mm::kEntries) {
+    if (name != entry.name) continue;
+    if (values.size() != entry.arguments) throw pybind11::type_error(name + ": wrong number of arguments");
+    std::vector<megatron_mm::Argument> arguments(values.size());
+    for (size_t place = 0; place < values.size(); ++place) {
+      if (pybind11::isinstance<pybind11::float_>(values[place])) {
+        arguments[place].real = values[place].cast<double>();
+      } else {
+        arguments[place].whole = values[place].cast<int64_t>();
+      }
+    }
+    return entry.call(arguments.data());
+  }
+  throw pybind11::key_error(name);
+}
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-  module.doc() = "CUDA kernels of megatron_mm; megatron_mm.kernels.ops calls them.";
-  module.def("assemble_forward",
-             [](bool bf16, int64_t num_tokens, int64_t hidden, Address tokens, Address text_type, Address features,
-                Address media_row, Address out, Address stream) {
-               return megatron_mm::launch_assemble_forward(bf16, num_tokens, hidden, at(tokens), at(text_type),
-                                                           at(features), at(media_row), at(out), at(stream));
-             });
-  module.def("assemble_backward",
-             [](bool bf16, int64_t num_tokens, int64_t hidden, Address grad_out, Address media_row,
-                Address grad_tokens, Address grad_features, Address stream) {
-               return megatron_mm::launch_assemble_backward(bf16, num_tokens, hidden, at(grad_out), at(media_row),
-                                                            at(grad_tokens), at(grad_features), at(stream));
-             });
+  module.doc() = "CUDA kernels of megatron_mm; megatron_mm.kernels.native calls them.";
+  module.attr("SOURCES") = MM_SOURCES;
+  module.def("launch", &launch);
 }

@@ -1,22 +1,16 @@
-"""Kernels as torch operators: the reference everywhere, the native form on a GPU where it is built.
+"""Kernels as torch operators, and the one place that chooses which form of each runs.
 
-Which one runs is decided once, by `select`, and can be forced with training.kernels.
+An operator `torch.ops.megatron_mm.X` runs `native.X` on a GPU and `plain.X` elsewhere. The functions below take the
+operators where `select` has chosen the native kernels, and otherwise torch's own or `fused`'s.
 """
 
-import logging
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mm.errors import ConfigError
-from megatron_mm.kernels import reference
+from megatron_mm.kernels import fused, native, plain, reference
 
-try:
-    from megatron_mm.kernels import _cuda
-except ImportError:  # built by setup.py where nvcc is
-    _cuda = None
-
-log = logging.getLogger(__name__)
 _use_native = False
 
 
@@ -27,7 +21,7 @@ def select(choice: str, device: torch.device) -> str:
     """
     global _use_native
     missing = None
-    if _cuda is None:
+    if native._cuda is None:
         missing = "the CUDA extension is not built (nvcc was not found when the package was installed)"
     elif device.type != "cuda":
         missing = f"native kernels run on a GPU and this rank is on {device.type}"
@@ -37,88 +31,259 @@ def select(choice: str, device: torch.device) -> str:
     return "native" if _use_native else "reference"
 
 
+def runs_native() -> bool:
+    """Return whether `select` has chosen the native kernels."""
+    return _use_native
+
+
 def assemble_embeddings(tokens: Tensor, *, text_type: Tensor, features: Tensor, positions: Tensor) -> Tensor:
-    """Assemble decoder inputs; see `reference.assemble_embeddings` for shapes and meaning."""
+    """Assemble decoder inputs; see `reference.assemble_embeddings`."""
     if _use_native:
-        return native_assemble_embeddings(tokens, text_type, features, positions)[0]
+        return assemble_forward(tokens, text_type, features, media_rows(tokens, positions))
     return reference.assemble_embeddings(tokens, text_type=text_type, features=features, positions=positions)
 
 
-@torch.library.custom_op("megatron_mm::assemble_embeddings", mutates_args=())
-def native_assemble_embeddings(
-    tokens: Tensor, text_type: Tensor, features: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return (decoder inputs, media_row): media_row (num_tokens,) int32 is the feature of each row, -1 for text."""
-    assembled = reference.assemble_embeddings(tokens, text_type=text_type, features=features, positions=positions)
-    return assembled, _media_rows(tokens, positions)
+def swiglu(gate_and_up: Tensor) -> Tensor:
+    """Return silu(gate) * up; see `reference.swiglu`."""
+    return swiglu_forward(gate_and_up) if _use_native else fused.swiglu(gate_and_up)
 
 
-@torch.library.custom_op("megatron_mm::assemble_embeddings_backward", mutates_args=())
-def native_assemble_backward(gradient: Tensor, media_row: Tensor, num_media: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients of (token rows, features) from that of the decoder inputs."""
-    is_media = media_row >= 0
-    features = gradient.new_zeros(num_media, gradient.shape[1])
-    features[media_row[is_media].long()] = gradient[is_media]
-    return gradient.masked_fill(is_media[:, None], 0.0), features
+def rms_norm(hidden: Tensor, *, weight: Tensor, epsilon: float) -> Tensor:
+    """Return hidden / rms(hidden) * weight; see `reference.rms_norm`."""
+    if _use_native:
+        return rms_norm_forward(hidden, None, weight, epsilon)[1]
+    return F.rms_norm(hidden, weight.shape, weight, epsilon)
 
 
-def _media_rows(tokens: Tensor, positions: Tensor) -> Tensor:
+def add_rms_norm(hidden: Tensor, *, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return (norm of the sum, sum) of hidden and residual; see `reference.add_rms_norm`."""
+    if _use_native:
+        total, normed, _ = rms_norm_forward(hidden, residual, weight, epsilon)
+        return normed, total
+    total = hidden + residual
+    return F.rms_norm(total, weight.shape, weight, epsilon), total
+
+
+def mqa_rope(
+    query: Tensor,
+    *,
+    key_value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    epsilon: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (query, key, value) of attention; see `reference.mqa_rope`. cos and sin are float32."""
+    if _use_native:
+        return mqa_rope_forward(query, key_value, cos, sin, query_weight, key_weight, epsilon)
+    key, value = key_value.unbind(dim=2)
+    if query_weight is not None:
+        query = F.rms_norm(query, query_weight.shape, query_weight, epsilon)
+        key = F.rms_norm(key, key_weight.shape, key_weight, epsilon)
+    angles = {"cos": cos.unsqueeze(1).to(query.dtype), "sin": sin.unsqueeze(1).to(query.dtype)}
+    return fused.rotate(query, **angles), fused.rotate(key, **angles), value
+
+
+def token_rows(table: Tensor, *, ids: Tensor, first_id: int) -> Tensor:
+    """Return the rows of this rank's part of an embedding table; see `reference.token_rows`."""
+    if _use_native:
+        return token_rows_forward(table, ids, first_id)
+    return reference.token_rows(table, ids=ids, first_id=first_id)
+
+
+def media_rows(tokens: Tensor, positions: Tensor) -> Tensor:
+    """Return which feature stands in each of the rows `tokens`: (num_tokens,) int32, -1 for none."""
     rows = torch.full((tokens.shape[0],), -1, dtype=torch.int32, device=tokens.device)
     return rows.index_copy(0, positions, torch.arange(positions.numel(), dtype=torch.int32, device=tokens.device))
 
 
-@native_assemble_embeddings.register_kernel("cuda")
-def _(tokens: Tensor, text_type: Tensor, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    tokens, text_type, features = (_packed(tensor, tokens.dtype) for tensor in (tokens, text_type, features))
-    media_row = _media_rows(tokens, positions)
-    out = torch.empty_like(tokens)
-    operands = [tensor.data_ptr() for tensor in (tokens, text_type, features, media_row, out)]
-    _check(_cuda.assemble_forward(tokens.dtype == torch.bfloat16, *tokens.shape, *operands, _stream(tokens)))
-    return out, media_row
+def _operator(name: str, mutates: tuple[str, ...] = ()) -> torch.library.CustomOpDef:
+    """Make `name` an operator: plain anywhere, native on a GPU."""
+    operator = torch.library.custom_op(f"megatron_mm::{name}", getattr(plain, name), mutates_args=mutates)
+    operator.register_kernel("cuda")(getattr(native, name))
+    return operator
 
 
-@native_assemble_backward.register_kernel("cuda")
-def _(gradient: Tensor, media_row: Tensor, num_media: int) -> tuple[Tensor, Tensor]:
-    gradient = _packed(gradient, gradient.dtype)
-    tokens, features = torch.empty_like(gradient), gradient.new_empty(num_media, gradient.shape[1])
-    operands = [tensor.data_ptr() for tensor in (gradient, media_row, tokens, features)]
-    _check(_cuda.assemble_backward(gradient.dtype == torch.bfloat16, *gradient.shape, *operands, _stream(gradient)))
-    return tokens, features
+assemble_forward = _operator("assemble_forward")
+assemble_backward = _operator("assemble_backward")
+token_rows_forward = _operator("token_rows")
+token_rows_backward = _operator("token_rows_backward")
+swiglu_forward = _operator("swiglu")
+swiglu_backward = _operator("swiglu_backward")
+rms_norm_forward = _operator("rms_norm")
+rms_norm_backward = _operator("rms_norm_backward")
+mqa_rope_forward = _operator("mqa_rope")
+mqa_rope_backward = _operator("mqa_rope_backward")
+cross_entropy_statistics = _operator("cross_entropy_statistics")
+cross_entropy_combine = _operator("cross_entropy_combine")
+cross_entropy_backward = _operator("cross_entropy_backward", mutates=("logits",))
+
+# What each returns, for torch.compile and FakeTensor: new packed tensors.
 
 
-@native_assemble_embeddings.register_fake
-def _(tokens: Tensor, text_type: Tensor, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(tokens), torch.empty(tokens.shape[0], dtype=torch.int32, device=tokens.device)
+def _accumulated(like: Tensor) -> torch.dtype:
+    return torch.float32 if like.dtype == torch.bfloat16 else like.dtype
 
 
-@native_assemble_backward.register_fake
-def _(gradient: Tensor, media_row: Tensor, num_media: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(gradient), gradient.new_empty(num_media, gradient.shape[1])
+def _packed(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+@assemble_forward.register_fake
+def _(tokens: Tensor, text_type: Tensor, features: Tensor, media_row: Tensor) -> Tensor:
+    return _packed(tokens)
+
+
+@assemble_backward.register_fake
+def _(gradient: Tensor, media_row: Tensor, num_media: int) -> tuple[Tensor, Tensor, Tensor]:
+    columns = gradient.shape[1]
+    return _packed(gradient), gradient.new_empty(columns), gradient.new_empty(num_media, columns)
+
+
+@token_rows_forward.register_fake
+def _(table: Tensor, ids: Tensor, first_id: int) -> Tensor:
+    return table.new_empty(ids.shape[0], table.shape[1])
+
+
+@token_rows_backward.register_fake
+def _(gradient: Tensor, ids: Tensor, first_id: int, vocab: int) -> Tensor:
+    return gradient.new_empty(vocab, gradient.shape[1])
+
+
+@swiglu_forward.register_fake
+def _(gate_and_up: Tensor) -> Tensor:
+    return gate_and_up.new_empty(*gate_and_up.shape[:-1], gate_and_up.shape[-1] // 2)
+
+
+@swiglu_backward.register_fake
+def _(gradient: Tensor, gate_and_up: Tensor) -> Tensor:
+    return _packed(gate_and_up)
+
+
+@rms_norm_forward.register_fake
+def _(hidden: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    total = hidden.new_empty(0) if residual is None else _packed(hidden)
+    return total, _packed(hidden), hidden.new_empty(hidden.shape[:-1], dtype=_accumulated(hidden))
+
+
+@rms_norm_backward.register_fake
+def _(
+    gradient: Tensor, sum_gradient: Tensor | None, total: Tensor, weight: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _packed(total), _packed(weight)
+
+
+@mqa_rope_forward.register_fake
+def _(
+    query: Tensor,
+    key_value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, groups, _, head_dim = key_value.shape
+    return _packed(query), query.new_empty(tokens, groups, head_dim), query.new_empty(tokens, groups, head_dim)
+
+
+@mqa_rope_backward.register_fake
+def _(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    query: Tensor | None,
+    key_value: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, groups, head_dim = grad_key.shape
+    weights = [grad_query.new_empty(0 if weight is None else head_dim) for weight in (query_weight, key_weight)]
+    return _packed(grad_query), grad_query.new_empty(tokens, groups, 2, head_dim), *weights
+
+
+@cross_entropy_statistics.register_fake
+def _(logits: Tensor, labels: Tensor, mask: Tensor | None, first_id: int) -> Tensor:
+    return logits.new_empty(3, logits.shape[0], dtype=_accumulated(logits))
+
+
+@cross_entropy_combine.register_fake
+def _(all_statistics: Tensor, mask: Tensor | None, z_loss: float) -> tuple[Tensor, Tensor]:
+    rows = all_statistics.shape[2]
+    return all_statistics.new_empty(2, rows), all_statistics.new_empty(rows)
+
+
+@cross_entropy_backward.register_fake
+def _(
+    logits: Tensor,
+    gradient: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    log_z: Tensor,
+    first_id: int,
+    z_loss: float,
+) -> None:
+    return None
+
+
+# Gradients. Only what they need is kept.
+
+
+def _keep_assemble(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.num_media = inputs[2].shape[0]
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[3])
 
 
-def _backward(ctx, gradient: Tensor, _media_row_gradient: Tensor) -> tuple:
-    tokens, features = native_assemble_backward(gradient, ctx.saved_tensors[0], ctx.num_media)
-    return tokens, tokens.float().sum(0).to(gradient.dtype), features, None
+def _assemble_gradient(ctx, gradient: Tensor) -> tuple:
+    return *assemble_backward(gradient, *ctx.saved_tensors, ctx.num_media), None
 
 
-native_assemble_embeddings.register_autograd(_backward, setup_context=_save_for_backward)
+def _keep_token_rows(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.first_id, ctx.vocab = inputs[2], inputs[0].shape[0]
+    ctx.save_for_backward(inputs[1])
 
 
-def _packed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    assert tensor.dtype == dtype and dtype in (torch.float32, torch.bfloat16), (tensor.dtype, dtype)
-    return tensor.contiguous()
+def _token_rows_gradient(ctx, gradient: Tensor) -> tuple:
+    return token_rows_backward(gradient, *ctx.saved_tensors, ctx.first_id, ctx.vocab), None, None
 
 
-def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+def _keep_swiglu(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
 
 
-def _check(error: int) -> None:
-    if error:
-        raise RuntimeError(f"a CUDA kernel could not be launched: cudaError {error}")
+def _swiglu_gradient(ctx, gradient: Tensor) -> Tensor:
+    return swiglu_backward(gradient, *ctx.saved_tensors)
+
+
+def _keep_rms_norm(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.adds = inputs[1] is not None
+    ctx.save_for_backward(output[0] if ctx.adds else inputs[0], inputs[2], output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _rms_norm_gradient(ctx, sum_gradient: Tensor, gradient: Tensor, _: Tensor) -> tuple:
+    hidden, weight = rms_norm_backward(gradient, sum_gradient if ctx.adds else None, *ctx.saved_tensors)
+    return hidden, hidden if ctx.adds else None, weight, None
+
+
+def _keep_mqa_rope(ctx, inputs: tuple, output: tuple) -> None:
+    query, key_value, cos, sin, query_weight, key_weight, ctx.epsilon = inputs
+    ctx.has_norm = query_weight is not None
+    ctx.save_for_backward(*((query, key_value) if ctx.has_norm else ()), cos, sin, query_weight, key_weight)
+
+
+def _mqa_rope_gradient(ctx, *gradients: Tensor) -> tuple:
+    saved = ctx.saved_tensors if ctx.has_norm else (None, None, *ctx.saved_tensors)
+    query, key_value, *weights = mqa_rope_backward(*gradients, *saved, ctx.epsilon)
+    return query, key_value, None, None, *(weights if ctx.has_norm else (None, None)), None
+
+
+assemble_forward.register_autograd(_assemble_gradient, setup_context=_keep_assemble)
+token_rows_forward.register_autograd(_token_rows_gradient, setup_context=_keep_token_rows)
+swiglu_forward.register_autograd(_swiglu_gradient, setup_context=_keep_swiglu)
+rms_norm_forward.register_autograd(_rms_norm_gradient, setup_context=_keep_rms_norm)
+mqa_rope_forward.register_autograd(_mqa_rope_gradient, setup_context=_keep_mqa_rope)

@@ -31,3 +31,58 @@ def swiglu(gate_and_up: Tensor) -> Tensor:
     """
     gate, up = gate_and_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def token_rows(table: Tensor, *, ids: Tensor, first_id: int) -> Tensor:
+    """Return the rows of `table` that `ids` name, and zeros for ids of other ranks.
+
+    Shapes: table (vocab/tp, hidden), the rows from first_id on; ids (num_tokens,) int64; returns (num_tokens, hidden).
+    """
+    local = ids - first_id
+    elsewhere = (local < 0) | (local >= table.shape[0])
+    return F.embedding(local.masked_fill(elsewhere, 0), table).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+
+
+def rms_norm(hidden: Tensor, *, weight: Tensor, epsilon: float) -> Tensor:
+    """Return hidden / rms(hidden) * weight over the last dimension (Zhang and Sennrich 2019); shape of hidden."""
+    return hidden * (hidden.square().mean(dim=-1, keepdim=True) + epsilon).rsqrt() * weight
+
+
+def add_rms_norm(hidden: Tensor, *, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return (norm of the sum, sum) of hidden and residual; each of their shape."""
+    total = hidden + residual
+    return rms_norm(total, weight=weight, epsilon=epsilon), total
+
+
+def mqa_rope(
+    query: Tensor,
+    *,
+    key_value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    epsilon: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (query, key, value) of attention: keys and values apart, queries and keys normed and turned.
+
+    Shapes: query (num_tokens, heads/tp, head_dim); key_value (num_tokens, groups, 2, head_dim); cos, sin (num_tokens,
+    head_dim/2) of each token's position in its document; the weights (head_dim,), or None for no norm.
+    """
+    key, value = key_value.unbind(dim=2)
+    if query_weight is not None:
+        query = rms_norm(query, weight=query_weight, epsilon=epsilon)
+        key = rms_norm(key, weight=key_weight, epsilon=epsilon)
+    angles = {"cos": cos.unsqueeze(1), "sin": sin.unsqueeze(1)}  # (num_tokens, 1, head_dim/2)
+    return rotate(query, **angles), rotate(key, **angles), value
+
+
+def cross_entropy(logits: Tensor, *, labels: Tensor, mask: Tensor | None, z_loss: float) -> Tensor:
+    """Return cross-entropy and z_loss log(Z)^2 of each token, Z the softmax's denominator; 0 where mask is 0.
+
+    Shapes: logits (num_tokens, vocab), the whole vocabulary; labels, mask (num_tokens,); returns (2, num_tokens).
+    """
+    losses = torch.stack(
+        [F.cross_entropy(logits, labels, reduction="none"), z_loss * logits.logsumexp(dim=-1).square()]
+    )
+    return losses if mask is None else losses.masked_fill(mask == 0, 0.0)

@@ -1,0 +1,90 @@
+"""Cross-entropy over tensor ranks, from logits and from hidden states, against the reference over all of the words."""
+
+import pytest
+import torch
+from launch import run_ranks
+from torch import Tensor
+from torch import distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_mm.kernels import cross_entropy, reference
+
+NUM_TOKENS, HIDDEN, VOCAB, CHUNK, Z_LOSS = 21, 12, 48, 8, 1e-2
+
+
+def operands() -> tuple[Tensor, ...]:
+    """Return (hidden, weight, labels, mask)."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (
+        torch.randn(NUM_TOKENS, HIDDEN, generator=generator),
+        torch.randn(VOCAB, HIDDEN, generator=generator),
+    )
+    labels = torch.randint(VOCAB, (NUM_TOKENS,), generator=generator)
+    return hidden, weight, labels, (torch.arange(NUM_TOKENS) % 5 != 1).float()
+
+
+def ours(chunked: bool) -> dict[str, Tensor]:
+    hidden, weight, labels, mask = operands()
+    group = dist.group.WORLD
+    hidden.requires_grad_()
+    weight = weight.chunk(group.size())[group.rank()].clone().requires_grad_()
+    settings = {"labels": labels, "mask": mask, "z_loss": Z_LOSS, "group": group}
+    if chunked:
+        losses = cross_entropy.linear_cross_entropy(hidden, weight=weight, chunk_tokens=CHUNK, **settings)
+    else:
+        losses = cross_entropy.vocab_parallel_cross_entropy(hidden @ weight.t(), **settings)
+    (losses * torch.linspace(0, 1, NUM_TOKENS)).sum().backward()
+    dist.all_reduce(hidden.grad)  # as the operation that gathered it would
+    return {"losses": losses.detach(), "hidden": hidden.grad, "weight": weight.grad}
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["logits", "hidden states"])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_it_is_the_reference_over_the_whole_vocabulary(ranks: int, chunked: bool) -> None:
+    hidden, weight, labels, mask = operands()
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    losses = reference.cross_entropy(hidden @ weight.t(), labels=labels, mask=mask, z_loss=Z_LOSS)
+    (losses * torch.linspace(0, 1, NUM_TOKENS).double()).sum().backward()
+    found = run_ranks(ranks, ours, chunked)
+    for part in found:
+        torch.testing.assert_close(part["losses"].double(), losses.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part["hidden"].double(), hidden.grad, rtol=1e-4, atol=1e-5)
+    found_weight = torch.cat([part["weight"] for part in found])
+    torch.testing.assert_close(found_weight.double(), weight.grad, rtol=1e-4, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """While it is active, remembers the most elements that any tensor has had."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_the_chunked_form_never_holds_the_logits() -> None:
+    num_tokens, hidden_size, vocab, chunk = 64, 4, 96, 16
+    hidden = torch.randn(num_tokens, hidden_size, requires_grad=True)
+    weight = torch.randn(vocab, hidden_size, requires_grad=True)
+    labels = torch.randint(vocab, (num_tokens,))
+    with Largest() as largest:
+        losses = cross_entropy.linear_cross_entropy(
+            hidden, weight=weight, labels=labels, z_loss=0.0, group=None, chunk_tokens=chunk
+        )
+        losses.sum().backward()
+    assert largest.numel == chunk * vocab
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_it_takes_any_number_of_tokens(num_tokens: int) -> None:
+    hidden, weight = torch.randn(num_tokens, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    labels = torch.zeros(num_tokens, dtype=torch.int64)
+    losses = cross_entropy.linear_cross_entropy(hidden, weight=weight, labels=labels, z_loss=0.1, group=None)
+    losses.sum().backward()
+    expected = reference.cross_entropy(hidden @ weight.t(), labels=labels, mask=None, z_loss=0.1)
+    torch.testing.assert_close(losses, expected)
+    assert weight.grad.shape == weight.shape
