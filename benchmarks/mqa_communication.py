@@ -7,6 +7,7 @@ sequence parallelism on), and at the 88B's real shape (TP 8, 8192 tokens, BF16) 
 process group. Stock is megatron-core's SelfAttention with its fused QKV weight. Times are medians of interleaved runs.
 """
 
+import copy
 import multiprocessing
 import statistics
 import tempfile
@@ -63,9 +64,12 @@ def layers(preset: str, overrides: tuple[str, ...], tp: int) -> dict[str, tuple[
     extra = {"ours": {"packed_seq_params": documents, "attention_mask": None}, "stock": {"attention_mask": mask}}
     hidden = torch.randn(num_tokens // tp, 1, config.model.hidden_size, dtype=transformer.params_dtype)
     hidden.requires_grad_()
+    as_stock = copy.copy(transformer)
+    as_stock.use_te_activation_func = False  # its own gate
     runs = {}
     for name, spec in specs.items():
-        layer = build_module(spec, config=transformer, layer_number=1).to(transformer.params_dtype)
+        settings = transformer if name == "ours" else as_stock
+        layer = build_module(spec, config=settings, layer_number=1).to(transformer.params_dtype)
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         runs[name] = (
