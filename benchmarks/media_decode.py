@@ -37,8 +37,7 @@ FORMATS = {
     "wav": ("wav", "pcm_s16le"),
     "flac": ("flac", "flac"),
     "mp3": ("mp3", "libmp3lame"),
-    "ogg": ("ogg", "libvorbis"),
-    "opus": ("ogg", "libopus"),
+    "ogg": ("ogg", "libopus"),
     "m4a": ("ipod", "aac"),
 }
 """Container and codec of each format of the claim."""

@@ -70,7 +70,7 @@ def _stored(arguments: argparse.Namespace, tokenizer: TextTokenizer) -> Iterator
         return
     plan = plan_packing(shards, seq_len=arguments.seq_len)
     if not 0 <= arguments.sample < plan.num_samples:
-        raise DataError(f"{arguments.shards} has {plan.num_samples} samples of {arguments.seq_len} tokens, counted from 0")
+        raise DataError(f"{arguments.shards} has {plan.num_samples} samples of {arguments.seq_len} tokens")
     for piece in plan.sample(arguments.sample):
         number, start, length = int(piece["document"]), int(piece["start"]), int(piece["length"])
         title = f"sample {arguments.sample}: tokens {start:,} to {start + length:,} of document {number}"
