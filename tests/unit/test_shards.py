@@ -13,6 +13,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from small import documents, save_tokenizer
 
+from megatron_mm.data.packing import plan_packing
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.encode import encode_document
 from megatron_mm.modality import IMAGE_TOKENS, Media, Source
@@ -22,6 +23,7 @@ from megatron_mm.shards import (
     ShardReader,
     ShardWriter,
     TokenizerInfo,
+    merge,
     open_shards,
 )
 from megatron_mm.tokenizer import TextTokenizer
@@ -240,3 +242,40 @@ def test_a_writer_killed_at_any_moment_leaves_whole_shards_or_none(tmp_path: Pat
         whole += 1
         assert len({int(reader.tokens(number)[0]) for number in range(50)}) == 1, "documents of two runs are mixed"
     assert whole > 0
+
+
+def test_damage_that_opening_passes_over_is_found_when_it_is_read(tmp_path: Path, encoded, monkeypatch) -> None:
+    prefix = write(tmp_path / "p", encoded)
+    poke(f"{prefix}.idx", 34 + 4 * 40, b"\x07\0\0\0")
+    monkeypatch.setattr("megatron_mm.shards.reader.CHECKED_DOCUMENTS", 20)
+    reader = ShardReader(prefix)
+    reader.tokens(39), reader.tokens(41)
+    with pytest.raises(DataError, match="disagrees with itself about document 40"):
+        reader.tokens(40)
+    with pytest.raises(DataError, match="its lengths add up to"):
+        plan_packing([reader], seq_len=64)
+
+
+def test_an_empty_document_is_refused(tmp_path: Path, encoded) -> None:
+    nothing = EncodedDocument(np.zeros(0, np.int64), Source.TEXT)
+    with (
+        pytest.raises(DataError, match="document 1 has no tokens"),
+        ShardWriter(tmp_path / "p", tokenizer=encoded[0].info) as writer,
+    ):
+        writer.add(encoded[1][0])
+        writer.add(nothing)
+
+
+def test_merged_shards_are_their_parts(tmp_path: Path, encoded) -> None:
+    parts = [str(write(tmp_path / name / "p", encoded)) for name in ("a", "b")]
+    manifest = merge(tmp_path / "all", parts)
+    assert manifest["documents"] == 2 * len(encoded[1])
+    (tmp_path / "moved").mkdir()
+    for name in ("a", "b", "all.json"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    shards = open_shards([str(tmp_path / "moved" / "all")])
+    assert [shard.num_documents for shard in shards] == [len(encoded[1])] * 2
+    with pytest.raises(DataError, match="lists parts: open them with"):
+        ShardReader(tmp_path / "moved" / "all")
+    with pytest.raises(DataError, match="is missing"):
+        merge(tmp_path / "all", [str(tmp_path / "none")])

@@ -7,7 +7,7 @@ import pytest
 from small import VOCAB_SIZE, save_tokenizer
 
 from megatron_mm.errors import DataError
-from megatron_mm.tokenizer import SPECIAL_TOKENS, TextTokenizer, train_tokenizer
+from megatron_mm.tokenizer import HARD_TEXTS, SPECIAL_TOKENS, TextTokenizer, train_tokenizer
 
 HARD = [
     "plain",
@@ -79,3 +79,24 @@ def test_too_little_text_is_refused() -> None:
 def test_training_is_repeatable() -> None:
     texts = ["one two three four five six seven eight nine ten " * 3, "ten nine eight"]
     assert train_tokenizer(texts, vocab_size=275).to_str() == train_tokenizer(texts, vocab_size=275).to_str()
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_every_engine_gives_the_ids_of_the_reference(tokenizer: TextTokenizer, engine: str) -> None:
+    own = TextTokenizer(tokenizer.path, engine=engine)
+    texts = [*HARD, *HARD_TEXTS]
+    expected = [tokenizer._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [ids.tolist() for ids in own.encode_batch(texts)] == expected
+    assert (own._fast is not None) == (engine == "auto")
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        own.encode("a \ud800 b")
+
+
+def test_a_tokenizer_that_gigatoken_does_not_match_is_used_slowly_and_loudly(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(TextTokenizer, "_agrees", lambda self, fast, text: "\n" not in text)
+    own = TextTokenizer(tokenizer.path)
+    assert own.encode("red hill") == tokenizer.encode("red hill")
+    assert own._fast is None
+    assert "gigatoken finds other ids" in caplog.text

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import small_config
 
 from megatron_mm import config as configs
+from megatron_mm.config import Config
+from megatron_mm.errors import ConfigError
+from megatron_mm.training import checkpoint
 from megatron_mm.training.guard import MAX_SKIPPED_STEPS, Guard, TrainingDiverged
 from megatron_mm.training.metrics import _forget_after, read_metrics, step_line
 from megatron_mm.training.optimizer import AdamW, is_decayed
@@ -119,3 +123,18 @@ def test_presets_warm_up_within_their_run() -> None:
     for preset in configs.preset_names():
         config = configs.load(preset)
         assert config.schedule.warmup_steps < config.decay_steps <= config.training.steps
+
+
+def test_a_resumed_run_may_change_the_blend_from_its_step_on(tmp_path: Path) -> None:
+    def config(*changes: str) -> Config:
+        return small_config("a", tmp_path, f"data.changes=[{', '.join(changes)}]")
+
+    early, late, other = (f"{{from_step: {step}, train: {{a: 1, c: {step}}}}}" for step in (5, 10, 30))
+    path = tmp_path / "step_00000010"
+    path.mkdir()
+    (path / "config.yaml").write_text(configs.to_yaml(config(early)))
+    checkpoint._check_settings(path, config(early, late))
+    checkpoint._check_settings(path, config(early, other))
+    for changes in ((), (early.replace("c: 5", "c: 6"),), (late,)):
+        with pytest.raises(ConfigError, match=r"only changes from step 10 on can differ"):
+            checkpoint._check_settings(path, config(*changes))
