@@ -111,9 +111,7 @@ def test_rms_norm(check: Callable, dtype: torch.dtype, shape: tuple[int, int], a
 
 @dtypes
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-@pytest.mark.parametrize(
-    "shape", [(3, 8, 1, 6), (2, 4, 2, 256), (0, 2, 1, 4), (13, 4, 1, 16)], ids=str
-)
+@pytest.mark.parametrize("shape", [(3, 8, 1, 6), (2, 4, 2, 256), (0, 2, 1, 4), (13, 4, 1, 16)], ids=str)
 def test_mqa_rope(check: Callable, dtype: torch.dtype, shape: tuple[int, int, int, int], norm: bool) -> None:
     tokens, heads, groups, head_dim = shape
     query, wider = draw(dtype, tokens, heads, head_dim), draw(dtype, tokens, groups + 1, 2, head_dim)
