@@ -118,5 +118,7 @@ def _gathered(statistics: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None or group.size() == 1:
         return statistics.unsqueeze(0)
     everyone = statistics.new_empty(group.size(), *statistics.shape)
-    dist.all_gather_into_tensor(everyone, statistics, group=group)
+    dist.all_gather_into_tensor(
+        everyone.flatten(0, 1), statistics, group=group
+    )  # gloo wants the ranks in one dimension
     return everyone

@@ -30,13 +30,13 @@ REGISTERS = {
     "rms_norm_forward": 64,
     "rms_norm_backward": 128,
     "mqa_rope_forward": 64,
-    "mqa_rope_backward": 128,
+    "mqa_rope_backward": 168,
     "cross_entropy_statistics": 40,
     "cross_entropy_combine": 40,
     "cross_entropy_backward": 40,
 }
-"""Registers of a thread, at most: 32 leave a multiprocessor full of threads, 64 half full, 128 a quarter. mqa_rope's
-backward pass with a norm keeps the gradients of two weights, rms_norm's a row and its gradients."""
+"""Registers of a thread, at most: 32 leave a multiprocessor full of threads, 64 half full, 128 a quarter. rms_norm's
+backward pass keeps a row and its gradients, mqa_rope's with a norm those of two weights: 158 registers in BF16."""
 SHARED_BYTES = {"rms_norm_forward": 128, "rms_norm_backward": 128, "cross_entropy_statistics": 256}
 NARROW = {
     "assemble_forward": {("LDG", 32)},  # media_row
@@ -46,7 +46,8 @@ NARROW = {
     "token_rows_carries": {("LDG", 64)},
     "rms_norm_forward": {("STG", 32)},  # the inverse root mean square of a row
     "rms_norm_backward": {("LDG", 32)},
-    "mqa_rope_forward": {("LDG", 16), ("LDG", 32)},  # the weight of a norm, from cache
+    # the weight of a norm, from cache; in FP32 on sm_80 the compiler splits one of its two stores into four
+    "mqa_rope_forward": {("LDG", 16), ("LDG", 32), ("STG", 32)},
     "mqa_rope_backward": {("LDG", 16), ("LDG", 32), ("STG", 32)},  # and partial sums, once a warp
     "cross_entropy_statistics": {("LDG", 16), ("LDG", 32), ("LDG", 64), ("STG", 32)},  # label, mask, statistics
     "cross_entropy_backward": {("LDG", 32), ("LDG", 64)},  # of a row: gradient, log_z, mask, label
@@ -121,8 +122,8 @@ def test_registers_stack_and_shared_memory_are_within_bounds(usage: dict) -> Non
         kernel = name.split()[0]
         assert used["REG"] <= REGISTERS[kernel], (name, arch, used)
         assert used["STACK"] == used["LOCAL"] == 0, (name, arch, used)  # no spills, no arrays in local memory
-        # Blackwell's runtime keeps 1,024 bytes of each block to itself.
-        assert used["SHARED"] - (1024 if arch == "sm_100" else 0) <= SHARED_BYTES.get(kernel, 0), (name, arch, used)
+        # From Hopper on the runtime keeps 1,024 bytes of each block to itself.
+        assert used["SHARED"] - (0 if arch == "sm_80" else 1024) <= SHARED_BYTES.get(kernel, 0), (name, arch, used)
 
 
 def test_aligned_rows_move_16_bytes_at_a_time(accesses: dict) -> None:
