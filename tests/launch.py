@@ -50,6 +50,15 @@ def run_alone(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
+def run_until_end(function: Callable[..., Any], *args: Any) -> int:
+    """Return how a process that calls function(*args) ends: 0, or less its signal if one killed it."""
+    process = _context.Process(target=function, args=args)
+    process.start()
+    process.join(TIMEOUT_SECONDS)
+    assert process.exitcode is not None, f"the process did not finish in {TIMEOUT_SECONDS} s"
+    return process.exitcode
+
+
 def run_isolated(function: Callable[..., Any], *args: Any) -> Any:
     """Return function(*args), called in a fresh interpreter."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

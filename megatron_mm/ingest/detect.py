@@ -7,9 +7,6 @@ import magic
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.archive import COMPRESSIONS
-from megatron_mm.ingest.office import is_office
-from megatron_mm.ingest.text import decode_text
-from megatron_mm.ingest.video import has_pictures
 
 
 class Kind(enum.Enum):
@@ -82,6 +79,7 @@ def mime_of(path: Path) -> str:
     return magic.from_file(str(path), mime=True)
 
 
+# Readers are imported where they are asked: they take half a second, which runs over plain text are spared.
 def _kind_of(path: Path, mime: str) -> Kind:
     fixed = {
         "application/pdf": Kind.PDF,
@@ -101,6 +99,8 @@ def _kind_of(path: Path, mime: str) -> Kind:
     if mime.startswith("image/"):
         return Kind.IMAGE
     if mime.startswith("video/") or mime in CONTAINERS:
+        from megatron_mm.ingest.video import has_pictures
+
         return Kind.VIDEO if has_pictures(path) else Kind.AUDIO
     if mime.startswith("audio/"):
         return Kind.AUDIO
@@ -116,9 +116,13 @@ def _kind_by_marks(path: Path) -> Kind:
     if head.startswith(b"PAR1"):
         return Kind.PARQUET
     if head.startswith(b"PK"):
+        from megatron_mm.ingest.office import is_office
+
         return Kind.OFFICE if is_office(path) else Kind.ARCHIVE
     if b"%PDF-" in head:
         return Kind.PDF
+    from megatron_mm.ingest.text import decode_text
+
     try:
         decode_text(path.read_bytes())
     except DataError:

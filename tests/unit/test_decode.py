@@ -54,8 +54,9 @@ def timm_pixels(data: bytes) -> np.ndarray:
 
 
 def test_pixels_are_those_of_timm(decoder: Decoder, encoded: list[bytes]) -> None:
-    # torchvision repeats Pillow's two 8-bit passes; DALI rounds once, so that overshoot at edges is cut once.
-    mean, most = (0.01, 1) if isinstance(decoder, ReferenceDecoder) else (0.5, 8)
+    # torchvision repeats Pillow's two 8-bit passes to 1 level, or 4 where one side is enlarged; DALI rounds once, so
+    # that overshoot at edges is cut once.
+    mean, most = (0.3, 4) if isinstance(decoder, ReferenceDecoder) else (0.5, 8)
     for data, pixels in zip(encoded, decoder.images(encoded), strict=True):
         assert pixels is not None
         assert (pixels.shape, pixels.dtype) == ((3, 224, 224), torch.uint8)

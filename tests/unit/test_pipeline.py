@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import run_until_end
 from small import png, save_tokenizer, sentence
 
 from megatron_mm.errors import DataError
@@ -181,9 +182,10 @@ class Serial:
 
 def run_until_killed(corpus: Path, prefix: Path, *, events: int, delay: float) -> int:
     """Run in a process that is killed `delay` seconds after so many writes, syncs and renames; return its status."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return run_until_end(run_and_die, corpus, prefix, events, delay, work.LINES_BYTES, writer.COMMIT_BYTES)
+
+
+def run_and_die(corpus: Path, prefix: Path, events: int, delay: float, lines_bytes: int, commit_bytes: int) -> None:
     remaining = [events]
 
     def count(function):
@@ -195,13 +197,11 @@ def run_until_killed(corpus: Path, prefix: Path, *, events: int, delay: float) -
 
         return counted
 
-    try:
-        os.fsync, os.replace, CheckedFile.write = count(os.fsync), count(os.replace), count(CheckedFile.write)
-        pipeline.Workers = Serial
-        run(corpus, prefix, skip_bad=True)
-        os._exit(0)
-    finally:
-        os._exit(1)
+    work.LINES_BYTES, writer.COMMIT_BYTES = lines_bytes, commit_bytes
+    os.fsync, os.replace, CheckedFile.write = count(os.fsync), count(os.replace), count(CheckedFile.write)
+    pipeline.Workers = Serial
+    run(corpus, prefix, skip_bad=True)
+    os._exit(0)  # before the timer, if it has been started
 
 
 def test_runs_killed_at_20_random_moments_end_in_the_bytes_of_one(
