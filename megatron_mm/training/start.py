@@ -41,15 +41,18 @@ def load_weights(state: TrainState, path: Path) -> None:
     _check_shape(path, state.config)
     lacking = tuple(part for part in MODALITIES if not any(key.startswith(part) for key in stored))
     metadata = {"singleton_local_shards": False, "dp_cp_group": state.mesh.dp_cp_group}
-    for chunk in state.chunks:
+    present = {}
+    for number, chunk in enumerate(state.chunks):
         wanted = chunk.sharded_state_dict(metadata=metadata)
         absent = [name for name, part in wanted.items() if part.key not in stored]
         foreign = [name for name in absent if not name.startswith(lacking)]
         if foreign:
             raise DataError(f"{path} lacks {', '.join(foreign)}: it is another model's.")
-        present = {name: part for name, part in wanted.items() if name not in absent}
-        loaded = dist_checkpointing.load(present, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
-        chunk.load_state_dict(loaded, strict=False)
+        present[f"chunk{number}"] = {name: part for name, part in wanted.items() if name not in absent}
+    # All chunks at once: megatron-core checks that the ranks together hold each tensor whole.
+    loaded = dist_checkpointing.load(present, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+    for number, chunk in enumerate(state.chunks):
+        chunk.load_state_dict(loaded[f"chunk{number}"], strict=False)
     if state.mesh.speaks:
         log.info("weights of %s", path)
         for part in lacking:

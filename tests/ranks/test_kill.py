@@ -14,7 +14,7 @@ from megatron_mm import config as configs
 from megatron_mm.training import checkpoint
 from megatron_mm.training.metrics import read_metrics
 
-TIMEOUT_SECONDS = 200
+TIMEOUT_SECONDS = 900
 TIMES = ("step_seconds", "tokens_per_second", "peak_gib")
 """Metrics that no two runs share."""
 
