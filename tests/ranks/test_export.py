@@ -36,7 +36,7 @@ from megatron_mm.training.step import run_micro_batches, train_step
 GATE = 1e-4
 """Largest difference of a logit in FP32; right maps give below 1e-5, one wrong tensor more than 0.1."""
 SAMPLES = [0, 3, 5, 9]
-SEEDS = [1, 2, 3]
+SEEDS = [1, 2]
 FORMS = {"ls960": "tp=2 pp=2", "lv60k": "tp=2 pp=2"}
 
 

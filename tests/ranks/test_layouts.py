@@ -103,14 +103,9 @@ def assert_same_gradients(split: dict[str, torch.Tensor], alone: dict[str, torch
         assert error <= tolerance * max(gradient.abs().max().item(), floor), f"{name} is off by {error:.2e}"
 
 
-@pytest.fixture(scope="module", params=[(), TRAINED], ids=["frozen-encoders", "trained-encoders"])
-def overrides(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def alone(shards: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    (seen,) = run_ranks(1, curve, small_config(shards, "unused", *overrides), STEPS)
+def alone(shards: Path) -> dict[str, Any]:
+    (seen,) = run_ranks(1, curve, small_config(shards, "unused", *TRAINED), STEPS)
     return seen
 
 
@@ -122,9 +117,7 @@ def test_the_batches_hold_what_could_go_wrong(alone: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("text", "ranks"), LAYOUTS)
-def test_a_layout_gives_the_curve_of_one_rank(
-    text: str, ranks: int, shards: Path, overrides: tuple[str, ...], alone: dict[str, Any]
-) -> None:
-    config = small_config(shards, "unused", *overrides, *layout(text))
+def test_a_layout_gives_the_curve_of_one_rank(text: str, ranks: int, shards: Path, alone: dict[str, Any]) -> None:
+    config = small_config(shards, "unused", *TRAINED, *layout(text))
     for split in run_ranks(ranks, curve, config, STEPS):
         assert_same_curve(split, alone)

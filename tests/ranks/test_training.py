@@ -34,7 +34,7 @@ def test_frozen_encoders_have_no_gradients(shards: Path) -> None:
     assert any(".projector." in name for name in seen["gradients"][0])
 
 
-@pytest.mark.parametrize(("groups", "text"), [(2, "tp=2"), (2, "tp=4"), (4, "tp=2"), (4, "tp=4")])
+@pytest.mark.parametrize(("groups", "text"), [(2, "tp=4"), (4, "tp=2")])
 def test_grouped_queries_agree_with_one_rank(groups: int, text: str, shards: Path) -> None:
     grouped = f"model.num_query_groups={groups}"
     (alone,) = run_ranks(1, curve, small_config(shards, "unused", grouped), 2)
@@ -42,8 +42,7 @@ def test_grouped_queries_agree_with_one_rank(groups: int, text: str, shards: Pat
         assert_same_curve(split, alone)
 
 
-@pytest.mark.parametrize("text", ["tp=4", "tp=2 pp=2", "tp=2 cp=2"])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("groups", "text"), [(1, "tp=4"), (2, "tp=2 pp=2"), (1, "tp=2 cp=2")])
 def test_query_key_norm_and_z_loss_agree_with_one_rank(groups: int, text: str, shards: Path) -> None:
     settings = ["model.qk_norm=true", "training.z_loss=1e-2", f"model.num_query_groups={groups}"]
     (alone,) = run_ranks(1, curve, small_config(shards, "unused", *settings), 2)
@@ -76,7 +75,7 @@ def test_overlapped_communication_changes_nothing(text: str, shards: Path, heldo
         assert_same_curve(split, alone)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "mlp", "full"])
+@pytest.mark.parametrize("recompute", ["mlp", "full"])
 @pytest.mark.parametrize("text", ["tp=2 pp=2"])
 def test_recomputation_changes_nothing(recompute: str, text: str, shards: Path) -> None:
     (alone,) = run_ranks(1, curve, small_config(shards, "unused"), 2)
