@@ -200,12 +200,11 @@ WRONG_MAPS = {
 }
 
 
+@pytest.mark.parametrize("trained", ["ls960"], indirect=True, scope="module")
 @pytest.mark.parametrize("wrong", WRONG_MAPS)
 def test_the_gate_finds_a_wrong_map(wrong: str, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     right = weight_map.decoder
     monkeypatch.setattr(weight_map, "decoder", lambda *a, **k: iter(WRONG_MAPS[wrong](list(right(*a, **k)))))
-    if trained["config"].audio.form != "ls960":
-        return
     out = exported(trained, 1, name=wrong, kinds=("text",))
     assert difference(trained, 1, out / "text")[0] > 100 * GATE
 
@@ -222,12 +221,11 @@ def start_and_go_on(config: Config) -> None:
     checkpoint.save(state)
 
 
+@pytest.mark.parametrize("trained", ["ls960"], indirect=True, scope="module")
 @pytest.mark.parametrize(("text", "ranks"), [("tp=4", 4), ("pp=2 vpp=2", 2)])
 def test_a_run_that_starts_from_an_export_holds_its_weights(
     text: str, ranks: int, trained: dict[str, Any], shards: Path, tmp_path: Path
 ) -> None:
-    if trained["config"].audio.form != "ls960":
-        return
     original = exported(trained, 1)
     preset = checkpoint.folder(trained["config"]) / "step_00000001" / "config.yaml"
     settings = ["parallel.tp=1", "parallel.pp=1", f"run_dir={tmp_path / 'run'}"]
