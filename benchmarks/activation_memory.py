@@ -48,7 +48,7 @@ def kept_bytes(mode: str) -> int:
         block(
             hidden_states=hidden.requires_grad_(),
             attention_mask=None,
-            rotary_pos_emb=torch.randn(2, num_tokens, 1, head_dim // 2),
+            rotary_pos_emb=torch.randn(2, num_tokens, head_dim // 2),
             packed_seq_params=PackedDocuments(spans=attention_spans([num_tokens], cp_rank=0, cp_size=1)),
         )
     return sum(kept.untyped_storage().nbytes() for storage, kept in seen.items() if storage not in weights)

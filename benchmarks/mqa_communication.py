@@ -57,7 +57,7 @@ def layers(preset: str, overrides: tuple[str, ...], tp: int) -> dict[str, tuple[
     stock.submodules.input_layernorm = stock.submodules.pre_mlp_layernorm = RMSNorm
     specs = {"ours": block_submodules(transformer, backend=local(), chunk=0, pp_rank=0).layer_specs[0], "stock": stock}
     num_tokens = config.data.seq_len
-    angles = {"ours": torch.randn(2, num_tokens, 1, config.model.head_dim // 2)}
+    angles = {"ours": torch.randn(2, num_tokens, config.model.head_dim // 2)}
     angles["stock"] = torch.randn(num_tokens, 1, 1, config.model.head_dim)
     mask = torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool).triu(1)
     documents = PackedDocuments(spans=attention_spans([num_tokens], cp_rank=0, cp_size=1))

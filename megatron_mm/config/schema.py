@@ -180,6 +180,9 @@ class TrainingConfig(Section):
     over all documents at once (varlen), or those of the flash-attn package; auto takes the last that can run."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the penalty log(Z)^2 of the softmax's denominator Z, which keeps logits near zero; 1e-4 is usual."""
+    loss_chunk_tokens: NonNegativeInt = 0
+    """Positions whose logits are held at a time, and made again in the backward pass: less memory in the last stage for
+    a third more arithmetic in the head. 0 holds those of the whole micro-batch."""
     recompute: Literal["none", "selective", "mlp", "full"] = "none"
     """Activations computed again in the backward pass: none, those of the attention core (flash kernels keep none, so
     this is for sdpa), those of the feed-forward network, or whole layers."""

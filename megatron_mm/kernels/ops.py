@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mm.errors import ConfigError
-from megatron_mm.kernels import fused, native, plain, reference
+from megatron_mm.kernels import check, fused, native, plain, reference
 
 _use_native = False
 
@@ -17,7 +17,8 @@ _use_native = False
 def select(choice: str, device: torch.device) -> str:
     """Decide which kernels run from now on and return their name: 'native' or 'reference'.
 
-    `choice` is training.kernels. Raises ConfigError if 'native' is asked for and cannot be had.
+    `choice` is training.kernels. Raises ConfigError if 'native' is asked for and cannot be had, or computes something
+    else than the plain form here.
     """
     global _use_native
     missing = None
@@ -28,6 +29,11 @@ def select(choice: str, device: torch.device) -> str:
     if choice == "native" and missing:
         raise ConfigError(f"training.kernels=native, but {missing}. Use training.kernels=auto.")
     _use_native = choice != "reference" and missing is None
+    if _use_native and (wrong := check.disagreements(device)):
+        raise ConfigError(
+            "these native kernels do not compute on this rank's GPU what they should: " + "; ".join(wrong) + ". Use "
+            "training.kernels=reference, and report this."
+        )
     return "native" if _use_native else "reference"
 
 

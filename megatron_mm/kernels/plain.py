@@ -9,6 +9,9 @@ from torch import Tensor
 
 from megatron_mm.kernels import reference
 
+BLOCK_ROWS = 256
+"""Rows of logits that cross-entropy widens and exponentiates at a time: a copy of all would double the memory."""
+
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
@@ -123,11 +126,13 @@ def mqa_rope_backward(
 
 def cross_entropy_statistics(logits: Tensor, labels: Tensor, mask: Tensor | None, first_id: int) -> Tensor:
     """See `native.cross_entropy_statistics`."""
-    wide, local = _wide(logits), labels - first_id
-    highest = wide.amax(dim=-1)
-    sums = (wide - highest.unsqueeze(-1)).exp_().sum(dim=-1)
+    local = labels - first_id
     elsewhere = (local < 0) | (local >= logits.shape[1])
-    label_logit = wide.gather(-1, local.masked_fill(elsewhere, 0).unsqueeze(-1)).squeeze(-1)
+    label_logit = _wide(logits.gather(-1, local.masked_fill(elsewhere, 0).unsqueeze(-1)).squeeze(-1))
+    highest = _wide(logits.amax(dim=-1))
+    sums = torch.empty_like(highest)
+    for own in _row_blocks(logits):
+        sums[own] = (logits[own] - highest[own].unsqueeze(-1)).exp_().sum(dim=-1)
     statistics = torch.stack([highest, sums, label_logit.masked_fill(elsewhere, 0.0)])
     if mask is None:
         return statistics
@@ -157,10 +162,16 @@ def cross_entropy_backward(
     if mask is not None:
         gradient = gradient.masked_fill(mask == 0, 0.0)
     scale = gradient[0] + gradient[1] * (2.0 * z_loss) * log_z
-    result = (_wide(logits) - log_z.unsqueeze(-1)).exp_().mul_(scale.unsqueeze(-1))
-    if mask is not None:
-        result.masked_fill_((mask == 0).unsqueeze(-1), 0.0)  # their logits may be anything
     local = labels - first_id
-    here = ((local >= 0) & (local < logits.shape[1])).nonzero().flatten()
-    result[here, local[here]] -= gradient[0, here]
-    logits.copy_(result)
+    elsewhere = ((local < 0) | (local >= logits.shape[1])).unsqueeze(-1)
+    local = local.unsqueeze(-1).masked_fill(elsewhere, 0)
+    label_gradient = -gradient[0].unsqueeze(-1).masked_fill(elsewhere, 0.0)
+    for own in _row_blocks(logits):
+        block = (logits[own] - log_z[own].unsqueeze(-1)).exp_().mul_(scale[own].unsqueeze(-1))
+        if mask is not None:
+            block.masked_fill_((mask[own] == 0).unsqueeze(-1), 0.0)  # their logits may be anything
+        logits[own] = block.scatter_add_(-1, local[own], label_gradient[own])
+
+
+def _row_blocks(logits: Tensor) -> list[slice]:
+    return [slice(start, start + BLOCK_ROWS) for start in range(0, logits.shape[0], BLOCK_ROWS)]

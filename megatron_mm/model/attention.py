@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mm.batch import AttentionSpan
-from megatron_mm.kernels.fused import rotate
+from megatron_mm.kernels import ops
 from megatron_mm.model.backend import Backend
 
 
@@ -102,17 +102,16 @@ class GroupedQueryAttention(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Return (attention output, no bias). Collective over tp and cp: gathers hidden states, and keys and values.
 
-        Shapes: hidden_states (num_tokens/cp/tp, 1, hidden); rotary_pos_emb (2, num_tokens/cp, 1, head_dim/2), the
-        cosine and sine of each position's angles; returns (num_tokens/cp/tp, 1, hidden).
+        Shapes: hidden_states (num_tokens/cp/tp, 1, hidden); rotary_pos_emb (2, num_tokens/cp, head_dim/2) float32,
+        the cosine and sine of each position's angles; returns (num_tokens/cp/tp, 1, hidden).
         """
         assert attention_mask is None and all(value is None for value in inference.values()), "training only"
         query = self.linear_q(hidden_states)[0]
         query = query.view(query.shape[0], -1, self.head_dim)  # (num_tokens/cp, heads/tp, head_dim)
-        key, value = self._keys_and_values(hidden_states)
-        if self.query_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        cos, sin = rotary_pos_emb.to(query.dtype)
-        query, key = (rotate(part, cos=cos, sin=sin) for part in (query, key))
+        norms = {} if self.query_norm is None else self._norms()
+        query, key, value = ops.mqa_rope(
+            query, key_value=self._keys_and_values(hidden_states), cos=rotary_pos_emb[0], sin=rotary_pos_emb[1], **norms
+        )
         if self.cp_group.size() > 1:
             key, value = gather_row(torch.stack([key, value], dim=1), group=self.cp_group).unbind(dim=1)
 
@@ -125,8 +124,15 @@ class GroupedQueryAttention(MegatronModule):
             context = core(query, key, value)
         return self.linear_proj(context.reshape(context.shape[0], 1, -1))
 
-    def _keys_and_values(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values that this rank's heads read, each (num_tokens/cp, groups, head_dim)."""
+    def _norms(self) -> dict[str, Tensor | float]:
+        return {
+            "query_weight": self.query_norm.weight,
+            "key_weight": self.key_norm.weight,
+            "epsilon": self.config.layernorm_epsilon,
+        }
+
+    def _keys_and_values(self, hidden_states: Tensor) -> Tensor:
+        """Return the keys and values that this rank's heads read: (num_tokens/cp, groups, 2, head_dim)."""
         key_value = self.linear_kv(hidden_states)[0]
         if not self.shards_groups:
             key_value = tensor_parallel.gather_from_sequence_parallel_region(key_value, True, self.tp_group)
@@ -134,4 +140,4 @@ class GroupedQueryAttention(MegatronModule):
         if not self.shards_groups and self.groups > 1:
             own = self.tp_group.rank() * self.groups // self.tp_group.size()
             key_value = key_value[:, own : own + 1]
-        return key_value.unbind(dim=2)
+        return key_value

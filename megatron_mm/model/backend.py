@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError
+from megatron_mm.kernels import ops
 from megatron_mm.model.core_attention import DocumentAttention, VarlenAttention, flash_attn_varlen, torch_varlen
 from megatron_mm.parallel import device
 
@@ -39,6 +40,8 @@ class Backend:
     """(input_size, output_size, *, config): see `ReplicatedLinear`."""
     norm: Callable[..., nn.Module]
     """(config, hidden_size, eps): see `RMSNorm`."""
+    residual_add: Callable[[bool, bool], Callable[..., "Tensor | PendingSum"]]
+    """What adds the output of attention to the residual before the second norm; see `defer_add`."""
     accumulates_in_place: bool
     """Whether its linear layers add weight gradients to the FP32 buffer of data parallelism themselves."""
     start: Callable[[Config], None]
@@ -65,6 +68,27 @@ class ReplicatedLinear(nn.Module):
         return F.linear(hidden, self.weight), None
 
 
+@dataclass(frozen=True)
+class PendingSum:
+    """A sum that the norm after it computes as it reads it: each term (num_tokens/cp/tp, 1, hidden)."""
+
+    output: Tensor
+    residual: Tensor
+
+
+def defer_add(training: bool, fused: bool) -> Callable[..., PendingSum]:
+    """Stand where megatron-core's layer asks for its bias-dropout-add, and leave the sum to `RMSNorm`.
+
+    There are no biases and no dropout; the layer takes (norm, residual) of a norm that returns both.
+    """
+
+    def add(output_with_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> PendingSum:
+        assert output_with_bias[1] is None and dropout == 0.0
+        return PendingSum(output_with_bias[0], residual)
+
+    return add
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm (Zhang and Sennrich 2019) over a sequence shard.
 
@@ -78,9 +102,12 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
         self.eps = eps
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return hidden / rms(hidden) * weight, over the last dimension."""
-        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+    def forward(self, hidden: Tensor | PendingSum) -> Tensor | tuple[Tensor, Tensor]:
+        """Return hidden / rms(hidden) * weight, over the last dimension; of a pending sum, its norm and the sum."""
+        if isinstance(hidden, PendingSum):
+            operands = {"residual": hidden.residual, "weight": self.weight, "epsilon": self.eps}
+            return ops.add_rms_norm(hidden.output, **operands)
+        return ops.rms_norm(hidden, weight=self.weight, epsilon=self.eps)
 
 
 def choose(config: Config) -> Backend:
@@ -117,6 +144,7 @@ def local(attention: str = "sdpa") -> Backend:
         row_linear=RowParallelLinear,
         replicated_linear=ReplicatedLinear,
         norm=RMSNorm,
+        residual_add=defer_add,
         accumulates_in_place=False,
         start=lambda config: None,
         core_attention=core_attention,

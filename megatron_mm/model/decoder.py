@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 
 from megatron_mm.config import Config, TrainingConfig
-from megatron_mm.kernels.fused import swiglu
+from megatron_mm.kernels import ops
 from megatron_mm.model.attention import GroupedQueryAttention
 from megatron_mm.model.backend import Backend
 from megatron_mm.parallel import device
@@ -41,7 +41,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         """Return silu(gate) * up: (..., 2 ffn_hidden/tp) to (..., ffn_hidden/tp)."""
-        return swiglu(gate_and_up)
+        return ops.swiglu(gate_and_up)
 
 
 def transformer_config(config: Config, *, accumulates_in_place: bool = False) -> TransformerConfig:
@@ -127,7 +127,7 @@ def block_submodules(
         submodules=TransformerLayerSubmodules(
             input_layernorm=backend.norm,
             self_attention=ModuleSpec(module=GroupedQueryAttention, submodules=backend),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=backend.residual_add,
             pre_mlp_layernorm=backend.norm,
             mlp=partial(MLP.as_mlp_submodule, submodules=feed_forward),
             mlp_bda=get_bias_dropout_add,

@@ -5,7 +5,11 @@ The result stands in the sequence-parallel layout at once: no rank ever holds th
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import VocabParallelEmbedding, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -72,6 +76,18 @@ class MediaEmbedding(nn.Module):
         return self.projector(features.index_select(0, units.rows))
 
 
+class TokenEmbedding(VocabParallelEmbedding):
+    """megatron-core's embedding over packed tokens, whose gradient is summed in a fixed order on a GPU too."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the rows of this rank's sequence shard: (num_tokens,) ids to (num_tokens/tp, hidden).
+
+        Collective over tp: reduce-scatters the rows.
+        """
+        rows = ops.token_rows(self.weight, ids=tokens, first_id=self.vocab_start_index)
+        return reduce_scatter_to_sequence_parallel_region(rows, group=self.tp_group)
+
+
 class MultimodalEmbedding(MegatronModule):
     """Token, image and sound embedding of one micro-batch."""
 
@@ -79,7 +95,7 @@ class MultimodalEmbedding(MegatronModule):
         super().__init__(transformer_config)  # a plain Module would save its sharded children as if they were whole
         self.tp_group = mesh.tp_group
         hidden_size = config.model.hidden_size
-        self.word_embeddings = VocabParallelEmbedding(
+        self.word_embeddings = TokenEmbedding(
             config.model.vocab_size,
             hidden_size,
             init_method=transformer_config.init_method,
@@ -94,7 +110,7 @@ class MultimodalEmbedding(MegatronModule):
 
     def forward(self, micro_batch: MicroBatch) -> Tensor:
         """Return decoder inputs (num_tokens/cp/tp, 1, hidden). Collective over tp: reduce-scatters the token rows."""
-        tokens = self.word_embeddings(micro_batch.tokens.unsqueeze(0)).flatten(0, 1)  # (num_tokens/cp/tp, hidden)
+        tokens = self.word_embeddings(micro_batch.tokens)  # (num_tokens/cp/tp, hidden)
         features = torch.cat([self.image(micro_batch.images), self.audio(micro_batch.audio)])
         positions = torch.cat([micro_batch.images.positions, micro_batch.audio.positions])
         hidden = ops.assemble_embeddings(

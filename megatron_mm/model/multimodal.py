@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from megatron_mm.batch import MicroBatch
 from megatron_mm.config import Config
+from megatron_mm.kernels.cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy
 from megatron_mm.model.attention import PackedDocuments
 from megatron_mm.model.backend import Backend, choose
 from megatron_mm.model.decoder import block_submodules, transformer_config
 from megatron_mm.model.embedding import MultimodalEmbedding
 from megatron_mm.model.initialize import initialize_weights
-from megatron_mm.model.loss import vocab_parallel_cross_entropy
 from megatron_mm.parallel.mesh import Mesh
 
 
@@ -36,7 +36,7 @@ class MultimodalModel(MegatronModule):
         self.tp_group = mesh.tp_group
         self.vp_stage = chunk if mesh.vpp_size > 1 else None
         self.pre_process, self.post_process = mesh.is_first_chunk(chunk), mesh.is_last_chunk(chunk)
-        self.z_loss = config.training.z_loss
+        self.z_loss, self.loss_chunk_tokens = config.training.z_loss, config.training.loss_chunk_tokens
         if self.pre_process:
             self.embedding = MultimodalEmbedding(config, transformer, mesh)
         self.head_dim, self.rope_theta = config.model.head_dim, config.model.rope_theta
@@ -82,10 +82,10 @@ class MultimodalModel(MegatronModule):
             raise RuntimeError(f"the state lacks {missing} and has {unexpected}, which the model does not know")
 
     def _rotary(self, positions: Tensor) -> Tensor:
-        """Return cosine and sine of the angles of each position: (2, num_tokens/cp, 1, head_dim/2) float32."""
+        """Return cosine and sine of the angles of each position: (2, num_tokens/cp, head_dim/2) float32."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device) / self.head_dim
         angles = torch.outer(positions.float(), self.rope_theta**-exponents)
-        return torch.stack([angles.cos(), angles.sin()]).unsqueeze(2)
+        return torch.stack([angles.cos(), angles.sin()])
 
     def forward(self, micro_batch: MicroBatch) -> Tensor:
         """Return hidden states (num_tokens/cp/tp, 1, hidden), or on the last chunk the cross-entropy and z-loss
@@ -102,11 +102,18 @@ class MultimodalModel(MegatronModule):
         )
         if not self.post_process:
             return hidden
-        logits, _ = self.output_layer(hidden)  # (num_tokens/cp, 1, vocab/tp)
-        losses = vocab_parallel_cross_entropy(
-            logits.squeeze(1), micro_batch.labels, z_loss=self.z_loss, group=self.tp_group
-        )
-        return torch.stack(losses)
+        return self._losses(hidden, micro_batch)
+
+    def _losses(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        operands = {"labels": micro_batch.labels, "mask": micro_batch.loss_mask, "z_loss": self.z_loss}
+        operands["group"] = self.tp_group
+        if self.loss_chunk_tokens == 0:
+            logits, _ = self.output_layer(hidden)  # (num_tokens/cp, 1, vocab/tp)
+            return vocab_parallel_cross_entropy(logits.squeeze(1), **operands)
+        if self.tp_group.size() > 1:
+            hidden = gather_from_sequence_parallel_region(hidden, True, self.tp_group)
+        weight, chunk_tokens = self.output_layer.weight, self.loss_chunk_tokens
+        return linear_cross_entropy(hidden.squeeze(1), weight=weight, chunk_tokens=chunk_tokens, **operands)
 
 
 def _without_accumulation(transformer: TransformerConfig) -> TransformerConfig:

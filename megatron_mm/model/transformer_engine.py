@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import transformer_engine.pytorch as te
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TELinear, TENorm, TERowParallelLinear
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -87,6 +88,7 @@ def backend() -> Backend:
         row_linear=TERowParallelLinear,
         replicated_linear=replicated_linear,
         norm=TENorm,
+        residual_add=get_bias_dropout_add,
         accumulates_in_place=True,
         start=start_user_buffers,
         core_attention=DocumentAttention,

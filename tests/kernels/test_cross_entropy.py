@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mm.kernels import cross_entropy, reference
 
-NUM_TOKENS, HIDDEN, VOCAB, CHUNK, Z_LOSS = 21, 12, 48, 8, 1e-2
+NUM_TOKENS, HIDDEN, VOCAB, CHUNK, Z_LOSS = 300, 12, 48, 128, 1e-2  # several blocks and chunks, the last one smaller
 
 
 def operands() -> tuple[Tensor, ...]:
@@ -19,6 +19,7 @@ def operands() -> tuple[Tensor, ...]:
         torch.randn(NUM_TOKENS, HIDDEN, generator=generator),
         torch.randn(VOCAB, HIDDEN, generator=generator),
     )
+    hidden[::3] *= 40.0  # exp() of their logits overflows without the maximum
     labels = torch.randint(VOCAB, (NUM_TOKENS,), generator=generator)
     return hidden, weight, labels, (torch.arange(NUM_TOKENS) % 5 != 1).float()
 

@@ -12,6 +12,7 @@ import simt
 import torch
 from torch import Tensor
 
+from megatron_mm.kernels import check as start_up
 from megatron_mm.kernels import native, ops, plain, reference
 
 SEEDS = (0, 1, 2)
@@ -90,18 +91,20 @@ def test_swiglu(check: Callable, dtype: torch.dtype, shape: tuple[int, int]) -> 
 
 @dtypes
 @pytest.mark.parametrize("adds", [True, False], ids=["add", "plain"])
-@pytest.mark.parametrize("shape", [(1, 2), (7, 5), (2, 1056), (0, 8), (7, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (7, 5), (2, 1056), (0, 8), (7, 16)], ids=str)
 def test_rms_norm(check: Callable, dtype: torch.dtype, shape: tuple[int, int], adds: bool) -> None:
     hidden, residual, weight = draw(dtype, *shape), draw(dtype, *shape, seed=1), draw(dtype, shape[1])
     gradient, passed = draw(dtype, *shape, seed=2), draw(dtype, *shape, seed=3)
+    # Of one column the gradient is what epsilon leaves of a difference of equal terms: a small one leaves rounding.
+    epsilon = 0.5 if shape[1] == 1 else EPSILON
     # The sum is rounded before it is normed, by the kernel as by torch; a gradient of its terms is one of the sum.
     total, scale = exact(hidden + residual if adds else hidden, weight)
-    normed = reference.rms_norm(total, weight=scale, epsilon=EPSILON)
+    normed = reference.rms_norm(total, weight=scale, epsilon=epsilon)
     backward = gradients([normed, total], [total, scale], [gradient, passed if adds else torch.zeros(())])
     expected = [total.detach() if adds else torch.empty(0), normed.detach(), *backward]
 
     def case(kernels: ModuleType) -> list[Tensor]:
-        found, out, inverse = kernels.rms_norm(hidden, residual if adds else None, weight, EPSILON)
+        found, out, inverse = kernels.rms_norm(hidden, residual if adds else None, weight, epsilon)
         kept = found if adds else hidden
         back = kernels.rms_norm_backward(gradient, passed if adds else None, kept, weight, inverse)
         return [found, out, *back]
@@ -225,3 +228,16 @@ def test_a_nan_is_not_hidden(on_host: simt.Host) -> None:
     statistics = native.cross_entropy_statistics(logits, torch.tensor([1, 2]), None, 0)
     losses, _ = native.cross_entropy_combine(statistics.unsqueeze(0), None, 0.0)
     assert losses[0].isnan().tolist() == [False, True]
+
+
+def test_the_check_at_start_up_finds_nothing_and_finds_a_fault(
+    on_host: simt.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cpu")  # native launches on the host
+    assert start_up.disagreements(device) == []
+    right = native.swiglu
+    monkeypatch.setattr(native, "swiglu", lambda gate_and_up: right(gate_and_up.flip(-1)))
+    assert [line.split(" (")[0] for line in start_up.disagreements(device)] == ["swiglu", "swiglu"]
+    public = {name for name in vars(plain) if callable(getattr(plain, name)) and not name.startswith("_")}
+    covered = set(start_up._cases(torch.float32))
+    assert public - {"Tensor"} == covered

@@ -121,3 +121,11 @@ def test_a_layout_gives_the_curve_of_one_rank(text: str, ranks: int, shards: Pat
     config = small_config(shards, "unused", *TRAINED, *layout(text))
     for split in run_ranks(ranks, curve, config, STEPS):
         assert_same_curve(split, alone)
+
+
+@pytest.mark.parametrize("text", ["", "tp=2"])
+def test_logits_that_are_made_a_part_at_a_time_give_the_same(text: str, shards: Path, alone: dict[str, Any]) -> None:
+    config = small_config(shards, "unused", *TRAINED, "training.loss_chunk_tokens=100", *layout(text))
+    for split in run_ranks(2 if text else 1, curve, config, 1):
+        first = {name: values[:1] for name, values in alone.items()}
+        assert_same_curve(split, first)

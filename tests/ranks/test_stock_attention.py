@@ -72,7 +72,7 @@ def both(config: Config) -> dict[str, tuple[Tensor, Tensor]]:
     calls = (
         (
             ours,
-            {"rotary_pos_emb": torch.stack([angles.cos(), angles.sin()])[:, :, None], "packed_seq_params": documents},
+            {"rotary_pos_emb": torch.stack([angles.cos(), angles.sin()]), "packed_seq_params": documents},
         ),
         (stock, {"rotary_pos_emb": torch.cat([angles, angles], -1)[:, None, None], "attention_mask": mask}),
     )

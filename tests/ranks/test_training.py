@@ -24,8 +24,10 @@ def test_trained_encoders_have_the_gradients_of_one_rank(text: str, form: str, s
     trained = [*TRAINED, f"audio.form={form}"]
     (alone,) = run_ranks(1, curve, small_config(shards, "unused", *trained), 2)
     assert any(".encoder." in name for name in alone["gradients"][0])
+    # The first layer norm of lv60k sums 3,199 positions a chunk, whose terms cancel but for a thousandth.
+    tolerance = 2e-5 if form == "lv60k" else 1e-5
     for split in run_ranks(4, curve, small_config(shards, "unused", *trained, *layout(text)), 2):
-        assert_same_curve(split, alone)
+        assert_same_curve(split, alone, tolerance)
 
 
 def test_frozen_encoders_have_no_gradients(shards: Path) -> None:
