@@ -33,6 +33,34 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
+def rms_norm(hidden: Tensor, *, weight: Tensor, epsilon: float) -> Tensor:
+    """Return hidden / rms(hidden) * weight with half the passes of torch's on the CPU; see `reference.rms_norm`."""
+    return _RMSNorm.apply(hidden, weight, epsilon)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=_accumulated(hidden))
+        inverse = length.square_().div_(hidden.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(hidden, weight, inverse)
+        return torch.mul(hidden, inverse).mul_(weight).to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, inverse = ctx.saved_tensors
+        direction = hidden * inverse
+        products = gradient * direction
+        mean = (products @ weight.to(products.dtype)).unsqueeze(-1).div_(hidden.shape[-1])
+        result = torch.mul(gradient, weight) - direction.mul_(mean)
+        weight_gradient = products.flatten(0, -2).sum(0).to(weight.dtype)
+        return result.mul_(inverse).to(hidden.dtype), weight_gradient, None
+
+
+def _accumulated(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
+
+
 def rotate(heads: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
     """Return `heads` turned by the angle of each position, without a copy of its halves; see `reference.rotate`.
 

@@ -5,7 +5,6 @@ operators where `select` has chosen the native kernels, and otherwise torch's ow
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mm.errors import ConfigError
@@ -58,7 +57,7 @@ def rms_norm(hidden: Tensor, *, weight: Tensor, epsilon: float) -> Tensor:
     """Return hidden / rms(hidden) * weight; see `reference.rms_norm`."""
     if _use_native:
         return rms_norm_forward(hidden, None, weight, epsilon)[1]
-    return F.rms_norm(hidden, weight.shape, weight, epsilon)
+    return fused.rms_norm(hidden, weight=weight, epsilon=epsilon)
 
 
 def add_rms_norm(hidden: Tensor, *, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +66,7 @@ def add_rms_norm(hidden: Tensor, *, residual: Tensor, weight: Tensor, epsilon: f
         total, normed, _ = rms_norm_forward(hidden, residual, weight, epsilon)
         return normed, total
     total = hidden + residual
-    return F.rms_norm(total, weight.shape, weight, epsilon), total
+    return fused.rms_norm(total, weight=weight, epsilon=epsilon), total
 
 
 def mqa_rope(
@@ -85,8 +84,8 @@ def mqa_rope(
         return mqa_rope_forward(query, key_value, cos, sin, query_weight, key_weight, epsilon)
     key, value = key_value.unbind(dim=2)
     if query_weight is not None:
-        query = F.rms_norm(query, query_weight.shape, query_weight, epsilon)
-        key = F.rms_norm(key, key_weight.shape, key_weight, epsilon)
+        query = fused.rms_norm(query, weight=query_weight, epsilon=epsilon)
+        key = fused.rms_norm(key, weight=key_weight, epsilon=epsilon)
     angles = {"cos": cos.unsqueeze(1).to(query.dtype), "sin": sin.unsqueeze(1).to(query.dtype)}
     return fused.rotate(query, **angles), fused.rotate(key, **angles), value
 

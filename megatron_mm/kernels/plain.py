@@ -9,8 +9,9 @@ from torch import Tensor
 
 from megatron_mm.kernels import reference
 
-BLOCK_ROWS = 256
-"""Rows of logits that cross-entropy widens and exponentiates at a time: a copy of all would double the memory."""
+BLOCK_ELEMENTS = 2**18
+"""Logits that cross-entropy widens and exponentiates at a time: they stay in a core's cache, and a copy of all would
+double the memory."""
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -129,10 +130,10 @@ def cross_entropy_statistics(logits: Tensor, labels: Tensor, mask: Tensor | None
     local = labels - first_id
     elsewhere = (local < 0) | (local >= logits.shape[1])
     label_logit = _wide(logits.gather(-1, local.masked_fill(elsewhere, 0).unsqueeze(-1)).squeeze(-1))
-    highest = _wide(logits.amax(dim=-1))
-    sums = torch.empty_like(highest)
+    highest, sums = torch.empty_like(label_logit), torch.empty_like(label_logit)
     for own in _row_blocks(logits):
-        sums[own] = (logits[own] - highest[own].unsqueeze(-1)).exp_().sum(dim=-1)
+        torch.amax(_wide(logits[own]), dim=-1, out=highest[own])
+        torch.sum((logits[own] - highest[own].unsqueeze(-1)).exp_(), dim=-1, out=sums[own])
     statistics = torch.stack([highest, sums, label_logit.masked_fill(elsewhere, 0.0)])
     if mask is None:
         return statistics
@@ -159,8 +160,9 @@ def cross_entropy_backward(
     z_loss: float,
 ) -> None:
     """See `native.cross_entropy_backward`."""
-    if mask is not None:
-        gradient = gradient.masked_fill(mask == 0, 0.0)
+    dead = None if mask is None or mask.all() else mask == 0
+    if dead is not None:
+        gradient = gradient.masked_fill(dead, 0.0)
     scale = gradient[0] + gradient[1] * (2.0 * z_loss) * log_z
     local = labels - first_id
     elsewhere = ((local < 0) | (local >= logits.shape[1])).unsqueeze(-1)
@@ -168,10 +170,11 @@ def cross_entropy_backward(
     label_gradient = -gradient[0].unsqueeze(-1).masked_fill(elsewhere, 0.0)
     for own in _row_blocks(logits):
         block = (logits[own] - log_z[own].unsqueeze(-1)).exp_().mul_(scale[own].unsqueeze(-1))
-        if mask is not None:
-            block.masked_fill_((mask[own] == 0).unsqueeze(-1), 0.0)  # their logits may be anything
+        if dead is not None:
+            block.masked_fill_(dead[own].unsqueeze(-1), 0.0)  # their logits may be anything
         logits[own] = block.scatter_add_(-1, local[own], label_gradient[own])
 
 
 def _row_blocks(logits: Tensor) -> list[slice]:
-    return [slice(start, start + BLOCK_ROWS) for start in range(0, logits.shape[0], BLOCK_ROWS)]
+    rows = max(1, BLOCK_ELEMENTS // max(1, logits.shape[1]))
+    return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]

@@ -51,6 +51,8 @@ def build_state(config: Config, mesh: Mesh) -> TrainState:
     )
     wrapped = [Float16Module(transformer, chunk) for chunk in chunks] if transformer.bf16 else chunks
     models = [DistributedDataParallel(transformer, ddp, module) for module in wrapped]
+    if mesh.dp_cp_group.size() == 1 and not (parallel.overlap_grad_reduce or parallel.overlap_param_gather):
+        _exchange_nothing(models)
     optimizer = build_optimizer(config, models)
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
@@ -58,6 +60,15 @@ def build_state(config: Config, mesh: Mesh) -> TrainState:
         holds = [model.no_sync for model in models]
         transformer.no_sync_func = holds if len(holds) > 1 else holds[0]
     return TrainState(config, mesh, chunks, models, optimizer, build_scheduler(config, optimizer, step=0))
+
+
+def _exchange_nothing(models: list[DistributedDataParallel]) -> None:
+    """Keep megatron-core from reducing gradients and gathering parameters in a group of one rank: gloo copies them."""
+    for model in models:
+        for group in model.bucket_groups + model.expert_parallel_bucket_groups:
+            assert all(bucket.gradient_scaling_factor == 1.0 for bucket in group.buckets)
+            group.start_grad_sync = lambda force_all_reduce=False: None
+            group.start_param_sync = lambda force_sync=False: None
 
 
 def settle_parameters(state: TrainState) -> None:

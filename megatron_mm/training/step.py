@@ -7,7 +7,6 @@ from math import isfinite
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -55,8 +54,11 @@ def _update(state: TrainState) -> tuple[float, bool]:
     grad_norm = float(optimizer.get_grad_norm())
     if not isfinite(grad_norm):
         return grad_norm, False
-    if clip_grad > 0.0 and optimizer.get_parameters():
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip_grad, grad_norm)
+    if 0.0 < clip_grad < grad_norm:
+        # In place: what megatron-core 0.19.2 does without TransformerEngine and apex makes a copy of every gradient.
+        gradients = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, clip_grad / grad_norm)
     return grad_norm, optimizer.step_with_ready_grads()
 
 

@@ -1,6 +1,7 @@
 """Kernels that keep and move less, against their references: forward and gradients."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -44,6 +45,19 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) ->
     gate_and_up = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
     for found, expected in both(fused.swiglu, reference.swiglu, gate_and_up):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize("shape", [*WIDTHS, (300, 1, 70)], ids=str)
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    hidden = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    weights = [torch.linspace(0.5, 2, shape[-1]).to(dtype).requires_grad_() for _ in range(2)]
+    ours = partial(fused.rms_norm, weight=weights[0], epsilon=1e-5)
+    theirs = partial(reference.rms_norm, weight=weights[1], epsilon=1e-5)
+    for found, expected in both(ours, theirs, hidden):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    scale = 1 + weights[1].grad.abs().max()  # sums of up to 300 terms
+    torch.testing.assert_close(weights[0].grad / scale, weights[1].grad / scale, rtol=tolerance, atol=tolerance)
 
 
 def test_swiglu_keeps_only_its_input() -> None:
