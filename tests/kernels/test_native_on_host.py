@@ -213,6 +213,88 @@ def test_cross_entropy(check: Callable, dtype: torch.dtype, shards: int, shape: 
     check(case, expected, [torch.float32, dtype])
 
 
+def differentiable(name: str) -> tuple[list[Tensor], Callable, Callable]:
+    """Return FP32 (inputs, inputs to outputs, inputs and weights of the outputs to gradients) of a kernel."""
+    one = torch.float32
+    if name == "swiglu":
+        return (
+            [draw(one, 4, 24)],
+            lambda leaf: [native.swiglu(leaf)],
+            lambda leaf, weight: [native.swiglu_backward(weight, leaf)],
+        )
+    if name == "rms_norm":
+
+        def norm_gradients(*tensors: Tensor) -> list[Tensor]:
+            hidden, residual, scale, of_sum, of_normed = tensors
+            total, _, inverse = native.rms_norm(hidden, residual, scale, EPSILON)
+            of_input, of_scale = native.rms_norm_backward(of_normed, of_sum, total, scale, inverse)
+            return [of_input, of_input, of_scale]
+
+        inputs = [draw(one, 4, 16), draw(one, 4, 16, seed=1), draw(one, 16)]
+        return inputs, lambda *tensors: list(native.rms_norm(*tensors, EPSILON)[:2]), norm_gradients
+    if name == "mqa_rope":
+        angles = torch.outer(torch.arange(4.0), torch.linspace(1, 0.1, 8))
+        turn = (angles.cos(), angles.sin())
+        return (
+            [draw(one, 4, 2, 16), draw(one, 4, 1, 2, 16), draw(one, 16), draw(one, 16, seed=1)],
+            lambda query, key_value, *scales: list(native.mqa_rope(query, key_value, *turn, *scales, EPSILON)),
+            lambda query, key_value, query_scale, key_scale, *weights: list(
+                native.mqa_rope_backward(*weights, query, key_value, *turn, query_scale, key_scale, EPSILON)
+            ),
+        )
+    if name == "assemble_embeddings":
+        media_row = torch.tensor([-1, 1, -1, 0], dtype=torch.int32)
+        return (
+            [draw(one, 4, 8), draw(one, 8), draw(one, 2, 8)],
+            lambda *tensors: [native.assemble_forward(*tensors, media_row)],
+            lambda *tensors: list(native.assemble_backward(tensors[-1], media_row, 2)),
+        )
+    if name == "token_rows":
+        ids = torch.tensor([2, 5, 2, 9, 3])
+        return (
+            [draw(one, 4, 8)],
+            lambda table: [native.token_rows(table, ids, 2)],
+            lambda table, weight: [native.token_rows_backward(weight, ids, 2, 4)],
+        )
+    labels, mask, z_loss = torch.tensor([3, 0, 7]), torch.tensor([1.0, 0.0, 1.0]), 0.1
+
+    def losses(logits: Tensor) -> tuple[Tensor, Tensor]:
+        statistics = native.cross_entropy_statistics(logits, labels, mask, 0)
+        return native.cross_entropy_combine(statistics.unsqueeze(0), mask, z_loss)
+
+    def logit_gradients(logits: Tensor, weight: Tensor) -> list[Tensor]:
+        written = logits.clone()
+        native.cross_entropy_backward(written, weight, labels, mask, losses(logits)[1], 0, z_loss)
+        return [written]
+
+    return [draw(one, 3, 8)], lambda logits: [losses(logits)[0]], logit_gradients
+
+
+@pytest.mark.parametrize(
+    "name", ["swiglu", "rms_norm", "mqa_rope", "assemble_embeddings", "token_rows", "cross_entropy"]
+)
+def test_gradients_are_those_of_finite_differences(on_host: simt.Host, name: str) -> None:
+    inputs, forward, backward = differentiable(name)
+    weights = [draw(torch.float32, *output.shape, seed=5) for output in forward(*inputs)]
+    found = backward(*inputs, *weights)
+
+    def weighed(tensors: list[Tensor]) -> float:
+        outputs = zip(forward(*tensors), weights, strict=True)
+        return sum((output.double() * weight).sum().item() for output, weight in outputs)
+
+    step = 2.0**-7
+    for place, gradient in enumerate(found):
+        for seed in (6, 7):
+            direction = draw(torch.float32, *gradient.shape, seed=seed)
+            ends = [
+                weighed([*inputs[:place], inputs[place] + sign * step * direction, *inputs[place + 1 :]])
+                for sign in (1, -1)
+            ]
+            expected, scale = (ends[0] - ends[1]) / (2 * step), gradient.norm() * direction.norm()
+            # Rounding 1e-7 / step of the sums, and step^2 of the third derivative.
+            assert abs((gradient.double() * direction).sum() - expected) <= 1e-3 * scale
+
+
 def test_a_row_too_wide_is_refused(on_host: simt.Host) -> None:
     wide = torch.zeros(1, 8193)
     with pytest.raises(ValueError, match="wider than the kernel holds"):
