@@ -15,67 +15,103 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import torch
 from verdict import finish
 
+from megatron_mm.parallel import device
+
 ROUNDS = 15
 WARM_UP = 2
 BAR = 1.0
-BATCH, SEQ_LEN, VOCAB = 4, 512, 4096
-SETTINGS = (
-    *("model.num_layers=6", "model.hidden_size=384", "model.ffn_hidden_size=1024", "model.num_attention_heads=6"),
-    *("model.num_query_groups=1", "model.head_dim=64", f"model.vocab_size={VOCAB}", f"data.seq_len={SEQ_LEN}"),
-    *(f"training.global_batch_size={BATCH}", f"training.micro_batch_size={BATCH}", "parallel.loss_slot=false"),
-    *("parallel.embedding_slot=false", "vision.trainable=false", "audio.trainable=false"),
+
+
+class Workload(NamedTuple):
+    """What every contestant trains."""
+
+    batch: int
+    seq_len: int
+    vocab: int
+    settings: tuple[str, ...]
+    """Overrides of the preset tiny: the shape of the decoder, and how it is trained."""
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """All overrides."""
+        return (
+            *(f"model.vocab_size={self.vocab}", f"data.seq_len={self.seq_len}", "parallel.loss_slot=false"),
+            *(f"training.global_batch_size={self.batch}", f"training.micro_batch_size={self.batch}"),
+            *("parallel.embedding_slot=false", "vision.trainable=false", "audio.trainable=false", *self.settings),
+        )
+
+    def tokens_and_labels(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the batch: two tensors (batch, seq_len) on the rank's device."""
+        shape = (self.batch, self.seq_len + 1)
+        text = torch.randint(self.vocab, shape, generator=torch.Generator().manual_seed(0)).to(device.current())
+        return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
+ON_CPU = Workload(
+    batch=4,
+    seq_len=512,
+    vocab=4096,
+    settings=(
+        *("model.num_layers=6", "model.hidden_size=384", "model.ffn_hidden_size=1024", "model.num_attention_heads=6"),
+        *("model.num_query_groups=1", "model.head_dim=64"),
+    ),
 )
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (tokens, labels), each (BATCH, SEQ_LEN)."""
-    text = torch.randint(VOCAB, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
-    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
-
-
-def start_megatron() -> tuple:
-    """Return (config, mesh) of one CPU rank."""
+def start_megatron(work: Workload) -> tuple:
+    """Return (config, mesh) of one rank."""
     from megatron_mm import config as configs
+    from megatron_mm.kernels import ops
     from megatron_mm.parallel import mesh as meshes
 
-    config = configs.load("tiny", SETTINGS)
-    return config, meshes.initialize(config)
+    config = configs.load("tiny", work.overrides)
+    mesh = meshes.initialize(config)
+    ops.select(config.training.kernels, device.current())
+    return config, mesh
 
 
-def ours() -> Callable[[], float]:
+def ours(work: Workload) -> Callable[[], float]:
     """Return a function that trains our model one step and returns its loss."""
     from megatron_mm.batch import MediaUnits, MicroBatch, attention_spans
     from megatron_mm.model.loss import by_name
     from megatron_mm.training.state import build_state
     from megatron_mm.training.step import train_step
 
-    state = build_state(*start_megatron())
-    tokens, labels = (part.flatten() for part in batch())
+    state = build_state(*start_megatron(work))
+    tokens, labels = (part.flatten() for part in work.tokens_and_labels())
     nothing = torch.empty(0, dtype=torch.int64)
     micro_batch = MicroBatch(
         tokens=tokens,
         labels=labels,
         loss_mask=torch.ones(tokens.numel()),
         sources=torch.zeros_like(tokens),
-        positions=torch.arange(SEQ_LEN).repeat(BATCH),
-        spans=attention_spans([SEQ_LEN] * BATCH, cp_rank=0, cp_size=1),
+        positions=torch.arange(work.seq_len).repeat(work.batch),
+        spans=attention_spans([work.seq_len] * work.batch, cp_rank=0, cp_size=1),
         images=MediaUnits((), 0, nothing, nothing),
         audio=MediaUnits((), 0, nothing, nothing),
-    )
+    ).to(device.current())
     return lambda: by_name(train_step(state, [micro_batch]).losses)["loss"]
 
 
-def gpt_model() -> Callable[[], float]:
-    """Return a function that trains megatron-core's GPTModel one step and returns its loss."""
-    config, _ = start_megatron()
+def gpt_model(work: Workload) -> Callable[[], float]:
+    """Return a function that trains megatron-core's GPTModel one step and returns its loss.
+
+    Its layers are TransformerEngine's where those of `work` are, which need no mask.
+    """
+    config, _ = start_megatron(work)
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.module import Float16Module
 
     from megatron_mm.model.decoder import transformer_config
     from megatron_mm.training.optimizer import build_optimizer
@@ -84,16 +120,22 @@ def gpt_model() -> Callable[[], float]:
     transformer.perform_initialization = True
     transformer.calculate_per_token_loss = False
     transformer.use_te_activation_func = False
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    model = GPTModel(transformer, spec, VOCAB, SEQ_LEN, position_embedding_type="rope", rotary_base=500_000)
+    if config.training.backend == "transformer_engine":
+        spec, mask = get_gpt_layer_with_transformer_engine_spec(), None
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        mask = torch.ones(1, 1, work.seq_len, work.seq_len, dtype=torch.bool, device=device.current()).triu(1)
+    rope = {"position_embedding_type": "rope", "rotary_base": 500_000}
+    model = GPTModel(transformer, spec, work.vocab, work.seq_len, **rope).to(device.current())
+    if transformer.bf16:
+        model = Float16Module(transformer, model)
     wrapped = DistributedDataParallel(transformer, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
     optimizer = build_optimizer(config, [wrapped])
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
     transformer.finalize_model_grads_func = finalize_model_grads
-    tokens, labels = batch()
-    positions = torch.arange(SEQ_LEN).expand(BATCH, -1)
-    mask = torch.ones(1, 1, SEQ_LEN, SEQ_LEN, dtype=torch.bool).triu(1)
+    tokens, labels = work.tokens_and_labels()
+    positions = torch.arange(work.seq_len, device=device.current()).expand(work.batch, -1)
 
     def forward_step(_: object, model: torch.nn.Module) -> tuple:
         losses = model(tokens, positions, mask, labels=labels)
@@ -107,8 +149,8 @@ def gpt_model() -> Callable[[], float]:
             data_iterator=None,
             model=wrapped,
             num_microbatches=1,
-            seq_length=SEQ_LEN,
-            micro_batch_size=BATCH,
+            seq_length=work.seq_len,
+            micro_batch_size=work.batch,
             forward_only=False,
         )
         optimizer.step()
@@ -117,16 +159,16 @@ def gpt_model() -> Callable[[], float]:
     return step
 
 
-def llama() -> Callable[[], float]:
+def llama(work: Workload) -> Callable[[], float]:
     """Return a function that trains transformers' Llama one step and returns its loss."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from megatron_mm import config as configs
 
-    model = configs.load("tiny", SETTINGS).model
+    model = configs.load("tiny", work.overrides).model
     llama = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB,
+            vocab_size=work.vocab,
             hidden_size=model.hidden_size,
             intermediate_size=model.ffn_hidden_size,
             num_hidden_layers=model.num_layers,
@@ -137,7 +179,7 @@ def llama() -> Callable[[], float]:
         )
     ).train()
     optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens, labels = batch()
+    tokens, labels = work.tokens_and_labels()
 
     def step() -> float:
         optimizer.zero_grad()
@@ -150,11 +192,16 @@ def llama() -> Callable[[], float]:
     return step
 
 
-CONTESTANTS = {"ours": ours, "megatron-core GPTModel": gpt_model, "transformers Llama": llama}
+CONTESTANTS = {
+    "ours": (ours, ON_CPU),
+    "megatron-core GPTModel": (gpt_model, ON_CPU),
+    "transformers Llama": (llama, ON_CPU),
+}
+Contestant = tuple[Callable[[Workload], Callable[[], float]], Workload]
 
 
-def contest(name: str, pipe: Connection) -> None:
-    """Build one contestant, then train a step whenever asked to; answer (seconds, loss, peak MiB since before)."""
+def contest(build: Callable[[Workload], Callable[[], float]], work: Workload, pipe: Connection) -> None:
+    """Build one contestant, then train a step whenever asked to; answer (seconds, loss, peak MiB)."""
     from megatron_mm.noise import silence
 
     silence()
@@ -167,42 +214,56 @@ def contest(name: str, pipe: Connection) -> None:
         importlib.import_module(module)  # so that imports count for no one
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = CONTESTANTS[name]()
+    step = build(work)
     pipe.send("ready")
     while pipe.recv():
         started = time.perf_counter()
-        loss = step()
+        loss = step()  # waits for the device: it returns a number
         seconds = time.perf_counter() - started
-        pipe.send((seconds, loss, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+        if device.current().type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        pipe.send((seconds, loss, peak))
 
 
-def main() -> None:
-    """Interleave the steps of all contestants and exit 0 only if ours is the fastest and the smallest."""
+def race(contestants: dict[str, Contestant], *, rounds: int, warm_up: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Interleave the steps of all contestants, print a table, and return the median seconds and peak MiB of each.
+
+    Ratios are of the first one to each.
+    """
     context = multiprocessing.get_context("spawn")
     pipes = {}
-    for name in CONTESTANTS:
+    for name, (build, work) in contestants.items():
         pipes[name], theirs = context.Pipe()
-        context.Process(target=contest, args=(name, theirs), daemon=True).start()
+        context.Process(target=contest, args=(build, work, theirs), daemon=True).start()
         theirs.close()
         pipes[name].recv()
-    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    losses, memory = dict.fromkeys(CONTESTANTS, 0.0), dict.fromkeys(CONTESTANTS, 0.0)
-    names = list(CONTESTANTS)
-    for number in range(ROUNDS + WARM_UP):
-        for name in names[number % 3 :] + names[: number % 3]:
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    losses, memory = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for number in range(rounds + warm_up):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             pipes[name].send(True)
             taken, losses[name], memory[name] = pipes[name].recv()
-            if number >= WARM_UP:
+            if number >= warm_up:
                 seconds[name].append(taken)
     for pipe in pipes.values():
         pipe.send(False)
     times = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"{'':26}{'seconds':>9}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}{'loss':>8}")
+    print(f"{'':30}{'seconds':>9}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}{'loss':>8}")
     for name in names:
-        ratios = times["ours"] / times[name], memory["ours"] / memory[name]
-        print(f"{name:26}{times[name]:9.3f}{ratios[0]:8.3f}{memory[name]:10.0f}{ratios[1]:8.3f}{losses[name]:8.3f}")
-    peer = min(times[name] for name in names[1:])
-    smaller = memory["ours"] <= min(memory[name] for name in names[1:])
+        ratios = times[names[0]] / times[name], memory[names[0]] / memory[name]
+        print(f"{name:30}{times[name]:9.3f}{ratios[0]:8.3f}{memory[name]:10.0f}{ratios[1]:8.3f}{losses[name]:8.3f}")
+    return times, memory
+
+
+def main() -> None:
+    """Exit 0 only if ours is the fastest and the smallest."""
+    times, memory = race(CONTESTANTS, rounds=ROUNDS, warm_up=WARM_UP)
+    peer = min(times[name] for name in times if name != "ours")
+    smaller = memory["ours"] <= min(memory.values())
     finish("train_step", ours=times["ours"], peer=peer, bar=BAR, holds=smaller)
 
 

@@ -1,9 +1,10 @@
 """Breaks each kernel in five ways and shows that the tests catch every one.
 
-    python tests/kernels/mutate.py
+    python tests/kernels/mutate.py [TEST ...]
 
 All mutants are compiled into one program, which runs the one that MEGATRON_MM_MUTANT names; for each, the tests of its
 kernel must fail, and with none they must pass. Prints a table; exits 0 only if every mutant is caught.
+With names of tests (mqa_rope, ...) only their mutants run.
 """
 
 import contextlib
@@ -103,11 +104,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         break_sources(Path(folder))
         os.environ["MEGATRON_MM_CSRC"] = folder
-        for test in sorted({mutant[1] for mutant in MUTANTS}):
+        tests = sys.argv[1:] or sorted({mutant[1] for mutant in MUTANTS})
+        for test in tests:
             if is_caught(0, test):
                 sys.exit(f"{test}: the tests fail with no mutant")
         caught = []
         for number, (_, test, kind, _, code, broken) in enumerate(MUTANTS, start=1):
+            if test not in tests:
+                continue
             caught.append(is_caught(number, test))
             print(f"{test:14} {kind:18} {'caught' if caught[-1] else 'MISSED':7} {code} -> {broken}", flush=True)
     print(f"{sum(caught)} of {len(caught)} mutants caught")
