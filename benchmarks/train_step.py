@@ -25,6 +25,7 @@ from megatron_mm.parallel import device
 ROUNDS = 15
 WARM_UP = 2
 BAR = 1.0
+LR = 1e-4
 
 
 class Workload(NamedTuple):
@@ -42,6 +43,7 @@ class Workload(NamedTuple):
         return (
             *(f"model.vocab_size={self.vocab}", f"data.seq_len={self.seq_len}", "parallel.loss_slot=false"),
             *(f"training.global_batch_size={self.batch}", f"training.micro_batch_size={self.batch}"),
+            *(f"optimizer.lr={LR}", f"optimizer.min_lr={LR}", "schedule.warmup_steps=0"),
             *("parallel.embedding_slot=false", "vision.trainable=false", "audio.trainable=false", *self.settings),
         )
 
@@ -132,7 +134,7 @@ def gpt_model(work: Workload) -> Callable[[], float]:
     wrapped = DistributedDataParallel(transformer, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
     optimizer = build_optimizer(config, [wrapped])
     for group in optimizer.param_groups:
-        group["lr"] = 1e-4
+        group["lr"] = LR
     transformer.finalize_model_grads_func = finalize_model_grads
     tokens, labels = work.tokens_and_labels()
     positions = torch.arange(work.seq_len, device=device.current()).expand(work.batch, -1)
@@ -178,7 +180,7 @@ def llama(work: Workload) -> Callable[[], float]:
             attn_implementation="sdpa",
         )
     ).train()
-    optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens, labels = work.tokens_and_labels()
 
     def step() -> float:

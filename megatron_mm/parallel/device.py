@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 from torch.utils._device import _device_constructors
@@ -109,6 +110,17 @@ def imagine() -> None:
     torch.cuda.current_device = lambda: META
 
 
+def keep_out_accelerators() -> None:
+    """Where there is no GPU, let imports of the accelerators fail from now on.
+
+    megatron-core looks for them as it is imported, and would call their kernels on CPU tensors. One that has been
+    imported is left alone.
+    """
+    if any(find_spec(name) for name in ACCELERATORS if name not in sys.modules) and not has_gpu():
+        for name in ACCELERATORS:
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
 def install(keep_out: tuple[str, ...] = ACCELERATORS) -> None:
     """Let megatron-core run on this CPU; a second call changes nothing.
 
@@ -129,7 +141,9 @@ def install(keep_out: tuple[str, ...] = ACCELERATORS) -> None:
         )
     for name in keep_out:
         if sys.modules.get(name) is not None:
-            raise RuntimeError(f"{name} was imported before the CPU stand-ins were: call device.prepare() first.")
+            raise RuntimeError(
+                f"{name} was imported, and there is no GPU: import megatron_mm.parallel before megatron-core."
+            )
         sys.modules[name] = None  # type: ignore[assignment]
     _replace_cuda()
     _replace_factories()
