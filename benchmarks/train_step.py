@@ -240,8 +240,9 @@ def race(contestants: dict[str, Contestant], *, rounds: int, warm_up: int) -> tu
         pipes[name], theirs = context.Pipe()
         context.Process(target=contest, args=(build, work, theirs), daemon=True).start()
         theirs.close()
-        pipes[name].recv()
     names = list(contestants)
+    for name in names:
+        pipes[name].recv()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     losses, memory = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for number in range(rounds + warm_up):
