@@ -233,8 +233,36 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step is always saved. 0 saves nothing."""
     keep: PositiveInt = 3
     """Newest checkpoints that are kept."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of steps that this divides are kept for ever; 0 keeps none for ever."""
+    background: bool = True
+    """Write while training goes on; false waits for the disk."""
     resume: bool = True
     """Go on from the newest whole checkpoint in run_dir; false refuses a run_dir that has one."""
+
+
+class GuardConfig(Section):
+    """What stops a run that has gone wrong, or takes it back to its last checkpoint."""
+
+    max_skipped_steps: PositiveInt = 10
+    """Steps in a row without a finite gradient after which the run stops."""
+    spike_window: NonNegativeInt = 128
+    """Steps whose losses say what is usual; nothing is a spike before half of them are done. 0 looks for none."""
+    spike_deviations: PositiveFloat = 10.0
+    """A loss stands out that is this many standard deviations (of the window, by its median) above the median."""
+    spike_steps: PositiveInt = 5
+    """Steps in a row that stand out after which the run goes back to its last checkpoint, without their batches."""
+    max_rollbacks: NonNegativeInt = 3
+    """Times that a run may go back before it stops."""
+    heartbeat_seconds: PositiveFloat = 10.0
+    """How often each rank writes where it is to run_dir/health."""
+    hang_seconds: NonNegativeFloat = 900.0
+    """How long a rank may stand still in one phase before the run names who waits for whom, and ends; 0 waits as long
+    as collectives do."""
+    slow_rank_interval: NonNegativeInt = 100
+    """Steps between comparisons of how fast the ranks compute and how long they wait for data; 0 compares never."""
+    slow_rank_ratio: float = Field(1.5, gt=1.0)
+    """A rank is reported that takes this many times as long as the median rank."""
 
 
 class EvaluationConfig(Section):
@@ -271,6 +299,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 

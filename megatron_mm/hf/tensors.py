@@ -315,8 +315,11 @@ class _Window(RawIOBase):
         return data
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class IndexUnpickler(pickle.Unpickler):
+    """Reads the index of a checkpoint. Raises DataError at the first class in it that no index needs."""
+
     def find_class(self, module: str, name: str) -> Any:
+        """Return a class that an index may name."""
         if name not in METADATA_CLASSES.get(module, ()):
             raise DataError(f"its index names {module}.{name}, which no checkpoint needs: it is not opened.")
         return super().find_class(module, name)
@@ -325,7 +328,7 @@ class _IndexUnpickler(pickle.Unpickler):
 def _read_index(path: Path) -> Any:
     try:
         with path.open("rb") as file:
-            return _IndexUnpickler(file).load()
+            return IndexUnpickler(file).load()
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle may raise anything

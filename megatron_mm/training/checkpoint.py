@@ -1,33 +1,34 @@
 """Saving a run and going on from it, in the same layout or another.
 
-A checkpoint is a folder run_dir/checkpoints/step_N of megatron-core's global tensors, the resolved configuration and a
-manifest. It is written beside and renamed when whole, so a folder with that name is a whole one.
+A checkpoint is a folder run_dir/checkpoints/step_N of megatron-core's global tensors and the resolved configuration;
+manifest.py says what makes it one, saver.py how it is written.
 """
 
 import json
 import logging
 import os
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.parallel import device
+from megatron_mm.hf.pickles import only_plain_pickles
+from megatron_mm.parallel.mesh import Mesh
+from megatron_mm.training import manifest
+from megatron_mm.training.manifest import Fence
 from megatron_mm.training.optimizer import build_scheduler
+from megatron_mm.training.saver import Saved, SaveFailed, Saver
 from megatron_mm.training.state import TrainState, settle_parameters
 
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
-    *("preset", "run_dir", "parallel.", "checkpoint.", "evaluation.", "logging.", "schedule."),
+    *("preset", "run_dir", "parallel.", "checkpoint.", "evaluation.", "logging.", "schedule.", "guard."),
     *("training.start_from", "vision.pretrained", "audio.pretrained"),
     *("training.steps", "training.stop_after", "training.micro_batch_size", "training.recompute", "training.kernels"),
     *("training.backend", "training.attention", "training.check_replicas_interval"),
@@ -42,52 +43,136 @@ def folder(config: Config) -> Path:
 
 
 def newest(config: Config) -> Path | None:
-    """Return the newest whole checkpoint of a run, None if it has none."""
-    found = [path for path in folder(config).glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return max(found, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+    """Return the newest committed checkpoint of a run, None if it has none."""
+    return next(reversed(manifest.whole_ones(folder(config))), None)
+
+
+def make_saver(state: TrainState, fence: Fence | None = None) -> Saver:
+    """Return what saves the run of `state`, to be used for all of its saves."""
+    settings = state.config.checkpoint
+    return Saver(folder(state.config), state.mesh, fence, keep=settings.keep, keep_every=settings.keep_every)
+
+
+def take_over(config: Config, mesh: Mesh) -> Fence:
+    """Make this job the owner of a run, from whatever job wrote it before. Collective over all ranks.
+
+    Raises ConfigError if the run_dir cannot be written.
+    """
+    taken: list[Fence | str] = [""]
+    if mesh.speaks:
+        try:
+            taken = [Fence.take(folder(config))]
+        except OSError as error:
+            taken = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(taken, src=0)
+    if isinstance(taken[0], str):
+        raise ConfigError(f"run_dir={config.run_dir} cannot be written: {taken[0]}. Give one that can.")
+    return taken[0]
+
+
+def begin_save(state: TrainState, saver: Saver) -> Saved | None:
+    """Start to save `state` in the background; return the save before if it had to be waited for.
+
+    With checkpoint.background=false, return only when it is saved. Collective over all ranks.
+    """
+    settle_parameters(state)
+    metadata = _metadata(state)
+    content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
+    before = saver.begin(
+        state.step,
+        lambda: _sharded_state(state, metadata, loading=False),
+        metadata=content,
+        facts={"skipped_batches": state.skipped_batches},
+        texts={"config.yaml": configs.to_yaml(state.config)},
+    )
+    return before if state.config.checkpoint.background else saver.finish()
 
 
 def save(state: TrainState) -> Path:
-    """Save `state` and return the folder; only the newest checkpoint.keep are kept. Collective over all ranks."""
-    final = folder(state.config) / f"step_{state.step:08d}"
-    partial = final.with_name(final.name + ".partial")
-    if state.mesh.speaks:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    settle_parameters(state)
-    _prepare_writer()
-    metadata = _metadata(state)
-    content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
-    dist_checkpointing.save(_sharded_state(state, metadata, loading=False), str(partial), content_metadata=content)
-    if state.mesh.speaks:
-        (partial / "config.yaml").write_text(configs.to_yaml(state.config))
-        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        (partial / "manifest.json").write_text(json.dumps({"step": state.step, "bytes": sizes}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _remove_old(state.config)
-        log.info("step %d | saved %s", state.step, final)
-    dist.barrier()
-    return final
+    """Save `state`, wait for it and return the folder. Collective over all ranks. Raises SaveFailed."""
+    saver = make_saver(state)
+    begin_save(state, saver)
+    saver.finish()
+    path = folder(state.config) / f"step_{state.step:08d}"
+    if saver.failed:
+        raise SaveFailed(f"{path} was not saved")
+    return path
 
 
-def load(state: TrainState, path: Path) -> None:
+def resume(state: TrainState) -> Path | None:
+    """Bring `state` to the newest checkpoint that is whole, and return its folder; None if the run has none at all.
+
+    A damaged one is named with what is wrong with it, and set aside. Collective over all ranks.
+    Raises DataError if there are only damaged ones: to start anew instead would lose the run in silence.
+    """
+    paths = manifest.whole_ones(folder(state.config))
+    dist.barrier()  # all have looked before any may write
+    for path in reversed(paths):
+        problems = find_damage(state.mesh, path)
+        if not problems:
+            load(state, path, verify=False)
+            return path
+        if state.mesh.speaks:
+            aside = manifest.set_aside(path, "damaged")
+            log.error("%s is damaged and is now %s; going on from the one before:", path.name, aside.name)
+            for problem in problems:
+                log.error("  %s", problem)
+        dist.barrier()
+    if paths:
+        raise DataError(
+            f"no checkpoint of {folder(state.config)} is whole: {', '.join(path.name for path in paths)} are damaged. "
+            "Restore one (its name without .damaged), or give another run_dir to start anew."
+        )
+    return None
+
+
+def find_damage(mesh: Mesh, path: Path) -> list[str]:
+    """Return what is wrong with a checkpoint; each rank hashes its share of the files. Collective over all ranks."""
+    everywhere: list[list[str]] = [[]] * mesh.world_size
+    dist.all_gather_object(everywhere, manifest.find_damage(path, share=mesh.rank, of=mesh.world_size))
+    return list(dict.fromkeys(line for lines in everywhere for line in lines))
+
+
+def load(state: TrainState, path: Path, *, verify: bool = True) -> None:
     """Bring `state`, in whatever layout, to what was saved at `path`. Collective over all ranks.
 
-    Raises DataError if a file is missing or cut short, ConfigError if a setting that must not change has changed.
+    Raises DataError if a file is missing, cut short or has other bytes than were written, ConfigError if a setting that
+    must not change has changed.
     """
-    step = _check_files(path)
+    problems = find_damage(state.mesh, path) if verify else []
+    if problems:
+        raise DataError("the checkpoint is damaged:\n  " + "\n  ".join(problems))
     _check_settings(path, state.config)
+    facts = manifest.read_manifest(path)
     metadata = _metadata(state)
-    loaded = dist_checkpointing.load(
-        _sharded_state(state, metadata, loading=True), str(path), strict=StrictHandling.RAISE_ALL
-    )
+    with only_plain_pickles(path):
+        loaded = dist_checkpointing.load(
+            _sharded_state(state, metadata, loading=True), str(path), strict=StrictHandling.RAISE_ALL
+        )
     for chunk, key in zip(state.chunks, _chunk_keys(state)):
         chunk.load_state_dict(loaded[key])
     state.optimizer.load_state_dict(loaded["optimizer"])
-    state.step = step
-    state.scheduler = build_scheduler(state.config, state.optimizer, step=step)
+    state.step = int(facts["step"])
+    path = _skipped(state.config)
+    skipped = json.loads(path.read_text()) if path.exists() else facts["skipped_batches"]
+    state.skipped_batches = [(int(first), int(count)) for first, count in skipped]
+    state.scheduler = build_scheduler(state.config, state.optimizer, step=state.step)
+
+
+def skip_batches(state: TrainState, step: int, count: int) -> None:
+    """Leave out `count` batches before step `step`, counted from 0, also after a restart. Collective over all ranks."""
+    state.skipped_batches.append((step, count))
+    if state.mesh.speaks:
+        path = _skipped(state.config)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(state.skipped_batches))
+        os.replace(partial, path)
+    dist.barrier()
+
+
+def _skipped(config: Config) -> Path:
+    """Return the file of the run's skipped batches: a crash before the next checkpoint must not forget them."""
+    return Path(config.run_dir) / "skipped_batches.json"
 
 
 def _chunk_keys(state: TrainState) -> list[str]:
@@ -109,37 +194,6 @@ def _sharded_state(state: TrainState, metadata: dict[str, Any], *, loading: bool
     model = chunks["model"] if len(chunks) == 1 else chunks
     optimizer = state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
     return {**chunks, "optimizer": optimizer}
-
-
-def _prepare_writer() -> None:
-    """Let megatron-core's writer fork its queue: it would start a fresh interpreter, which takes seconds a rank."""
-    if not device.has_gpu():
-        filesystem_async.get_write_results_queue("fork")
-
-
-def _remove_old(config: Config) -> None:
-    whole = sorted(path for path in folder(config).glob("step_*") if re.fullmatch(r"step_\d+", path.name))
-    for path in whole[: -config.checkpoint.keep]:
-        shutil.rmtree(path)
-
-
-def _check_files(path: Path) -> int:
-    """Return the step of a checkpoint. Raises DataError if a file of it is missing or has another size."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}/manifest.json cannot be read ({error}): remove {path} to go on from the one before."
-        ) from error
-    for name, size in manifest["bytes"].items():
-        file = path / name
-        found = file.stat().st_size if file.exists() else None
-        if found != size:
-            raise DataError(
-                f"{file} has {found if found is not None else 'no'} bytes, its manifest says {size}: the checkpoint is "
-                f"damaged. Remove {path} to go on from the one before."
-            )
-    return int(manifest["step"])
 
 
 def _check_settings(path: Path, config: Config) -> None:

@@ -2,10 +2,12 @@
 
 import logging
 import time
-
-import torch.distributed as dist
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_mm import config as configs
+from megatron_mm.batch import MicroBatch
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader, Prefetcher
 from megatron_mm.errors import ConfigError
@@ -13,67 +15,190 @@ from megatron_mm.kernels import ops
 from megatron_mm.model.backend import choose
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
+from megatron_mm.parallel.software import check_same_software
 from megatron_mm.training import checkpoint
 from megatron_mm.training.evaluate import evaluate
-from megatron_mm.training.guard import Guard
+from megatron_mm.training.guard import Guard, LossSpike, TrainingDiverged
 from megatron_mm.training.metrics import Metrics
 from megatron_mm.training.replicas import check_replicas
 from megatron_mm.training.report import plot_losses
+from megatron_mm.training.saver import Saved, Saver
 from megatron_mm.training.start import start
 from megatron_mm.training.state import TrainState, build_state, total_parameters
 from megatron_mm.training.step import train_step
+from megatron_mm.training.stop import StopRequest
+from megatron_mm.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class Run:
+    """All that a step of the loop touches."""
+
+    state: TrainState
+    loader: Loader
+    heldout: Loader | None
+    metrics: Metrics
+    guard: Guard
+    saver: Saver
+    watch: Watch
+    stop: StopRequest
+
+
 def train(config: Config, mesh: Mesh) -> TrainState:
-    """Train to the last step, from the newest checkpoint if there is one. Collective over all ranks."""
+    """Train to the last step, from the newest checkpoint if there is one. Collective over all ranks.
+
+    Ends before, with a checkpoint, when it is asked to stop. Raises TrainingDiverged, ReplicasDiffer, SaveFailed or
+    TakenOver when going on would do harm.
+    """
+    check_same_software(mesh)
+    _check_run_dir(config)
+    fence = checkpoint.take_over(config, mesh)
     kernels, backend = ops.select(config.training.kernels, device.current()), choose(config)
-    loader = Loader(config.data.train, config=config, mesh=mesh, changes=config.data.changes)
-    heldout = Loader(config.data.validation, config=config, mesh=mesh) if config.data.validation else None
-    state = build_state(config, mesh)
-    _resume(state)
-    parameters = total_parameters(state)
-    _announce(state, loader, f"{kernels} kernels | {backend.name} layers | {backend.attention} attention", parameters)
-    guard = Guard()
-    with Metrics(config, mesh, first_step=state.step) as metrics:
-        metrics.start(step=state.step, layout=mesh.describe(), parameters=parameters)
-        if heldout is not None and state.step == 0 and config.evaluation.interval:
-            metrics.evaluation(evaluate(state, heldout), step=0)
-        steps = range(state.step, config.last_step)
-        for micro_batches in Prefetcher(loader, steps=steps, ahead=config.data.prefetch_steps):
-            started = time.perf_counter()
-            result = train_step(state, micro_batches)
-            metrics.step(result, step=state.step, seconds=time.perf_counter() - started)
-            guard.check(result, step=state.step)
-            if _is_due(state, config.training.check_replicas_interval):
-                check_replicas(state)
-            if heldout is not None and _is_due(state, config.evaluation.interval):
-                metrics.evaluation(evaluate(state, heldout), step=state.step)
-            if _is_due(state, config.checkpoint.interval):
-                checkpoint.save(state)
+    with Watch(config.guard, mesh, config.run_dir) as watch, StopRequest(mesh) as stop:
+        loader = Loader(config.data.train, config=config, mesh=mesh, changes=config.data.changes)
+        heldout = Loader(config.data.validation, config=config, mesh=mesh) if config.data.validation else None
+        state = build_state(config, mesh)
+        saver = checkpoint.make_saver(state, fence)
+        _resume(state)
+        parameters = total_parameters(state)
+        chosen = f"{kernels} kernels | {backend.name} layers | {backend.attention} attention"
+        _announce(state, loader, chosen, parameters)
+        with Metrics(config, mesh, first_step=state.step) as metrics:
+            metrics.start(step=state.step, layout=mesh.describe(), parameters=parameters)
+            run = Run(state, loader, heldout, metrics, Guard(config.guard), saver, watch, stop)
+            if state.step == 0 and config.evaluation.interval:
+                _evaluate(run)
+            while not _train_on(run):
+                pass
     if mesh.speaks:
+        if state.step >= config.training.steps:
+            done_marker(config).write_text(f"{state.step}\n")
         log.info("plot %s", plot_losses(config.run_dir))
     return state
+
+
+def done_marker(config: Config) -> Path:
+    """Return the file that says that a run has done all of its steps: an exit status of 0 can also be an early stop."""
+    return Path(config.run_dir) / "DONE"
+
+
+def _train_on(run: Run) -> bool:
+    """Train to the end, or to where the loss leaves its course; return whether that was the end."""
+    state, watch = run.state, run.watch
+    config, save_wanted = state.config, False
+    steps = range(state.step, config.last_step)
+    batches = iter(
+        Prefetcher(run.loader, steps=[state.batch_of(step) for step in steps], ahead=config.data.prefetch_steps)
+    )
+    for _ in steps:
+        micro_batches = _next(batches, run)
+        watch.beat("step", step=state.step + 1)
+        started = time.perf_counter()
+        result = train_step(state, micro_batches)
+        run.metrics.step(result, step=state.step, seconds=time.perf_counter() - started)
+        watch.started()
+        try:
+            run.guard.check(result, step=state.step)
+        except LossSpike as spike:
+            _go_back(run, spike)
+            return False
+        _check_ranks(run)
+        if _is_due(state, config.evaluation.interval):
+            _evaluate(run)
+        stopped = run.stop.agreed()
+        save_wanted |= _is_due(state, config.checkpoint.interval) or (stopped and bool(config.checkpoint.interval))
+        if save_wanted and run.guard.healthy:
+            watch.beat("save", step=state.step)
+            _record(run, checkpoint.begin_save(state, run.saver))
+            save_wanted = False
+        _record(run, run.saver.poll())
+        if stopped:
+            break
+    watch.beat("save", step=state.step)
+    _record(run, run.saver.finish())
+    run.saver.check_last()
+    if state.mesh.speaks and save_wanted:
+        log.warning("step %d is not saved: it had no finite gradient, or its loss stands out", state.step)
+    if state.mesh.speaks and state.step < config.last_step:
+        log.info("stopped after step %d: %s", state.step, run.stop.reason() or "another rank was asked to")
+    return True
+
+
+def _next(batches: Iterator[list[MicroBatch]], run: Run) -> list[MicroBatch]:
+    """Return the next micro-batches of this rank, and note how long it waited for them."""
+    run.watch.beat("data", step=run.state.step + 1)
+    started = time.perf_counter()
+    micro_batches = next(batches)
+    run.watch.waited_for_data(time.perf_counter() - started)
+    return micro_batches
+
+
+def _check_ranks(run: Run) -> None:
+    """Compare what the ranks hold and how fast they are, where that is due."""
+    config, state = run.state.config, run.state
+    if _is_due(state, config.training.check_replicas_interval):
+        run.watch.beat("replica check", step=state.step)
+        check_replicas(state)
+    if _is_due(state, config.guard.slow_rank_interval):
+        run.metrics.event(run.watch.compare_ranks(step=state.step), step=state.step)
+
+
+def _evaluate(run: Run) -> None:
+    if run.heldout is None:
+        return
+    run.watch.beat("evaluation", step=run.state.step)
+    run.metrics.evaluation(evaluate(run.state, run.heldout), step=run.state.step)
+
+
+def _record(run: Run, saved: Saved | None) -> None:
+    """Say what a save that is now committed has cost."""
+    if saved is None:
+        return
+    values = {"save_stall_seconds": saved.stall_seconds, "save_seconds": saved.seconds, "saved_step": saved.step}
+    run.metrics.event(values, step=run.state.step)
+    if run.state.mesh.speaks:
+        log.info(
+            "step %d | saved %s in %.2f s, training stood still for %.2f s",
+            *(saved.step, saved.path, saved.seconds, saved.stall_seconds),
+        )
+
+
+def _go_back(run: Run, spike: LossSpike) -> None:
+    """Bring the run to its last checkpoint and leave out the batches of the spike."""
+    state = run.state
+    run.guard.roll_back(spike)
+    _record(run, run.saver.finish())
+    path = checkpoint.resume(state)
+    if path is None:
+        raise TrainingDiverged(f"{spike}, and there is no checkpoint to go back to.")
+    checkpoint.skip_batches(state, spike.first - 1, spike.last - spike.first + 1)
+    run.metrics.go_back(step=state.step, reason=str(spike))
+    if state.mesh.speaks:
+        log.warning("%s: going back to %s, without the batches of these steps", spike, path)
 
 
 def _is_due(state: TrainState, interval: int) -> bool:
     return bool(interval) and (state.step % interval == 0 or state.step == state.config.last_step)
 
 
-def _resume(state: TrainState) -> None:
-    """Load the newest checkpoint of the run, if there is one and it is wanted; otherwise start a new run."""
-    path = checkpoint.newest(state.config)
-    dist.barrier()  # all have looked before any may write
-    if path is None:
-        start(state)
-        return
-    if not state.config.checkpoint.resume:
+def _check_run_dir(config: Config) -> None:
+    """Raise ConfigError if the run_dir holds a run that is not to be gone on with."""
+    path = checkpoint.newest(config)
+    if path is not None and not config.checkpoint.resume:
         raise ConfigError(
-            f"checkpoint.resume=false, but run_dir={state.config.run_dir} holds {path.name}. Use another run_dir, or "
+            f"checkpoint.resume=false, but run_dir={config.run_dir} holds {path.name}. Use another run_dir, or "
             "remove that one."
         )
-    checkpoint.load(state, path)
+
+
+def _resume(state: TrainState) -> None:
+    """Go on from the newest whole checkpoint of the run if there is one; otherwise start a new run."""
+    if checkpoint.resume(state) is None:
+        start(state)
+    if state.mesh.speaks and state.step < state.config.training.steps:
+        done_marker(state.config).unlink(missing_ok=True)
 
 
 def _announce(state: TrainState, loader: Loader, chosen: str, parameters: int) -> None:

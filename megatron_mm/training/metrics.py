@@ -4,10 +4,12 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -24,19 +26,24 @@ class Metrics:
     """Writes what the run measures; only rank 0 speaks, the others pass through.
 
     metrics.jsonl holds one object a line: {"step": ..., "layout": ..., "parameters": ...} at each start of the run,
-    {"step": ..., "loss": ..., ...} after each step, {"step": ..., "heldout/loss": ..., ...} after each evaluation.
+    {"step": ..., "loss": ..., ...} after each step, {"step": ..., "heldout/loss": ..., ...} after each evaluation,
+    {"step": ..., "save_stall_seconds": ...} after each save. Each has its Unix time.
     """
 
     def __init__(self, config: Config, mesh: Mesh, *, first_step: int) -> None:
         self.config = config
         self._speaks = mesh.speaks
+        self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
+        config = self.config
         self._tokens = first_step * config.tokens_per_step
         if not self._speaks:
             return
         folder = Path(config.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        _forget_after(path, first_step)
+        self._lost = _forget_after(path, first_step)
         self._file = path.open("a")
         self._board = None
         if config.logging.tensorboard:
@@ -53,6 +60,9 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._speaks:
             self._bar.close()
             self._file.close()
@@ -60,9 +70,22 @@ class Metrics:
                 self._board.close()
 
     def start(self, *, step: int, layout: str, parameters: int) -> None:
-        """Record that the run starts, or goes on, after step `step`."""
+        """Record that the run starts, or goes on, after step `step`, and what it lost by having been cut off."""
         if self._speaks:
-            self._file.write(json.dumps({"step": step, "layout": layout, "parameters": parameters}) + "\n")
+            seconds = time.time() - psutil.Process().create_time()
+            values = {"layout": layout, "parameters": parameters, "start_seconds": seconds, **self._lost}
+            self._write(step, values, plot=False)
+
+    def go_back(self, *, step: int, reason: str) -> None:
+        """Record that the run goes back to what it was after step `step`, and forget what it did since."""
+        self._close()
+        self._open(step)
+        if self._speaks:
+            self._write(step, {"went_back": reason, **self._lost}, plot=False)
+
+    def event(self, values: Mapping[str, Any], *, step: int) -> None:
+        """Record what else is known after step `step`: what a save cost, how unlike the ranks are."""
+        self._write(step, values)
 
     def step(self, result: StepResult, *, step: int, seconds: float) -> None:
         """Record optimizer step `step`, counted from 1, which took `seconds`."""
@@ -93,12 +116,12 @@ class Metrics:
                 log.info("step %d | held-out | %s", step, text)
         return values
 
-    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+    def _write(self, step: int, values: Mapping[str, Any], *, plot: bool = True) -> None:
         if not self._speaks:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps({"step": step, **values, "time": time.time()}) + "\n")
         self._file.flush()
-        for name, value in values.items() if self._board is not None else ():
+        for name, value in values.items() if self._board is not None and plot else ():
             self._board.add_scalar(name, value, step)
 
 
@@ -130,11 +153,14 @@ def _short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop records of steps after `step`, which a run that was cut off did and a resumed one does again."""
+def _forget_after(path: Path, step: int) -> dict[str, float]:
+    """Drop records of steps after `step`, which a run that was cut off did and a resumed one does again.
+
+    Returns how many steps those were and how long they took.
+    """
     if not path.exists():
-        return
-    kept = []
+        return {"lost_steps": 0, "lost_seconds": 0.0}
+    kept, lost = [], {"lost_steps": 0, "lost_seconds": 0.0}
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
@@ -142,6 +168,10 @@ def _forget_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + "\n")
+        elif "grad_norm" in record:
+            lost["lost_steps"] += 1
+            lost["lost_seconds"] += record["step_seconds"]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept))
     os.replace(partial, path)
+    return lost

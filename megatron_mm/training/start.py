@@ -10,6 +10,7 @@ from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.encoders import load_pretrained
+from megatron_mm.hf.pickles import only_plain_pickles
 from megatron_mm.hf.tensors import CheckpointReader
 from megatron_mm.training.state import TrainState
 
@@ -50,7 +51,8 @@ def load_weights(state: TrainState, path: Path) -> None:
             raise DataError(f"{path} lacks {', '.join(foreign)}: it is another model's.")
         present[f"chunk{number}"] = {name: part for name, part in wanted.items() if name not in absent}
     # All chunks at once: megatron-core checks that the ranks together hold each tensor whole.
-    loaded = dist_checkpointing.load(present, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+    with only_plain_pickles(path):
+        loaded = dist_checkpointing.load(present, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     for number, chunk in enumerate(state.chunks):
         chunk.load_state_dict(loaded[f"chunk{number}"], strict=False)
     if state.mesh.speaks:

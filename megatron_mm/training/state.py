@@ -1,6 +1,6 @@
 """What a run holds between two steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,12 @@ class TrainState:
     scheduler: OptimizerParamScheduler
     step: int = 0
     """Optimizer steps done."""
+    skipped_batches: list[tuple[int, int]] = field(default_factory=list)
+    """(step, number of batches that were left out before it) of each time the run stepped over data."""
+
+    def batch_of(self, step: int) -> int:
+        """Return which batch of the order is that of optimizer step `step`, counted from 0."""
+        return step + sum(count for first, count in self.skipped_batches if first <= step)
 
     @property
     def transformer(self) -> TransformerConfig:

@@ -33,7 +33,8 @@ class StepResult:
 def train_step(state: TrainState, micro_batches: list[MicroBatch]) -> StepResult:
     """Do one optimizer step over the micro-batches of this rank. Collective over all ranks.
 
-    A gradient that is not finite leaves weights and optimizer state as they are: megatron-core 0.19.2 would apply it.
+    A loss or gradient that is not finite leaves weights and optimizer state as they are: megatron-core 0.19.2 would
+    apply it.
     """
     for model in state.models:
         model.train()
@@ -41,18 +42,18 @@ def train_step(state: TrainState, micro_batches: list[MicroBatch]) -> StepResult
     state.optimizer.zero_grad()
     losses = run_micro_batches(state, micro_batches, forward_only=False)
     state.scheduler.step(1)
-    grad_norm, updated = _update(state)
+    grad_norm, updated = _update(state, finite_loss=bool(torch.isfinite(losses).all()))
     state.step += 1
     lr = next(group["lr"] for group in state.optimizer.param_groups if group["default_config"])
     return StepResult(losses, grad_norm, lr, updated)
 
 
-def _update(state: TrainState) -> tuple[float, bool]:
-    """Clip and apply the gradients if they are finite; return (their norm, whether they were applied)."""
+def _update(state: TrainState, *, finite_loss: bool) -> tuple[float, bool]:
+    """Clip and apply the gradients if they and the loss are finite; return (their norm, whether they were applied)."""
     optimizer, clip_grad = state.optimizer, state.config.optimizer.clip_grad
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    if not isfinite(grad_norm):
+    if not (isfinite(grad_norm) and finite_loss):
         return grad_norm, False
     if 0.0 < clip_grad < grad_norm:
         # In place: what megatron-core 0.19.2 does without TransformerEngine and apex makes a copy of every gradient.

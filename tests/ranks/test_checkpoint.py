@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -133,21 +134,28 @@ def test_a_half_written_checkpoint_is_not_a_checkpoint(saved: Path, shards: Path
     partial.rmdir()
 
 
+def flip(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda path: os.truncate(next(path.glob("*.distcp")), 100), "has 100 bytes, its manifest says"),
-        (lambda path: next(path.glob("*.distcp")).unlink(), "has no bytes"),
-        (lambda path: (path / ".metadata").unlink(), "has no bytes"),
-        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda path: next(path.glob("*.distcp")).unlink(), "cannot be read: No such file"),
+        (lambda path: flip(next(path.glob("*.distcp"))), "other bytes than were written"),
+        (lambda path: shutil.copy(path.with_name("step_00000001") / "manifest.json", path), "stale or damaged"),
+        (lambda path: (path / ".metadata").unlink(), "cannot be read: No such file"),
+        (lambda path: (path / "manifest.json").write_text("{"), "COMMITTED cannot be read"),
     ],
-    ids=["cut", "missing", "no-metadata", "no-manifest"],
+    ids=["cut", "missing", "flipped", "stale-manifest", "no-metadata", "no-manifest"],
 )
 def test_a_damaged_checkpoint_is_refused_with_its_file(
     damage, message: str, saved: Path, shards: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints")
     config = small_run(shards, tmp_path)
     damage(checkpoint.newest(config))
@@ -171,4 +179,4 @@ def test_a_longer_run_goes_on(saved: Path, shards: Path) -> None:
 def test_the_manifest_lists_every_file(saved: Path, shards: Path) -> None:
     path = checkpoint.newest(small_run(shards, saved))
     listed = json.loads((path / "manifest.json").read_text())["bytes"]
-    assert listed.keys() == {file.name for file in path.iterdir()} - {"manifest.json"}
+    assert listed.keys() == {file.name for file in path.iterdir()} - {"manifest.json", "COMMITTED"}

@@ -15,7 +15,7 @@ from megatron_mm.training import checkpoint
 from megatron_mm.training.metrics import read_metrics
 
 TIMEOUT_SECONDS = 900
-TIMES = ("step_seconds", "tokens_per_second", "peak_gib")
+TIMES = ("step_seconds", "tokens_per_second", "peak_gib", "time")
 """Metrics that no two runs share."""
 
 

@@ -11,9 +11,11 @@ from small import small_config
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
+from megatron_mm.config.schema import GuardConfig
 from megatron_mm.errors import ConfigError
+from megatron_mm.modality import Source
 from megatron_mm.training import checkpoint
-from megatron_mm.training.guard import MAX_SKIPPED_STEPS, Guard, TrainingDiverged
+from megatron_mm.training.guard import Guard, LossSpike, TrainingDiverged
 from megatron_mm.training.metrics import _forget_after, read_metrics, step_line
 from megatron_mm.training.optimizer import AdamW, is_decayed
 from megatron_mm.training.step import StepResult
@@ -88,19 +90,43 @@ def test_embeddings_are_decayed_on_request() -> None:
     assert is_decayed(torch.empty(16, 4), "module.embedding.word_embeddings.weight", decay_embeddings=True)
 
 
-def result(updated: bool) -> StepResult:
-    return StepResult(torch.zeros(4, 2), math.inf if not updated else 1.0, 1e-3, updated)
+def result(updated: bool = True, loss: float = 1.0) -> StepResult:
+    losses = torch.tensor([[loss, 1.0]] + [[0.0, 0.0]] * (len(Source) - 1), dtype=torch.float64)
+    return StepResult(losses, math.inf if not updated else 1.0, 1e-3, updated)
 
 
 def test_the_guard_stops_a_run_whose_gradients_stay_non_finite() -> None:
-    guard = Guard()
-    for step in range(MAX_SKIPPED_STEPS - 1):
+    settings = GuardConfig(max_skipped_steps=4)
+    guard = Guard(settings)
+    for step in range(3):
         guard.check(result(False), step=step)
+    assert not guard.healthy
     guard.check(result(True), step=20)
-    for step in range(MAX_SKIPPED_STEPS - 1):
+    assert guard.healthy
+    for step in range(3):
         guard.check(result(False), step=30 + step)
-    with pytest.raises(TrainingDiverged, match=f"the last {MAX_SKIPPED_STEPS} steps, up to 50"):
+    with pytest.raises(TrainingDiverged, match="the last 4 steps, up to 50"):
         guard.check(result(False), step=50)
+
+
+def test_the_guard_calls_it_a_spike_when_the_loss_stays_up() -> None:
+    guard = Guard(GuardConfig(spike_window=20, spike_steps=3, spike_deviations=5.0))
+    noise = [0.01 * math.sin(17 * step) for step in range(40)]
+    for step in range(20):
+        guard.check(result(loss=4.0 - 0.02 * step + noise[step]), step=step)
+    guard.check(result(loss=9.0), step=20)
+    assert not guard.healthy  # nothing is saved while it is not known whether this passes
+    guard.check(result(loss=3.6), step=21)
+    assert guard.healthy
+    guard.check(result(loss=9.0), step=22)
+    guard.check(result(loss=8.0), step=23)
+    with pytest.raises(LossSpike, match=r"steps 22 to 24 is up to 9\.0000; it was 3\.\d+ before") as spike:
+        guard.check(result(loss=7.0), step=24)
+    assert (spike.value.first, spike.value.last) == (22, 24)
+    for _ in range(GuardConfig().max_rollbacks):
+        guard.roll_back(spike.value)
+    with pytest.raises(TrainingDiverged, match="after 3 roll-backs"):
+        guard.roll_back(spike.value)
 
 
 def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:

@@ -1,0 +1,172 @@
+"""The files of a checkpoint on disk: written aside, listed with their hashes, committed last, verified before use.
+
+A checkpoint is a folder step_N. It is written as step_N.TOKEN.partial, where TOKEN is the life of the run that writes;
+manifest.json lists every file with its size and SHA-256; COMMITTED, written last, holds the hash of the manifest; then
+the folder is renamed. Only a folder named step_N with COMMITTED in it is a checkpoint, and nothing in it ever changes.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import uuid
+from pathlib import Path
+from typing import Any
+
+from megatron_mm.errors import DataError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+COMMITTED = "COMMITTED"
+OWNER = "OWNER"
+BLOCK_BYTES = 1 << 22
+
+
+class TakenOver(RuntimeError):
+    """Another job has started to write this run: this one must not."""
+
+
+def whole_ones(folder: Path) -> list[Path]:
+    """Return the committed checkpoints in `folder`, oldest first."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted((path for path in found if (path / COMMITTED).exists()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def commit(partial: Path, final: Path, *, hashes: dict[str, str], facts: dict[str, Any], fence: "Fence") -> None:
+    """Make the files in `partial` the checkpoint `final`; `hashes` are those of files that their writers hashed.
+
+    Raises TakenOver if another job owns the run by now, OSError if the disk refuses.
+    """
+    files = sorted(path for path in partial.iterdir())
+    sizes = {path.name: path.stat().st_size for path in files}
+    missing = hashes.keys() - sizes.keys()
+    if missing:
+        raise FileNotFoundError(f"{partial} has lost {', '.join(sorted(missing))}")
+    hashes = {path.name: hashes.get(path.name) or hash_file(path) for path in files}
+    text = json.dumps({**facts, "bytes": sizes, "sha256": hashes}, indent=1)
+    _write_through(partial / MANIFEST, text)
+    _write_through(partial / COMMITTED, hashlib.sha256(text.encode()).hexdigest() + "\n")
+    _sync_folder(partial)
+    fence.check()
+    os.rename(partial, final)  # fails if there is one: a checkpoint is never overwritten
+    _sync_folder(final.parent)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint. Raises DataError if it is damaged, or not the one that was committed."""
+    try:
+        data = (path / MANIFEST).read_bytes()
+        manifest = json.loads(data)
+        committed = (path / COMMITTED).read_text().strip()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path / MANIFEST} or {COMMITTED} cannot be read ({type(error).__name__}: {error})") from error
+    if hashlib.sha256(data).hexdigest() != committed:
+        raise DataError(f"{path / MANIFEST} is not the manifest that was committed: it is stale or damaged")
+    if manifest["step"] != step_of(path):
+        raise DataError(f"{path / MANIFEST} is of step {manifest['step']}")
+    return manifest
+
+
+def find_damage(path: Path, *, share: int = 0, of: int = 1) -> list[str]:
+    """Return what is wrong with a checkpoint, a line for each file; of the files' hashes, check the share-th part.
+
+    Each of `of` readers hashes its own files; sizes are checked by the first alone.
+    """
+    try:
+        manifest = read_manifest(path)
+    except DataError as error:
+        return [str(error)] if share == 0 else []
+    problems = []
+    for number, (name, size) in enumerate(sorted(manifest["bytes"].items())):
+        file = path / name
+        try:
+            found = file.stat().st_size
+            if found != size:
+                problems += [f"{file} has {found} bytes, its manifest says {size}"] if share == 0 else []
+            elif number % of == share and hash_file(file) != manifest["sha256"][name]:
+                problems.append(f"{file} has other bytes than were written: its SHA-256 is not the manifest's")
+        except OSError as error:
+            problems += [f"{file} cannot be read: {error.strerror}"] if share == 0 or number % of == share else []
+    return problems
+
+
+def set_aside(path: Path, kind: str) -> Path:
+    """Rename a checkpoint so that it is none any more, and return its new name."""
+    aside = path.with_name(f"{path.name}.{kind}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    return aside
+
+
+def remove_old(folder: Path, *, keep: int, keep_every: int) -> None:
+    """Remove all checkpoints but the newest `keep` and those of every `keep_every`-th step (0: none of them)."""
+    for path in whole_ones(folder)[:-keep]:
+        if not (keep_every and step_of(path) % keep_every == 0):
+            gone = set_aside(path, "removed.partial")  # at once: a reader finds all of it or nothing
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+class Fence:
+    """Keeps a job that lives on from committing to a run which another job has taken over.
+
+    A node that SLURM has given up may be alive, with access to the same files.
+    """
+
+    def __init__(self, folder: Path, token: str) -> None:
+        self._path, self.token = folder / OWNER, token
+
+    @classmethod
+    def take(cls, folder: Path) -> "Fence":
+        """Become the owner of the checkpoints in `folder`, and remove what other lives left half-written."""
+        job = os.environ.get("SLURM_JOB_ID", "local")
+        life = os.environ.get("SLURM_RESTART_COUNT", "0")
+        token = f"{job}.{life}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        written = folder / f"{OWNER}.{token}"
+        _write_through(written, token)
+        os.replace(written, folder / OWNER)
+        for path in folder.glob("*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
+        return cls(folder, token)
+
+    def check(self) -> None:
+        """Pass if this job still owns the run; raise TakenOver if not."""
+        owner = self._path.read_text().strip() if self._path.exists() else "nobody"
+        if owner != self.token:
+            raise TakenOver(
+                f"{self._path} names {owner}, this job is {self.token}: another job goes on with this run, so this one "
+                "stops and commits nothing."
+            )
+
+
+def _write_through(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,57 @@
+"""Ending a run early, at a step edge, on all ranks alike: on SIGUSR1, a flag file, or a deadline.
+
+SIGTERM ends a rank at once, as it always does: with it SLURM also announces that a node is gone, and a save needs all.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from megatron_mm.parallel import device
+from megatron_mm.parallel.mesh import Mesh
+
+STOP_FILE = "MEGATRON_MM_STOP_FILE"
+"""Names a file whose existence asks the run to save and end; the batch script makes it before the time limit."""
+DEADLINE = "MEGATRON_MM_DEADLINE"
+"""Unix time at which the run is to save and end."""
+
+
+class StopRequest:
+    """Knows whether this process was asked to stop, and what all ranks make of it."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._signalled = False
+        self._file = os.environ.get(STOP_FILE)
+        self._deadline = float(os.environ.get(DEADLINE, "inf"))
+        self._before = signal.signal(signal.SIGUSR1, self._on_signal)
+
+    def _on_signal(self, *_: object) -> None:
+        self._signalled = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGUSR1, self._before or signal.SIG_DFL)
+
+    def reason(self) -> str | None:
+        """Return why this rank wants to stop, None if it does not; rank 0 looks at the file and the clock."""
+        if self._signalled:
+            return "SIGUSR1"
+        if self._mesh.speaks and self._file and Path(self._file).exists():
+            return f"{self._file} exists"
+        if self._mesh.speaks and time.time() >= self._deadline:
+            return "the deadline is reached"
+        return None
+
+    def agreed(self) -> bool:
+        """Return whether any rank was asked to stop. Collective over all ranks, after every step."""
+        wanted = torch.tensor(int(self.reason() is not None), device=device.current())
+        dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
+        return bool(wanted)

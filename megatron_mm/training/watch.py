@@ -1,0 +1,219 @@
+"""Whether every rank is alive and as fast as the others: heartbeats, hangs with their cause, slow ranks.
+
+A thread of each rank writes to run_dir/health/rank_N.json where its main thread is; when nothing moves any more, the
+ranks read each other's files, for in a hang no collective would answer, and say who waits in what and for whom.
+"""
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
+
+from megatron_mm.config.schema import GuardConfig
+from megatron_mm.parallel import device
+from megatron_mm.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+HUNG = 86
+"""Exit status of a rank that stood still for too long."""
+START_FACTOR = 3
+"""Times guard.hang_seconds that building, loading and the first step may take."""
+SILENT_BEATS = 6
+"""Heartbeats that a rank may miss before it is said to be gone."""
+PACKAGE = str(Path(__file__).parents[1])
+PROBE_SIZE = 256
+PROBE_RUNS = 5
+
+
+class Watch:
+    """Watches this rank from a thread of its own; use as a context around the run."""
+
+    def __init__(self, settings: GuardConfig, mesh: Mesh, run_dir: str | Path) -> None:
+        self._settings, self._mesh, self._folder = settings, mesh, Path(run_dir) / "health"
+        self._host = socket.gethostname()
+        self._step, self._phase, self._since = 0, "start", time.time()
+        self._patience = settings.hang_seconds * START_FACTOR
+        self._data_seconds: list[float] = []
+        self._ended = threading.Event()
+        self._main = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "hang.txt").unlink(missing_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def beat(self, phase: str, *, step: int) -> None:
+        """Say that this rank has reached `phase` of step `step`: it is alive."""
+        self._step, self._phase, self._since = step, phase, time.time()
+
+    def started(self) -> None:
+        """Say that the first step is done: from now on a phase may take guard.hang_seconds and no more."""
+        self._patience = self._settings.hang_seconds
+
+    def waited_for_data(self, seconds: float) -> None:
+        """Note how long this rank waited for its micro-batches."""
+        self._data_seconds.append(seconds)
+
+    def compare_ranks(self, *, step: int) -> dict[str, float]:
+        """Warn of each rank that is slower than the others; return the worst ratios. Collective over all ranks."""
+        own = torch.tensor([probe_seconds(), sum(self._data_seconds)], dtype=torch.float64, device=device.current())
+        steps, self._data_seconds = max(1, len(self._data_seconds)), []
+        everywhere = [torch.empty_like(own) for _ in range(self._mesh.world_size)]
+        dist.all_gather(everywhere, own)
+        hosts: list[str] = [""] * self._mesh.world_size
+        dist.all_gather_object(hosts, self._host)
+        probes = [float(rank[0]) for rank in everywhere]
+        waits = [float(rank[1]) / steps for rank in everywhere]
+        usual, ratio = median(probes), self._settings.slow_rank_ratio
+        slow = [rank for rank, seconds in enumerate(probes) if seconds > ratio * usual]
+        late = [rank for rank, seconds in enumerate(waits) if seconds > max(0.05, ratio * median(waits))]
+        if self._mesh.speaks:
+            for rank in slow:
+                log.warning(
+                    "step %d: rank %d on %s is slow: the same product takes it %.1f times as long as the median rank",
+                    *(step, rank, hosts[rank], probes[rank] / usual),
+                )
+            for rank in late:
+                log.warning(
+                    "step %d: rank %d on %s waits %.2f s a step for its data, the median rank %.2f s",
+                    *(step, rank, hosts[rank], waits[rank], median(waits)),
+                )
+        return {"slowest_rank_ratio": max(probes) / usual, "data_wait_seconds": max(waits)}
+
+    def _run(self) -> None:
+        while not self._ended.wait(min(self._settings.heartbeat_seconds, max(0.1, self._settings.hang_seconds / 4))):
+            still = time.time() - self._since
+            self._write(still)
+            over = still - self._patience - (0 if self._mesh.speaks else self._settings.heartbeat_seconds)
+            if self._settings.hang_seconds and over > 0:
+                self._end(still)
+
+    def _write(self, still: float) -> None:
+        looks = still > self._settings.heartbeat_seconds or still > self._settings.hang_seconds / 2
+        record = {
+            "rank": self._mesh.rank,
+            "host": self._host,
+            "pid": os.getpid(),
+            "step": self._step,
+            "phase": self._phase,
+            "since": self._since,
+            "time": time.time(),
+            "waits_in": current_collective() if looks else None,
+            "at": _place(sys._current_frames().get(self._main)) if looks else None,
+        }
+        path = self._folder / f"rank_{self._mesh.rank}.json"
+        partial = path.with_suffix(".partial")
+        try:
+            partial.write_text(json.dumps(record))
+            os.replace(partial, path)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", path, error)
+
+    def _end(self, still: float) -> None:
+        """Report the hang, once for all ranks, and end this process: its main thread will not."""
+        time.sleep(self._settings.heartbeat_seconds)  # let every rank have written that it stands still
+        records = read_health(self._folder)
+        report = explain_hang(
+            records,
+            world_size=self._mesh.world_size,
+            oldest=time.time() - SILENT_BEATS * self._settings.heartbeat_seconds,
+        )
+        try:
+            with (self._folder / "hang.txt").open("x") as file:
+                file.write(report + "\n")
+            log.error("nothing has moved for %.0f s:\n%s", still, report)
+        except FileExistsError:
+            pass
+        sys.stderr.flush()
+        os._exit(HUNG)
+
+
+def read_health(folder: Path) -> list[dict[str, Any]]:
+    """Return the newest heartbeat of each rank."""
+    found = []
+    for path in sorted(folder.glob("rank_*.json")):
+        try:
+            found.append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def explain_hang(records: list[dict[str, Any]], *, world_size: int, oldest: float) -> str:
+    """Return who is to blame for a hang and who waits for whom; a rank whose heartbeat is before `oldest` is gone."""
+    by_rank = {record["rank"]: record for record in records}
+    silent = [rank for rank in range(world_size) if rank not in by_rank or by_rank[rank]["time"] < oldest]
+    lines = [f"rank {rank} on {by_rank.get(rank, {}).get('host', '?')} has no heartbeat any more" for rank in silent]
+    waiting: dict[str, list[int]] = defaultdict(list)
+    for rank, record in by_rank.items():
+        if rank in silent:
+            continue
+        if record["waits_in"] is None:
+            lines.append(
+                f"rank {rank} on {record['host']} is in no collective: step {record['step']}, {record['phase']}, "
+                f"at {record['at']}"
+            )
+        else:
+            waiting[f"{record['waits_in']}, {record['phase']} of step {record['step']}"].append(rank)
+    for what, ranks in sorted(waiting.items(), key=lambda item: len(item[1])):
+        few = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
+        lines.append(f"rank{'s' if len(ranks) > 1 else ''} {few} wait{'' if len(ranks) > 1 else 's'} in {what}")
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def current_collective() -> str | None:
+    """Return the collective that this rank has begun last and not finished, from torch's flight recorder."""
+    try:
+        recorded = json.loads(c10d._dump_fr_trace_json(True, False))
+    except (RuntimeError, ValueError):
+        return None
+    for entry in reversed(recorded.get("entries", [])):
+        if not entry["retired"] and entry["state"] != "completed":
+            name, about = entry["process_group"]
+            number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
+            return f"{entry['profiling_name']} number {number} of group {about if about != 'undefined' else name}"
+    return None
+
+
+def probe_seconds() -> float:
+    """Return how long the same matrix product takes on this rank: the fastest of a few."""
+    a = torch.ones(PROBE_SIZE, PROBE_SIZE, device=device.current())
+    times = []
+    for _ in range(PROBE_RUNS):
+        started = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for the device
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _place(frame: FrameType | None) -> str:
+    """Return the innermost line of this package, and the innermost of all, that a stack stands at."""
+    inner, own = frame, None
+    while frame is not None:
+        if own is None and frame.f_code.co_filename.startswith(PACKAGE):
+            own = frame
+        frame = frame.f_back
+    return " under ".join(dict.fromkeys(_line(one) for one in (inner, own) if one is not None))
+
+
+def _line(frame: FrameType) -> str:
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}()"
