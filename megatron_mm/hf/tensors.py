@@ -106,7 +106,7 @@ class CheckpointReader:
         """As they are on the disk, stacked or not."""
         self.tensors: dict[str, TensorInfo] = {}
         self._chunks: dict[str, list[Chunk]] = {}
-        metadata = _read_index(self.path / ".metadata")
+        metadata = read_index(self.path / ".metadata")
         stored = {(key.fqn, tuple(key.offset or ())): value for key, value in metadata.storage_data.items()}
         for key, value in metadata.state_dict_metadata.items():
             if hasattr(value, "chunks") and not key.startswith("optimizer."):
@@ -325,7 +325,8 @@ class IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_index(path: Path) -> Any:
+def read_index(path: Path) -> Any:
+    """Return the index of a checkpoint. Raises DataError if it is damaged or names what no index needs."""
     try:
         with path.open("rb") as file:
             return IndexUnpickler(file).load()

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
-from statistics import median
+from statistics import median_low
 from types import FrameType
 from typing import Any
 
@@ -83,9 +83,9 @@ class Watch:
         dist.all_gather_object(hosts, self._host)
         probes = [float(rank[0]) for rank in everywhere]
         waits = [float(rank[1]) / steps for rank in everywhere]
-        usual, ratio = median(probes), self._settings.slow_rank_ratio
+        usual, ratio = median_low(probes), self._settings.slow_rank_ratio
         slow = [rank for rank, seconds in enumerate(probes) if seconds > ratio * usual]
-        late = [rank for rank, seconds in enumerate(waits) if seconds > max(0.05, ratio * median(waits))]
+        late = [rank for rank, seconds in enumerate(waits) if seconds > max(0.05, ratio * median_low(waits))]
         if self._mesh.speaks:
             for rank in slow:
                 log.warning(
@@ -95,7 +95,7 @@ class Watch:
             for rank in late:
                 log.warning(
                     "step %d: rank %d on %s waits %.2f s a step for its data, the median rank %.2f s",
-                    *(step, rank, hosts[rank], waits[rank], median(waits)),
+                    *(step, rank, hosts[rank], waits[rank], median_low(waits)),
                 )
         return {"slowest_rank_ratio": max(probes) / usual, "data_wait_seconds": max(waits)}
 

@@ -1,0 +1,315 @@
+"""What is broken on purpose in a run: each fault is found and named; the run goes on from the right step, or stops."""
+
+import errno
+import functools
+import io
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from launch import run_ranks
+from small import small_config
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_mm.config import Config
+from megatron_mm.data.loader import Loader
+from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.hf.pickles import only_plain_pickles
+from megatron_mm.parallel import mesh as meshes
+from megatron_mm.parallel import software
+from megatron_mm.training import checkpoint, loop, manifest, saver, watch
+from megatron_mm.training.manifest import Fence, TakenOver
+from megatron_mm.training.metrics import read_metrics
+from megatron_mm.training.saver import SaveFailed
+from megatron_mm.training.state import TrainState, build_state
+from megatron_mm.training.step import StepResult, train_step
+
+
+def run_of(shards: Path, run_dir: Path, *overrides: str) -> Config:
+    """Return a run of five cheap steps that is saved after each."""
+    return small_config(
+        shards,
+        run_dir,
+        *("training.global_batch_size=2", "training.steps=5", "checkpoint.interval=1", "guard.heartbeat_seconds=0.5"),
+        *overrides,
+    )
+
+
+Plant = Callable[[TrainState, StepResult], StepResult | None]
+
+
+def train(config: Config, plant: Plant | None = None, patch: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Train as the command does, with a fault after each step; return the weights and what was logged as a warning."""
+    mesh = meshes.cut(config)
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("megatron_mm").addHandler(handler)
+    loop.plot_losses = lambda run_dir: run_dir
+    if patch is not None:
+        patch(mesh.rank)
+    if plant is not None:
+        loop.train_step = lambda state, batches: plant(state, result := train_step(state, batches)) or result
+    try:
+        state = loop.train(config, mesh)
+    finally:
+        os.seteuid(os.getuid())
+    weights = {name: value.clone() for chunk in state.chunks for name, value in chunk.named_parameters()}
+    return {"step": state.step, "weights": weights, "said": "\n".join(said), "skipped": state.skipped_batches}
+
+
+def assert_same_weights(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, weight in one["weights"].items():
+        assert torch.equal(other["weights"][name], weight), name
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run of one rank that nothing disturbed, with its checkpoints."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    (seen,) = run_ranks(1, train, run_of(shards, run_dir, "checkpoint.keep=9"))
+    return {**seen, "run_dir": run_dir}
+
+
+@pytest.fixture
+def interrupted(whole: dict[str, Any], tmp_path: Path) -> Path:
+    """The run_dir of a run of which steps 1 to 3 are done."""
+    for step in (1, 2, 3):
+        name = f"checkpoints/step_{step:08d}"
+        shutil.copytree(whole["run_dir"] / name, tmp_path / name)
+    return tmp_path
+
+
+def flip(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(whole, interrupted: Path, shards: Path) -> None:
+    checkpoints = interrupted / "checkpoints"
+    flip(next((checkpoints / "step_00000003").glob("*.distcp")))
+    (checkpoints / "step_00000009.other.partial").mkdir()
+    (seen,) = run_ranks(1, train, run_of(shards, interrupted))
+    assert "step_00000003 is damaged and is now step_00000003.damaged" in seen["said"]
+    assert "has other bytes than were written" in seen["said"]
+    assert_same_weights(seen, whole)
+    assert (interrupted / "DONE").read_text() == "5\n"
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == [
+        *("step_00000003", "step_00000003.damaged", "step_00000004", "step_00000005"),
+    ]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(interrupted: Path, shards: Path) -> None:
+    for path in (interrupted / "checkpoints").glob("step_*"):
+        os.truncate(next(path.glob("*.distcp")), 100)
+    with pytest.raises(AssertionError, match="no checkpoint of .* is whole") as failure:
+        run_ranks(1, train, run_of(shards, interrupted))
+    assert DataError.__name__ in str(failure.value)
+
+
+def stop_rank_1(state: TrainState, result: StepResult) -> None:
+    if state.mesh.rank == 1 and state.step == 2:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+    config = run_of(shards, tmp_path, "checkpoint.interval=100")
+    seen = run_ranks(2, train, config, stop_rank_1)
+    assert [rank["step"] for rank in seen] == [2, 2]
+    assert checkpoint.newest(config).name == "step_00000002"
+    assert not (tmp_path / "DONE").exists()
+
+
+def test_a_stop_file_ends_a_run_with_a_checkpoint(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_of(shards, tmp_path, "checkpoint.interval=100")
+    (tmp_path / "stop").touch()
+    (seen,) = run_ranks(1, train, config, None, functools.partial(set_stop_file, str(tmp_path / "stop")))
+    assert seen["step"] == 1
+    assert checkpoint.newest(config).name == "step_00000001"
+
+
+def set_stop_file(path: str, _: int) -> None:
+    os.environ["MEGATRON_MM_STOP_FILE"] = path
+
+
+def poison(state: TrainState, result: StepResult) -> StepResult | None:
+    """Let the batches 6 and 7 of the order have a loss far above the others."""
+    if state.batch_of(state.step - 1) in (6, 7):
+        return StepResult(result.losses * torch.tensor([40.0, 1.0]), result.grad_norm, result.lr, result.updated)
+    return None
+
+
+def test_a_spike_takes_the_run_back_and_leaves_its_batches_out(shards: Path, tmp_path: Path) -> None:
+    spikes = ("training.steps=9", "guard.spike_window=8", "guard.spike_steps=2", "checkpoint.interval=5")
+    (seen,) = run_ranks(1, train, run_of(shards, tmp_path / "spike", *spikes), poison)
+    assert seen["skipped"] == [(6, 2)]
+    assert "going back to" in seen["said"]
+    records = read_metrics(tmp_path / "spike")
+    assert [record["step"] for record in records if "grad_norm" in record] == list(range(1, 10))
+    (back,) = [record for record in records if "went_back" in record]
+    assert (back["step"], back["lost_steps"]) == (5, 3)
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "skipped_batches.json").write_text("[[6, 2]]")
+    run_ranks(1, train, run_of(shards, tmp_path / "without", *spikes, "training.stop_after=5"))
+    (without,) = run_ranks(1, train, run_of(shards, tmp_path / "without", *spikes))  # reads the file as it goes on
+    assert without["skipped"] == [(6, 2)]
+    assert_same_weights(seen, without)
+
+
+def fill_disk(rank: int, *, calls: int) -> None:
+    """Let the disk of rank 1 be full for the first `calls` shards that it writes."""
+    hash_file, left = manifest.hash_file, [calls]
+    begin = saver.Saver.begin
+
+    def count(self: saver.Saver, *args: Any, **kwargs: Any) -> Any:
+        full = rank == 1 and left[0] > 0
+        left[0] -= 1
+        manifest.hash_file = no_space if full else hash_file  # in the process that begin() forks
+        return begin(self, *args, **kwargs)
+
+    def no_space(path: Path) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    saver.Saver.begin = count
+
+
+def test_a_full_disk_leaves_older_checkpoints_and_the_run_goes_on(shards: Path, tmp_path: Path) -> None:
+    seen = run_ranks(2, train, run_of(shards, tmp_path), None, functools.partial(fill_disk, calls=2))
+    assert "rank 1 on" in seen[0]["said"]
+    assert "No space left on device" in seen[0]["said"]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert names == ["step_00000003", "step_00000004", "step_00000005"]
+    with pytest.raises(AssertionError, match="3 saves in a row failed") as failure:
+        run_ranks(2, train, run_of(shards, tmp_path, "training.steps=9"), None, functools.partial(fill_disk, calls=9))
+    assert SaveFailed.__name__ in str(failure.value)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == names
+
+
+def become_nobody(rank: int) -> None:
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+def test_a_folder_that_cannot_be_written_is_named(shards: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to the user that it becomes
+        os.chmod(folder, 0o555)
+        with pytest.raises(AssertionError, match=f"run_dir={folder} cannot be written: PermissionError") as failure:
+            run_ranks(1, train, run_of(shards, Path(folder)), None, become_nobody)
+    assert ConfigError.__name__ in str(failure.value)
+
+
+def test_a_job_that_was_taken_over_commits_nothing(tmp_path: Path) -> None:
+    old, new = Fence.take(tmp_path), Fence.take(tmp_path)
+    for fence, partial in ((old, tmp_path / "a.partial"), (new, tmp_path / "b.partial")):
+        partial.mkdir()
+        (partial / "shard").write_bytes(b"data")
+        commit = functools.partial(manifest.commit, partial, hashes={}, facts={"step": 7}, fence=fence)
+        if fence is old:
+            with pytest.raises(TakenOver, match="another job goes on with this run"):
+                commit(tmp_path / "step_00000007")
+        else:
+            commit(tmp_path / "step_00000007")
+    assert manifest.find_damage(tmp_path / "step_00000007") == []
+
+
+def hang_rank_1(state: TrainState, result: StepResult) -> None:
+    if state.mesh.rank == 1 and state.step == 2:
+        time.sleep(600)
+
+
+def test_a_hung_rank_is_named_with_the_collective_that_waits_for_it(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):  # no rank returns: they end themselves
+        run_ranks(2, train, run_of(shards, tmp_path, "guard.hang_seconds=3"), hang_rank_1)
+    report = (tmp_path / "health" / "hang.txt").read_text()
+    assert "rank 1 on" in report
+    assert "is in no collective: step 2" in report
+    assert "hang_rank_1()" in report
+    assert "rank 0 waits in gloo:all_reduce number" in report
+
+
+def slow_rank_1(rank: int) -> None:
+    if rank == 1:
+        watch.PROBE_SIZE *= 4
+
+
+def test_a_slow_rank_is_named(shards: Path, tmp_path: Path) -> None:
+    config = run_of(shards, tmp_path, "guard.slow_rank_interval=5", "guard.slow_rank_ratio=2")
+    seen = run_ranks(2, train, config, None, slow_rank_1)
+    assert "rank 1 on" in seen[0]["said"]
+    assert "is slow" in seen[0]["said"]
+
+
+def compare_software(config: Config) -> str:
+    mesh = meshes.cut(config)
+    own = software.describe_software()
+    software.check_same_software(mesh)
+    with pytest.raises(ConfigError) as failure:
+        software.check_same_software(mesh, {**own, "torch": "1.0"} if mesh.rank == 2 else own)
+    return str(failure.value)
+
+
+def test_a_rank_with_other_versions_is_named(shards: Path, tmp_path: Path) -> None:
+    for message in run_ranks(3, compare_software, run_of(shards, tmp_path)):
+        assert f"torch 1.0, most ranks have {software.describe_software()['torch']}: rank 2 on" in message
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch executed",)
+
+
+def load_foreign(config: Config, path: Path) -> str:
+    os.chdir(path.parent)
+    mesh = meshes.cut(config)
+    state = build_state(config, mesh)
+    train_step(state, Loader(config.data.train, config=config, mesh=mesh).step(0))
+    with pytest.raises(DataError) as failure:
+        checkpoint.load(state, path, verify=False)
+    return str(failure.value)
+
+
+def test_a_checkpoint_that_would_execute_code_is_refused(interrupted: Path, shards: Path) -> None:
+    path = interrupted / "checkpoints" / "step_00000003"
+    (path / ".metadata").write_bytes(pickle.dumps(Payload()))
+    (message,) = run_ranks(1, load_foreign, run_of(shards, interrupted), path)
+    assert "system, which no checkpoint needs" in message
+    assert not (path.parent / "executed").exists()
+
+
+def test_what_lies_beside_the_tensors_may_not_execute_code_either(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({})))
+    data = io.BytesIO()
+    torch.save(Payload(), data)
+    data.seek(0)
+    item = SimpleNamespace(dest_index=SimpleNamespace(fqn="common_state"))
+    with only_plain_pickles(tmp_path), pytest.raises(DataError, match="common_state is not plain data"):
+        DefaultLoadPlanner().load_bytes(item, data)
+
+
+def test_retention_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
+    fence = Fence.take(tmp_path)
+    for step in range(1, 8):
+        partial = tmp_path / "new.partial"
+        partial.mkdir()
+        manifest.commit(partial, tmp_path / f"step_{step:08d}", hashes={}, facts={"step": step}, fence=fence)
+        manifest.remove_old(tmp_path, keep=2, keep_every=3)
+    assert [manifest.step_of(path) for path in manifest.whole_ones(tmp_path)] == [3, 6, 7]
+    assert json.loads((tmp_path / "step_00000007" / "manifest.json").read_text())["step"] == 7
