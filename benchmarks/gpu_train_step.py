@@ -1,6 +1,6 @@
 """Time and memory of one training step on one GPU, BF16, text only: ours beside megatron-core's GPTModel.
 
-    python benchmarks/gpu_train_step.py
+    python benchmarks/gpu_train_step.py        (needs 90 GB of GPU memory)
 
 Layers of 4096 with one key/value head and the width of the 88B's MLP, at 8,192 tokens. GPTModel and two of ours run on
 TransformerEngine's layers (needed); ours also on the local backend, with the kernels of csrc. All are processes of
