@@ -8,12 +8,12 @@ SHARDS := build/sample_data
 SAMPLE := examples/sample_data
 SOURCES := pyproject.toml setup.py requirements.txt requirements-dev.txt $(wildcard csrc/*/*)
 
-.PHONY: setup demo test test-gpu test-layouts lint clean
+.PHONY: setup demo test test-gpu test-layouts test-slurm lint clean
 
 setup: $(INSTALLED) $(ENGINE)/.installed $(SHARDS)/train.json $(SHARDS)/heldout.json
 
 demo: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" examples/pretrain_tiny.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
 
 test: setup lint
 	$(BIN)/python -m pytest
@@ -25,6 +25,10 @@ test-gpu: $(INSTALLED)
 KINDS ?= each
 test-layouts: setup
 	MEGATRON_MM_KINDS=$(KINDS) $(BIN)/python -m pytest tests/ranks/test_all_layouts.py
+
+# Jobs on a virtual SLURM cluster that are killed in every way: root and slurm-wlm, munge, iproute2; half an hour.
+test-slurm: setup
+	$(BIN)/python -m pytest tests/slurm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,9 +12,9 @@ from megatron_mm.training.metrics import read_metrics
 ROOT = Path(__file__).parents[2]
 
 
-def test_pretrain_tiny_trains_stops_and_goes_on_in_another_layout(tmp_path: Path) -> None:
+def test_the_demo_trains_stops_and_goes_on_in_another_layout(tmp_path: Path) -> None:
     environment = {**os.environ, "DEMO_STEPS": "4", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    script = [str(ROOT / "examples" / "pretrain_tiny.sh"), str(tmp_path / "run")]
+    script = [str(ROOT / "examples" / "demo.sh"), str(tmp_path / "run")]
     ended = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=1_500)
     assert ended.returncode == 0, ended.stderr
     assert "Warning" not in ended.stdout + ended.stderr

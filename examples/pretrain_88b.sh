@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Pretrain the 88B on 128 nodes of 8 GPUs: A100 in BF16, H100 and later in FP8.
+#   sbatch examples/pretrain_88b.sh [section.key=value ...]
+#   sbatch --nodes=130 --no-kill examples/pretrain_88b.sh       two spare nodes: restarts without the queue
+#   for _ in 1 2 3; do sbatch examples/pretrain_88b.sh; done    a chain: each goes on where the one before ended
+#   DRY_RUN=1 examples/pretrain_88b.sh                          prints what would run
+# Account, partition, data, container and fabric of a site go into examples/site.env; docs/cluster.md says which.
+#SBATCH --job-name=mm88b
+#SBATCH --nodes=128
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@900
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --dependency=singleton
+#SBATCH --output=%x-%j.out
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 1  # $0 is SLURM's copy of this file
+[ ! -e examples/site.env ] || . examples/site.env
+
+GPU=${GPU:-$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)}
+case $GPU in
+  *A100*) preset=mm_88b ;;  # has no FP8
+  *) preset=mm_88b_fp8 ;;
+esac
+PRESET=${PRESET:-$preset} TRAIN_NODES=${TRAIN_NODES:-128} TASKS=8 GPUS=${GPUS:-8}
+RUN_DIR=${RUN_DIR:-$PWD/runs/${SLURM_JOB_NAME:-mm88b}}
+if [ -z "${TRAIN_DATA:-}" ] && [[ " $*" != *" data.train="* ]] && [ -z "${DRY_RUN:-}" ] && [ ! -e data/train.json ]; then
+  echo "error: there are no shards data/train: set TRAIN_DATA in examples/site.env, or give data.train=[...]"; exit 1
+fi
+SETTINGS=("data.train=${TRAIN_DATA:-[data/train]}" "data.validation=${HELDOUT_DATA:-[data/heldout]}" "$@")
+. examples/launch.sh
