@@ -168,11 +168,15 @@ def cross_entropy_backward(
     elsewhere = ((local < 0) | (local >= logits.shape[1])).unsqueeze(-1)
     local = local.unsqueeze(-1).masked_fill(elsewhere, 0)
     label_gradient = -gradient[0].unsqueeze(-1).masked_fill(elsewhere, 0.0)
+    wide = logits.dtype == log_z.dtype
     for own in _row_blocks(logits):
-        block = (logits[own] - log_z[own].unsqueeze(-1)).exp_().mul_(scale[own].unsqueeze(-1))
+        block = logits[own].sub_(log_z[own].unsqueeze(-1)) if wide else logits[own] - log_z[own].unsqueeze(-1)
+        block.exp_().mul_(scale[own].unsqueeze(-1))
         if dead is not None:
             block.masked_fill_(dead[own].unsqueeze(-1), 0.0)  # their logits may be anything
-        logits[own] = block.scatter_add_(-1, local[own], label_gradient[own])
+        block.scatter_add_(-1, local[own], label_gradient[own])
+        if not wide:
+            logits[own] = block
 
 
 def _row_blocks(logits: Tensor) -> list[slice]:
