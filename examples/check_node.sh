@@ -4,7 +4,7 @@
 set -uo pipefail
 gpus=$1 run_dir=${2:-} ok=${3:-} epoch=${4:-}
 unfit() { echo "unfit: $*"; exit 1; }
-megabytes() { df --output=avail -m "$1" | tail -1; }
+megabytes() { df --output=avail -m "$1" | tail -1 | tr -d ' '; }
 
 if [ -n "$epoch" ]; then
   skew=$(($(date +%s) - epoch)); ((${skew#-} < 120)) || unfit "its clock is $skew s off"

@@ -85,7 +85,8 @@ seconds_left() { # until the time limit; nothing if there is none
 requeue() { # [NODES TO AVOID]
   say "queued again${1:+, without $1}"
   scontrol requeue "$SLURM_JOB_ID" || fail "the job cannot be requeued: submit it again"
-  [ -z "${1:-}" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1"  # possible only once it is pending
+  # Possible only once the job is pending; and the TERM that follows a requeue also ends a scontrol that is under way.
+  [ -z "${1:-}" ] || for _ in {1..20}; do scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1" && break; sleep 0.3; done
   sleep 120; exit 1; }  # SLURM ends this shell
 joined() { local IFS=,; echo "$*"; }
 
@@ -97,7 +98,7 @@ check_nodes() { # sets good and bad; a node that says nothing is bad
   good=() bad=()
   for node in "${all[@]}"; do
     if [ -e "$try_logs/nodes/$node.ok" ]; then good+=("$node"); continue; fi
-    bad+=("$node"); say "$node is unfit: $(grep -hs unfit "$try_logs/nodes/$node.log" | head -1 || true)"
+    bad+=("$node"); say "$node is unfit: $(sed -n 's/^unfit: //p' "$try_logs/nodes/$node.log" 2>/dev/null | head -1)"
   done; }
 
 watch_heartbeats() { # SRUN-PID: end the step when a rank has no heartbeat: SLURM itself waits SlurmdTimeout for a dead node

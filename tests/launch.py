@@ -59,6 +59,18 @@ def run_until_end(function: Callable[..., Any], *args: Any) -> int:
     return process.exitcode
 
 
+def start_ranks(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Start function(*args) on several ranks that meet in `folder`, and return their processes, to be killed."""
+    folder.mkdir(parents=True)
+    processes = [
+        _context.Process(target=_run_rank, args=(rank, world_size, str(folder), True, function, args, {}))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
 def run_isolated(function: Callable[..., Any], *args: Any) -> Any:
     """Return function(*args), called in a fresh interpreter."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

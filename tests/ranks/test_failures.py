@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import random
 import shutil
 import signal
 import tempfile
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import run_ranks
+from launch import run_ranks, start_ranks
 from small import small_config
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
@@ -302,6 +303,55 @@ def test_what_lies_beside_the_tensors_may_not_execute_code_either(tmp_path: Path
     item = SimpleNamespace(dest_index=SimpleNamespace(fqn="common_state"))
     with only_plain_pickles(tmp_path), pytest.raises(DataError, match="common_state is not plain data"):
         DefaultLoadPlanner().load_bytes(item, data)
+
+
+KILLS = int(os.environ.get("MEGATRON_MM_KILLS", "2"))
+"""Times that a run is killed: 30 for the record of docs/failure_tests.md."""
+
+
+def kill(ranks: list[Any], folder: Path, *, inside: bool, seconds: float) -> bool:
+    """Kill every rank with -9, `seconds` after a checkpoint of this life or `inside` a save; return whether it was one.
+
+    Returns at once if the run has ended by itself.
+    """
+    before = {path.name for path in folder.glob("step_*[0-9]")}
+    deadline = time.monotonic() + 120
+    while any(rank.is_alive() for rank in ranks):
+        assert time.monotonic() < deadline
+        if {path.name for path in folder.glob("step_*[0-9]")} - before:
+            break
+        time.sleep(0.002)
+    if inside:
+        while any(rank.is_alive() for rank in ranks) and not any(folder.glob("*.partial/__*")):
+            time.sleep(0.0005)
+    else:
+        time.sleep(seconds)
+    caught = any(folder.glob("step_*.partial"))
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.join()
+    return caught and all(rank.exitcode == -signal.SIGKILL for rank in ranks)
+
+
+def test_a_run_that_is_killed_again_and_again_is_the_one_that_was_not(shards: Path, tmp_path: Path) -> None:
+    steps = f"training.steps={6 * KILLS}"
+    whole = run_ranks(2, train, run_of(shards, tmp_path / "whole", steps, "checkpoint.interval=0"))
+    config = run_of(shards, tmp_path / "killed", steps)
+    chance, inside = random.Random(0), 0
+    for number in range(KILLS):
+        ranks = start_ranks(2, tmp_path / f"life{number}", train, config)
+        caught = kill(ranks, checkpoint.folder(config), inside=number % 2 == 0, seconds=chance.uniform(0.0, 0.3))
+        inside += caught
+        damaged = [manifest.find_damage(path) for path in manifest.whole_ones(checkpoint.folder(config))]
+        assert not any(damaged), damaged
+    seen = run_ranks(2, train, config)
+    print(f"{KILLS} kills, {inside} of them inside a save")
+    assert inside >= KILLS // 3
+    assert [rank["step"] for rank in seen] == [6 * KILLS] * 2
+    for rank in range(2):
+        assert_same_weights(seen[rank], whole[rank])
+    assert "damaged" not in seen[0]["said"]
 
 
 def test_retention_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
