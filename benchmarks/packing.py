@@ -21,7 +21,6 @@ SIGMA = 1.3
 OPEN_SAMPLES = 64
 PEER_DOCUMENTS = 100_000
 BAR = 0.01
-NO_CUTS = (np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int32))
 
 
 def main() -> None:
@@ -35,7 +34,7 @@ def main() -> None:
         rng = np.random.default_rng(mean)
         lengths = np.exp(rng.normal(np.log(mean) - SIGMA**2 / 2, SIGMA, TOKENS // mean)).clip(2, 10**6).astype(np.int32)
         started = time.process_time()
-        ends, samples = packing.count_samples(lengths, SEQ_LEN, NO_CUTS, is_last=True)
+        ends, samples, *_ = packing.count_samples(lengths, SEQ_LEN, packing.NO_CUTS, is_last=True)
         cost = (time.process_time() - started) / len(lengths) * 1e9
         inputs = (lengths - 1).sum(dtype=np.int64)
         padding = 1 - inputs / (samples.sum() * SEQ_LEN)
@@ -52,16 +51,16 @@ def main() -> None:
 
 
 def count_cut(lengths: np.ndarray) -> int:
-    """Return how many documents that fit into a sample are in more than one piece, window by window."""
-    ends, _ = packing.count_samples(lengths, SEQ_LEN, NO_CUTS, is_last=True)
+    """Return how many documents that fit into a sample are in more than one piece, sample by sample."""
+    ends, samples, *_ = packing.count_samples(lengths, SEQ_LEN, packing.NO_CUTS, is_last=True)
     cut = 0
-    for begin, end in zip([0, *ends], ends):
+    for begin, end, count in zip([0, *ends], ends, samples):
         own = lengths[begin:end]
-        documents, _, sizes, samples = packing.pack_window(own, SEQ_LEN, NO_CUTS)
-        pieces = np.bincount(documents, minlength=len(own))
+        packed = [packing.pack_sample(own, SEQ_LEN, packing.NO_CUTS, sample) for sample in range(count)]
+        pieces = np.bincount(np.concatenate([sample["document"] for sample in packed]), minlength=len(own))
         cut += int(((pieces != 1) & (own - 1 <= SEQ_LEN)).sum())
-        filled = np.bincount(samples, weights=sizes)
-        if filled.max() > SEQ_LEN or sizes.sum() != (own - 1).sum():
+        filled = [int(sample["length"].sum()) for sample in packed]
+        if max(filled) > SEQ_LEN or sum(filled) != (own - 1).sum():
             raise SystemExit("a sample is too full, or an input is lost")
     return cut
 

@@ -1,10 +1,11 @@
 """The in-memory border between data and model: one micro-batch, as one rank needs it."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,20 +95,22 @@ def context_spans(num_tokens: int, *, cp_rank: int, cp_size: int) -> list[range]
 def attention_spans(doc_lengths: Sequence[int], *, cp_rank: int, cp_size: int) -> tuple[AttentionSpan, ...]:
     """Return the spans of a context rank in a row of documents."""
     stops = list(itertools.accumulate(doc_lengths))
+    if cp_size == 1:
+        lengths, cumulated = tuple(doc_lengths), _cumulated(stops)
+        return (AttentionSpan(0, stops[-1], 0, lengths, lengths, cumulated, cumulated),)
     documents = [range(stop - length, stop) for length, stop in zip(doc_lengths, stops)]
     spans = []
     for own in context_spans(stops[-1], cp_rank=cp_rank, cp_size=cp_size):
         inside = [document for document in documents if document.start < own.stop and document.stop > own.start]
         query = tuple(min(document.stop, own.stop) - max(document.start, own.start) for document in inside)
         key = tuple(min(document.stop, own.stop) - document.start for document in inside)
-        spans.append(
-            AttentionSpan(own.start, own.stop, inside[0].start, query, key, _cumulated(query), _cumulated(key))
-        )
+        cumulated = [_cumulated(itertools.accumulate(lengths)) for lengths in (query, key)]
+        spans.append(AttentionSpan(own.start, own.stop, inside[0].start, query, key, *cumulated))
     return tuple(spans)
 
 
-def _cumulated(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+def _cumulated(stops: Iterable[int]) -> Tensor:
+    return torch.from_numpy(np.array([0, *stops], np.int32))
 
 
 def _move(value: Any, device: torch.device) -> Any:

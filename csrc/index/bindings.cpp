@@ -1,7 +1,11 @@
 // Python's door to the index kernels: sample order and packing. References are in megatron_mm/data.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <stdexcept>
 #include <vector>
 
@@ -41,7 +45,7 @@ py::tuple pack_best_fit(const Array<int32_t>& lengths, int capacity) {
   for (py::ssize_t i = 0; i < count; ++i) {
     if (length[i] < 1 || length[i] > capacity) throw std::invalid_argument("a length is outside 1..capacity");
   }
-  py::array_t<int64_t> bin_of_piece(count);
+  py::array_t<int32_t> bin_of_piece(count);
   const int64_t num_bins = megatron_mm::pack_best_fit(length, count, capacity, bin_of_piece.mutable_data());
   return py::make_tuple(bin_of_piece, num_bins);
 }
@@ -64,38 +68,139 @@ py::tuple count_samples(const Array<int32_t>& tokens, int capacity, int64_t wind
   const megatron_mm::Cuts cuts = view_cuts(cut_documents, cut_first, cut_lengths, capacity);
   const int32_t* data = tokens.data();
   const int64_t count = tokens.size();
-  std::vector<int64_t> ends, bins;
+  megatron_mm::Windows windows;
   {
     py::gil_scoped_release unlocked;
-    ends = megatron_mm::window_ends(data, count, window_inputs, is_last);
-    bins = megatron_mm::count_bins(data, ends, capacity, cuts, threads);
+    windows = megatron_mm::cut_windows(data, count, capacity, window_inputs, is_last);
+    megatron_mm::count_bins(data, capacity, cuts, threads, windows);
   }
-  return py::make_tuple(to_array(ends), to_array(bins));
+  return py::make_tuple(to_array(windows.ends), to_array(windows.bins), windows.tokens, windows.long_documents);
 }
 
-py::tuple pack_window(const Array<int32_t>& tokens, int capacity, const Array<int64_t>& cut_documents,
-                      const Array<int64_t>& cut_first, const Array<int32_t>& cut_lengths) {
+py::array_t<int64_t> pack_sample(const Array<int32_t>& tokens, int capacity, const Array<int64_t>& cut_documents,
+                      const Array<int64_t>& cut_first, const Array<int32_t>& cut_lengths, int64_t sample) {
   if (capacity < 1) throw std::invalid_argument("capacity starts at 1");
   const megatron_mm::Cuts cuts = view_cuts(cut_documents, cut_first, cut_lengths, capacity);
-  megatron_mm::Pieces pieces;
-  megatron_mm::cut_documents(tokens.data(), 0, tokens.size(), capacity, cuts, pieces);
-  std::vector<int64_t> bins(pieces.lengths.size());
-  megatron_mm::pack_best_fit(pieces.lengths.data(), bins.size(), capacity, bins.data());
-  return py::make_tuple(to_array(pieces.documents), to_array(pieces.starts), to_array(pieces.lengths), to_array(bins));
+  const int32_t* data = tokens.data();
+  const int64_t count = tokens.size();
+  std::vector<int32_t> lengths;
+  lengths.reserve(count + cut_lengths.size());
+  megatron_mm::cut_documents(data, 0, count, capacity, cuts,
+                             [&](int64_t, int32_t, int32_t length) { lengths.push_back(length); });
+  std::vector<int32_t> bins(lengths.size());
+  megatron_mm::pack_best_fit(lengths.data(), bins.size(), capacity, bins.data());
+  std::vector<int64_t> records;  // shard, document, start, length of each piece
+  auto bin = bins.begin();
+  megatron_mm::cut_documents(data, 0, count, capacity, cuts, [&](int64_t document, int32_t start, int32_t length) {
+    if (*bin++ == sample) records.insert(records.end(), {0, document, start, length});
+  });
+  return to_array(records).reshape({-1, 4});
+}
+
+// Whether `num_bytes` at `offset` could be read; a signal or a limit of the system may cut a read in pieces.
+bool read_whole(int file, char* target, size_t num_bytes, int64_t offset) {
+  while (num_bytes) {
+    const ssize_t got = pread(file, target, num_bytes, offset);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return false;
+    target += got, offset += got, num_bytes -= got;
+  }
+  return true;
+}
+
+// A shard's tokens and where its documents begin. Index files have headers of 34 bytes, so nothing in them is aligned.
+struct TokenIndex {
+  int file, token_bytes;
+  int64_t num_tokens, num_documents;
+  const char *pointers, *lengths;
+
+  // Returns the byte at which tokens [start, start + count) of a document begin; -1 if the index disagrees about where
+  // it ends, or it is shorter.
+  int64_t locate(int64_t document, int64_t start, int64_t count) const {
+    if (document < 0 || document >= num_documents || start < 0) return -1;
+    int64_t first, stop = num_tokens * token_bytes;
+    int32_t length;
+    std::memcpy(&first, pointers + 8 * document, 8);
+    if (document + 1 < num_documents) std::memcpy(&stop, pointers + 8 * (document + 1), 8);
+    std::memcpy(&length, lengths + 4 * document, 4);
+    if (stop - first != static_cast<int64_t>(length) * token_bytes || start + count > length) return -1;
+    return first + start * token_bytes;
+  }
+};
+
+struct Rows {
+  int64_t *tokens, *labels, *positions, *source;
+};
+
+template <typename token_t>
+int64_t lay(const TokenIndex& index, const int64_t* documents, const int64_t* starts, const int64_t* lengths,
+            const uint8_t* sources, int64_t count, Rows rows) {
+  std::vector<token_t> ids;
+  for (int64_t piece = 0; piece < count; ++piece) {
+    const int64_t length = lengths[piece], offset = index.locate(documents[piece], starts[piece], length + 1);
+    if (offset < 0) return piece;
+    ids.resize(length + 1);
+    const size_t num_bytes = ids.size() * sizeof(token_t);
+    if (!read_whole(index.file, reinterpret_cast<char*>(ids.data()), num_bytes, offset)) return piece;
+    for (int64_t i = 0; i < length; ++i) rows.tokens[i] = ids[i];
+    for (int64_t i = 0; i < length; ++i) rows.labels[i] = ids[i + 1];
+    for (int64_t i = 0; i < length; ++i) rows.positions[i] = i;
+    std::fill_n(rows.source, length, sources[piece]);
+    rows.tokens += length, rows.labels += length, rows.positions += length, rows.source += length;
+  }
+  return count;
+}
+
+template <typename scalar_t>
+using InPlace = py::array_t<scalar_t, py::array::c_style>;
+
+int64_t lay_pieces(int file, int token_bytes, int64_t num_tokens, const InPlace<int64_t>& pointers,
+                   const InPlace<int32_t>& document_lengths, const Array<int64_t>& documents,
+                   const Array<int64_t>& starts, const Array<int64_t>& lengths, const Array<uint8_t>& sources,
+                   InPlace<int64_t>& tokens, InPlace<int64_t>& labels, InPlace<int64_t>& positions,
+                   InPlace<int64_t>& source) {
+  const py::ssize_t count = lengths.size();
+  int64_t total = 0;
+  for (py::ssize_t i = 0; i < count; ++i) {
+    if (lengths.at(i) < 0) throw std::invalid_argument("a length is negative");
+    total += lengths.at(i);
+  }
+  bool fits = documents.size() == count && starts.size() == count && sources.size() == count;
+  for (const auto* row : {&tokens, &labels, &positions, &source}) fits = fits && row->size() == total;
+  if (!fits || pointers.size() != document_lengths.size() || (token_bytes != 2 && token_bytes != 4)) {
+    throw std::invalid_argument("pieces and rows do not fit together");
+  }
+  const auto *pointer_bytes = static_cast<const char*>(pointers.request().ptr),
+             *length_bytes = static_cast<const char*>(document_lengths.request().ptr);
+  const TokenIndex index{file, token_bytes, num_tokens, pointers.size(), pointer_bytes, length_bytes};
+  const Rows rows{tokens.mutable_data(), labels.mutable_data(), positions.mutable_data(), source.mutable_data()};
+  const auto work = token_bytes == 2 ? &lay<uint16_t> : &lay<int32_t>;
+  const auto *which = documents.data(), *from = starts.data(), *sizes = lengths.data();
+  const uint8_t* kinds = sources.data();
+  py::gil_scoped_release unlocked;
+  return work(index, which, from, sizes, kinds, count, rows);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_index, module) {
   module.doc() = "Sample order and packing in C++; megatron_mm.data.order and .packing call them.";
+  module.attr("VERSION") = 2;  // megatron_mm/data/native.py refuses any other: count up when a function changes
   module.def("permute", &permute, py::arg("size"), py::arg("key"), py::arg("elements"),
              "Return the image of each element of [0, size) under the permutation of this key.");
   module.def("pack_best_fit", &pack_best_fit, py::arg("lengths"), py::arg("capacity"),
              "Return (bin of each piece, number of bins).");
   module.def("count_samples", &count_samples, py::arg("tokens"), py::arg("capacity"), py::arg("window_inputs"),
              py::arg("is_last"), py::arg("cut_documents"), py::arg("cut_first"), py::arg("cut_lengths"),
-             py::arg("threads"), "Cut documents into windows; return (end of each window, its samples).");
-  module.def("pack_window", &pack_window, py::arg("tokens"), py::arg("capacity"), py::arg("cut_documents"),
-             py::arg("cut_first"), py::arg("cut_lengths"),
-             "Pack the documents of one window; return (document, start, length, sample) of each piece.");
+             py::arg("threads"),
+             "Cut documents into windows; return (end of each, samples of each, tokens of all, long documents of all).");
+  module.def("pack_sample", &pack_sample, py::arg("tokens"), py::arg("capacity"), py::arg("cut_documents"),
+             py::arg("cut_first"), py::arg("cut_lengths"), py::arg("sample"),
+             "Pack the documents of one window; return (0, document, start, length) of each piece of one sample.");
+  // noconvert: a copy of a row would be filled instead of the row, and a copy of the index is large.
+  module.def("lay_pieces", &lay_pieces, py::arg("file"), py::arg("token_bytes"), py::arg("num_tokens"),
+             py::arg("pointers").noconvert(), py::arg("document_lengths").noconvert(), py::arg("documents"),
+             py::arg("starts"), py::arg("lengths"), py::arg("sources"), py::arg("tokens").noconvert(),
+             py::arg("labels").noconvert(), py::arg("positions").noconvert(), py::arg("source").noconvert(),
+             "Read pieces of documents end to end into rows; return how many could be read before one could not.");
 }

@@ -109,6 +109,9 @@ class DataConfig(Section):
     """Key of the order in which samples are seen."""
     prefetch_steps: NonNegativeInt = 1
     """Steps that are read and decoded ahead in a background thread; 0 reads in the foreground."""
+    stall_seconds: PositiveFloat = 240.0
+    """Seconds for a step after which the thread that reads ahead counts as hung and another one takes its place; after
+    three of them the run ends. Keep three times this below guard.hang_seconds."""
     decoder: Literal["auto", "reference", "dali"] = "auto"
     """What decodes images and sound: auto takes DALI where the device is a GPU, and the reference elsewhere."""
 

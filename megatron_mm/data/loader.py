@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ from megatron_mm.data.blend import Blend
 from megatron_mm.data.decode import blank_pixels, blank_waveform, cut_chunks, make_decoder
 from megatron_mm.data.order import SampleOrder
 from megatron_mm.data.packing import Plan, plan_packing
+from megatron_mm.data.row import TextRow
 from megatron_mm.errors import DataError
 from megatron_mm.modality import CHUNK_SAMPLES, Media, audio_frames
 from megatron_mm.parallel import device
@@ -23,6 +23,8 @@ from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.shards import ShardReader, check_tokenizers, open_shards
 
 log = logging.getLogger(__name__)
+
+NO_MEDIA = MediaUnits((), 0, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,13 @@ class Loader:
         """Where the samples of each dataset begin: (num_datasets + 1,) int64."""
         self.special_ids = self.shards[0].tokenizer.special_ids
         self._encodes = mesh.is_first_chunk(0)
-        self.decoder = make_decoder(config.data.decoder, has_gpu=device.has_gpu())
+        self.renew_decoder()
         if self._encodes and mesh.speaks:
             log.info("media are decoded by %s", self.decoder.name)
+
+    def renew_decoder(self) -> None:
+        """Take a new decoder: a thread that hangs may hold the old one."""
+        self.decoder = make_decoder(self.config.data.decoder, has_gpu=device.has_gpu())
 
     def _plan(self, prefixes: Sequence[str]) -> Plan:
         """Open the shards of one dataset. Raises DataError if they do not fit the model or the other datasets."""
@@ -108,7 +114,7 @@ class Loader:
 
     def pieces(self, sample: int) -> np.ndarray:
         """Return the PIECE records of one sample."""
-        dataset = int(np.searchsorted(self.first_sample, sample, "right")) - 1
+        dataset = int(self.first_sample.searchsorted(sample, "right")) - 1
         return self.plans[dataset].sample(sample - int(self.first_sample[dataset]))
 
     def step(self, step: int) -> list[MicroBatch]:
@@ -128,46 +134,63 @@ class Loader:
         """Return `samples` packed end to end, with the media units that this rank encodes."""
         seq_len = self.config.data.seq_len
         num_tokens = len(samples) * seq_len
-        text = _TextArrays(num_tokens, pad=self.special_ids["pad"])
+        text = TextRow(num_tokens, pad=self.special_ids["pad"])
         units: dict[Media, list[Unit]] = {Media.IMAGE: [], Media.AUDIO: []}
         for number, sample in enumerate(samples):
             text.position = number * seq_len
-            for piece in self.pieces(int(sample)) if sample >= 0 else ():
-                self._add_piece(piece, text, units)
+            if sample >= 0:
+                self._add_pieces(self.pieces(int(sample)), text, units)
             text.end_sample((number + 1) * seq_len)
-        text.mask_labels([self.special_ids["image"], self.special_ids["audio"]])
+        if any(units.values()):
+            text.mask_labels([self.special_ids["image"], self.special_ids["audio"]])
         cp_rank, cp_size = self.mesh.cp_rank, self.mesh.cp_size
-        own = np.concatenate([np.asarray(span) for span in context_spans(num_tokens, cp_rank=cp_rank, cp_size=cp_size)])
-        images, audio = (self._media(units[kind], own) for kind in (Media.IMAGE, Media.AUDIO))
+        parts = context_spans(num_tokens, cp_rank=cp_rank, cp_size=cp_size)
+        images, audio = (self._media(units[kind], parts) for kind in (Media.IMAGE, Media.AUDIO))
         spans = attention_spans(text.doc_lengths, cp_rank=cp_rank, cp_size=cp_size)
-        return MicroBatch(**text.tensors(own), spans=spans, images=images, audio=audio)
+        return MicroBatch(**text.tensors(parts), spans=spans, images=images, audio=audio)
 
-    def _add_piece(self, piece: np.ndarray, text: "_TextArrays", units: dict[Media, list[Unit]]) -> None:
-        shard = self.shards[piece["shard"]]
-        document, start, length = int(piece["document"]), int(piece["start"]), int(piece["length"])
-        tokens = shard.tokens(document, start, start + length + 1)
+    def _add_pieces(self, pieces: np.ndarray, text: TextRow, units: dict[Media, list[Unit]]) -> None:
+        """Lay PIECE records at the current position, and note their media."""
+        first, last = int(pieces["shard"][0]), int(pieces["shard"][-1])
+        for number in range(first, last + 1):  # pieces come in the order of their shards
+            own, position = pieces[pieces["shard"] == number] if first < last else pieces, text.position
+            text.add_pieces(self.shards[number], own)
+            for _, document, start, length in own.tolist() if self.shards[number].num_items else ():
+                self._add_media(number, document, range(start, start + length), text, position, units)
+                position += length
+
+    def _add_media(
+        self,
+        number: int,
+        document: int,
+        inputs: range,
+        text: TextRow,
+        position: int,
+        units: dict[Media, list[Unit]],
+    ) -> None:
+        """Note the media among `inputs` of a document of shard `number`, which lie at `position`."""
+        shard = self.shards[number]
         for item in shard.media(document):
-            first = int(item["token_offset"]) - start
-            if not 0 <= first < length:
+            if int(item["token_offset"]) not in inputs:
                 continue
             kind = Media(int(item["kind"]))
-            run = tokens[first : first + int(item["num_tokens"])]
+            first = position + int(item["token_offset"]) - inputs.start
+            run = text.tokens[first : first + int(item["num_tokens"])]
             if (run != self.special_ids[kind.name.lower()]).any():
                 raise DataError(
                     f"{shard.prefix}: document {document} has no placeholders where its media run should be; its "
                     ".bin and .media.idx do not belong together. Preprocess the inputs again."
                 )
-            units[kind] += _units(item, int(piece["shard"]), text.position + first)
-        text.add_document(tokens, source=shard.source(document))
+            units[kind] += _units(item, number, first)
 
-    def _media(self, units: list[Unit], own: np.ndarray) -> MediaUnits:
-        """Deal units over tp and cp and decode this rank's; `own` are the positions of its context rank."""
+    def _media(self, units: list[Unit], parts: list[range]) -> MediaUnits:
+        """Deal units over tp and cp and decode this rank's; `parts` are the positions of its context rank."""
         mesh = self.mesh
-        if not self._encodes:
-            nothing = torch.empty(0, dtype=torch.int64)
-            return MediaUnits((), 0, nothing, nothing)
+        if not self._encodes or not units:
+            return NO_MEDIA
         num_ranks, rank = mesh.cp_size * mesh.tp_size, mesh.cp_rank * mesh.tp_size + mesh.tp_rank
         rows, positions, rows_per_rank = deal_rows(units, num_ranks=num_ranks)
+        own = np.concatenate([np.arange(part.start, part.stop) for part in parts])
         place = np.full(own.size * mesh.cp_size, -1)  # of each position of the row, on this rank
         shard = own.reshape(mesh.tp_size, -1)[mesh.tp_rank]
         place[shard] = np.arange(shard.size)
@@ -231,61 +254,3 @@ def deal_rows(units: Sequence[Unit], *, num_ranks: int) -> tuple[np.ndarray, np.
         positions.append(unit.position + np.arange(unit.num_tokens))
         filled[rank] += unit.num_tokens
     return np.concatenate(rows), np.concatenate(positions), rows_per_rank
-
-
-class _TextArrays:
-    """The token side of a micro-batch while it is filled."""
-
-    def __init__(self, num_tokens: int, *, pad: int) -> None:
-        self.position = 0
-        self.tokens = np.full(num_tokens, pad, np.int64)
-        self.labels = np.zeros(num_tokens, np.int64)
-        self.loss_mask = np.zeros(num_tokens, np.float32)
-        self.sources = np.zeros(num_tokens, np.int64)
-        self.positions = np.zeros(num_tokens, np.int64)
-        self.doc_lengths: list[int] = []
-
-    def add_document(self, tokens: np.ndarray, *, source: int) -> None:
-        """Lay one piece at the current position: all tokens but the last are inputs, all but the first labels."""
-        length = len(tokens) - 1
-        place = slice(self.position, self.position + length)
-        self.tokens[place], self.labels[place] = tokens[:-1], tokens[1:]
-        self.loss_mask[place], self.sources[place] = 1.0, source
-        self.positions[place] = np.arange(length)
-        self.doc_lengths.append(length)
-        self.position += length
-
-    def end_sample(self, stop: int) -> None:
-        """Make what is left of the sample a document of padding."""
-        if stop > self.position:
-            self.positions[self.position : stop] = np.arange(stop - self.position)
-            self.doc_lengths.append(stop - self.position)
-
-    def mask_labels(self, placeholders: list[int]) -> None:
-        """Take the loss off labels that are media placeholders."""
-        self.loss_mask[np.isin(self.labels, placeholders)] = 0.0
-
-    def tensors(self, own: np.ndarray) -> dict[str, Tensor]:
-        """Return the tensors of a MicroBatch that are not media, at positions `own`."""
-        arrays = ("tokens", "labels", "loss_mask", "sources", "positions")
-        return {name: torch.from_numpy(getattr(self, name)[own]) for name in arrays}
-
-
-class Prefetcher:
-    """Reads the steps of a range ahead in a background thread. Raises what reading raised, at the step concerned."""
-
-    def __init__(self, loader: Loader, *, steps: range, ahead: int) -> None:
-        self._loader, self._steps, self._ahead = loader, steps, ahead
-
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        if not self._ahead:
-            yield from map(self._loader.step, self._steps)
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
-            waiting: list[Future[list[MicroBatch]]] = []
-            for step in self._steps:
-                waiting.append(pool.submit(self._loader.step, step))
-                if len(waiting) > self._ahead:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()

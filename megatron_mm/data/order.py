@@ -8,10 +8,7 @@ import functools
 
 import numpy as np
 
-try:
-    from megatron_mm.data import _index
-except ImportError:  # built by setup.py where a C++ compiler is
-    _index = None
+from megatron_mm.data.native import _index
 
 FEISTEL_FROM = 100_000
 """Below this size a Feistel network is measurably not uniform; hashed keys are sorted instead."""

@@ -7,19 +7,16 @@ sample is found when it is asked for.
 """
 
 import bisect
+import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from megatron_mm.data.native import _index
 from megatron_mm.errors import DataError
 from megatron_mm.shards import ShardReader
-
-try:
-    from megatron_mm.data import _index
-except ImportError:  # built by setup.py where a C++ compiler is
-    _index = None
 
 Packing = Literal["best_fit", "concatenate"]
 WINDOW_SAMPLES = 256
@@ -28,10 +25,24 @@ SCANNED_DOCUMENTS = 2**20
 """Documents whose lengths are read at a time."""
 MAX_THREADS = 8
 
-PIECE = np.dtype([("shard", "<u4"), ("document", "<u8"), ("start", "<u4"), ("length", "<u4")])
+PIECE = np.dtype([("shard", "<i8"), ("document", "<i8"), ("start", "<i8"), ("length", "<i8")])
 """A run of inputs of one document: tokens [start, start + length) of it."""
 Cuts = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Documents that are cut around media runs, where the pieces of each begin among all, and the lengths of the pieces."""
+NO_CUTS: Cuts = (np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int32))
+
+
+class Windows(NamedTuple):
+    """What documents come to that were cut into windows."""
+
+    ends: np.ndarray
+    """The document behind each window: (num_windows,) int64."""
+    samples: np.ndarray
+    """How many samples each window makes: (num_windows,) int64."""
+    num_tokens: int
+    """Tokens of all windows."""
+    num_long: int
+    """Documents that do not fit into a sample."""
 
 
 class BestFitPlan:
@@ -44,7 +55,7 @@ class BestFitPlan:
         self.shards, self.seq_len, self.first_shard = shards, seq_len, first_shard
         self._long_documents = 0
         windows = [self._scan(shard) for shard in shards]
-        self._first_window = np.cumsum([0, *(len(samples) for _, samples in windows)])
+        self._first_window = [0, *itertools.accumulate(len(samples) for _, samples in windows)]
         self._ends = np.concatenate([np.zeros(0, np.int64), *(ends for ends, _ in windows)])
         self._first_sample = np.concatenate([[0], *(samples for _, samples in windows)]).cumsum()
         self._check_inputs()
@@ -65,17 +76,15 @@ class BestFitPlan:
 
     def sample(self, index: int) -> np.ndarray:
         """Return the PIECE records of one sample."""
-        window = int(np.searchsorted(self._first_sample, index, "right")) - 1
-        number = int(np.searchsorted(self._first_window, window, "right")) - 1
+        window = int(self._first_sample.searchsorted(index, "right")) - 1
+        number = bisect.bisect_right(self._first_window, window) - 1
         begin = int(self._ends[window - 1]) if window > self._first_window[number] else 0
         shard = self.shards[number]
         lengths = shard.lengths(begin, int(self._ends[window]))
         cuts = self._cuts(shard, begin, lengths)
-        documents, starts, sizes, bins = pack_window(lengths, self.seq_len, cuts)
-        own = np.flatnonzero(bins == index - self._first_sample[window])
-        pieces = np.empty(len(own), PIECE)
-        pieces["shard"], pieces["document"] = self.first_shard + number, begin + documents[own]
-        pieces["start"], pieces["length"] = starts[own], sizes[own]
+        pieces = pack_sample(lengths, self.seq_len, cuts, index - int(self._first_sample[window]))
+        pieces["shard"] = self.first_shard + number
+        pieces["document"] += begin
         return pieces
 
     def _scan(self, shard: ShardReader) -> tuple[np.ndarray, np.ndarray]:
@@ -87,16 +96,15 @@ class BestFitPlan:
             lengths = shard.lengths(start, stop)
             cuts = self._cuts(shard, start, lengths)
             is_last = stop == shard.num_documents
-            found, counts = count_samples(lengths, self.seq_len, cuts, is_last=is_last)
-            if not len(found):
+            windows = count_samples(lengths, self.seq_len, cuts, is_last=is_last)
+            if not len(windows.ends):
                 size *= 2  # of so many short documents that they do not fill a window
                 continue
-            ends.append(start + found)
-            samples.append(counts)
-            done = int(found[-1])
-            num_tokens += int(lengths[:done].sum(dtype=np.int64))
-            self._long_documents += int((lengths[:done] - 1 > self.seq_len).sum())
-            start += done
+            ends.append(start + windows.ends)
+            samples.append(windows.samples)
+            num_tokens += windows.num_tokens
+            self._long_documents += windows.num_long
+            start = int(ends[-1][-1])
         if num_tokens != shard.num_tokens:
             raise DataError(
                 f"{shard.prefix}.idx: its lengths add up to {num_tokens} tokens, not to {shard.num_tokens}."
@@ -105,6 +113,8 @@ class BestFitPlan:
 
     def _cuts(self, shard: ShardReader, start: int, lengths: np.ndarray) -> Cuts:
         """Return how those of some documents that are long and have media are cut."""
+        if not shard.num_items:
+            return NO_CUTS
         has_media = shard.has_media(start, start + len(lengths))
         documents = np.flatnonzero(has_media & (lengths.astype(np.int64) - 1 > self.seq_len))
         ranges = [cut_around_media(shard, start + int(document), self.seq_len) for document in documents]
@@ -228,8 +238,8 @@ def cut_around_media(shard: ShardReader, document: int, seq_len: int) -> list[tu
     return ranges
 
 
-def count_samples(lengths: np.ndarray, seq_len: int, cuts: Cuts, *, is_last: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Cut documents into windows; return (document behind each, samples of each), (num_windows,) int64.
+def count_samples(lengths: np.ndarray, seq_len: int, cuts: Cuts, *, is_last: bool) -> Windows:
+    """Cut documents into windows and count the samples of each.
 
     A window ends with the document that brings it to WINDOW_SAMPLES * seq_len inputs; what is left over is one only
     if `is_last`.
@@ -237,20 +247,24 @@ def count_samples(lengths: np.ndarray, seq_len: int, cuts: Cuts, *, is_last: boo
     window_inputs = WINDOW_SAMPLES * seq_len
     if _index is not None:
         threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
-        return _index.count_samples(lengths, seq_len, window_inputs, is_last, *cuts, threads)
+        return Windows(*_index.count_samples(lengths, seq_len, window_inputs, is_last, *cuts, threads))
     return count_samples_reference(lengths, seq_len, cuts, window_inputs=window_inputs, is_last=is_last)
 
 
-def pack_window(lengths: np.ndarray, seq_len: int, cuts: Cuts) -> tuple[np.ndarray, ...]:
-    """Pack documents of `lengths` tokens; return (document, start, length, sample) of each piece, (num_pieces,)."""
+def pack_sample(lengths: np.ndarray, seq_len: int, cuts: Cuts, sample: int) -> np.ndarray:
+    """Pack documents of `lengths` tokens; return the PIECE records of one sample, in a shard 0."""
     if _index is not None:
-        return _index.pack_window(lengths, seq_len, *cuts)
-    return pack_window_reference(lengths, seq_len, cuts)
+        return _index.pack_sample(lengths, seq_len, *cuts, sample).view(PIECE)[:, 0]
+    *columns, samples = pack_window_reference(lengths, seq_len, cuts)
+    pieces = np.zeros(int((samples == sample).sum()), PIECE)
+    for name, column in zip(("document", "start", "length"), columns):
+        pieces[name] = column[samples == sample]
+    return pieces
 
 
 def count_samples_reference(
     lengths: np.ndarray, seq_len: int, cuts: Cuts, *, window_inputs: int, is_last: bool
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Windows:
     """Count as `count_samples` says, by packing every window."""
     ends: list[int] = []
     inputs = 0
@@ -265,11 +279,13 @@ def count_samples_reference(
         sizes = [cuts[2][cuts[1][i] : cuts[1][i + 1]] for i in np.flatnonzero(inside)]
         own = (cuts[0][inside] - begin, np.cumsum([0, *map(len, sizes)]), np.concatenate([cuts[2][:0], *sizes]))
         samples.append(int(pack_window_reference(lengths[begin:end], seq_len, own)[3].max(initial=-1)) + 1)
-    return np.asarray(ends, np.int64), np.asarray(samples, np.int64)
+    done = lengths[: ends[-1] if ends else 0].astype(np.int64)
+    num_long = int((done - 1 > seq_len).sum())
+    return Windows(np.asarray(ends, np.int64), np.asarray(samples, np.int64), int(done.sum()), num_long)
 
 
 def pack_window_reference(lengths: np.ndarray, seq_len: int, cuts: Cuts) -> tuple[np.ndarray, ...]:
-    """Pack as `pack_window` says, document by document and piece by piece."""
+    """Pack document by document and piece by piece; return (document, start, length, sample) of each piece."""
     pieces: list[tuple[int, int, int]] = []
     cut = {int(document): cuts[2][cuts[1][i] : cuts[1][i + 1]].tolist() for i, document in enumerate(cuts[0])}
     for document, length in enumerate(lengths.tolist()):

@@ -27,7 +27,7 @@ from megatron_mm.shards.format import (
 )
 from megatron_mm.shards.writer import write_manifest
 
-CHECKED_DOCUMENTS = 2**20
+CHECKED_DOCUMENTS = 2**16
 """Documents whose index is checked on opening: the first half of them and the last; the others when they are read."""
 
 
@@ -91,17 +91,26 @@ class ShardReader:
         data = self._read(self._token_file, ".bin", offset, (stop - start) * self._dtype.itemsize)
         return np.frombuffer(data, self._dtype).astype(np.int64)
 
+    @property
+    def token_index(self) -> tuple[int, int, int, np.ndarray, np.ndarray]:
+        """What csrc/index reads pieces by: descriptor of P.bin, bytes and number of tokens, pointers and lengths."""
+        return self._token_file, self._dtype.itemsize, self.num_tokens, self._pointers, self._lengths
+
+    def sources(self, documents: np.ndarray) -> np.ndarray:
+        """Return what kind of file each document came from: (n,) uint8, modality.Source."""
+        return self._sources[documents]
+
     def source(self, document: int) -> Source:
         """Return what kind of file a document came from."""
-        return Source(int(self._documents["source"][document]))
+        return Source(int(self._sources[document]))
 
     def media(self, document: int) -> np.ndarray:
         """Return the `ITEM` records of a document's media, in token order."""
         if not len(self._items):
             return self._items
-        first = int(self._documents["first_item"][document])
+        first = int(self._first_items[document])
         last = document + 1 == self.num_documents
-        stop = len(self._items) if last else int(self._documents["first_item"][document + 1])
+        stop = len(self._items) if last else int(self._first_items[document + 1])
         return self._items[first:stop]
 
     def media_bytes(self, item: np.ndarray) -> bytes:
@@ -119,7 +128,7 @@ class ShardReader:
         stop = self.num_documents if stop is None else stop
         if not len(self._items):
             return np.zeros(stop - start, bool)
-        first = np.append(self._documents["first_item"][start : stop + 1], len(self._items)).astype(np.int64)
+        first = np.append(self._first_items[start : stop + 1], len(self._items)).astype(np.int64)
         return np.diff(first[: stop - start + 1]) > 0
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
@@ -180,7 +189,8 @@ class ShardReader:
         found = (magic, version, documents, split + items * ITEM.itemsize)
         if found != (MEDIA_MAGIC, MEDIA_VERSION, self.num_documents, os.path.getsize(path)):
             raise DataError(f"{path} is not the media index of {self.prefix}.idx. Preprocess the inputs again.")
-        self._documents = _map(path, DOCUMENT, MEDIA_HEADER.size, documents)
+        records = _map(path, DOCUMENT, MEDIA_HEADER.size, documents)
+        self._sources, self._first_items = records["source"], records["first_item"]
         self._items = _map(path, ITEM, split, items)
 
     def _check_index(self, start: int, stop: int) -> None:

@@ -32,7 +32,7 @@ MAY_CHANGE = (
     *("training.start_from", "vision.pretrained", "audio.pretrained"),
     *("training.steps", "training.stop_after", "training.micro_batch_size", "training.recompute", "training.kernels"),
     *("training.backend", "training.attention", "training.check_replicas_interval"),
-    *("data.validation", "data.prefetch_steps", "data.changes"),
+    *("data.validation", "data.prefetch_steps", "data.stall_seconds", "data.changes"),
 )
 """Settings that a resumed run may have different from the one that was saved."""
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from megatron_mm import config as configs
 from megatron_mm.batch import MicroBatch
 from megatron_mm.config import Config
-from megatron_mm.data.loader import Loader, Prefetcher
+from megatron_mm.data.loader import Loader
+from megatron_mm.data.prefetch import Prefetcher
 from megatron_mm.errors import ConfigError
 from megatron_mm.kernels import ops
 from megatron_mm.model.backend import choose
@@ -90,7 +91,12 @@ def _train_on(run: Run) -> bool:
     config, save_wanted = state.config, False
     steps = range(state.step, config.last_step)
     batches = iter(
-        Prefetcher(run.loader, steps=[state.batch_of(step) for step in steps], ahead=config.data.prefetch_steps)
+        Prefetcher(
+            run.loader,
+            steps=[state.batch_of(step) for step in steps],
+            ahead=config.data.prefetch_steps,
+            stall_seconds=config.data.stall_seconds,
+        )
     )
     for _ in steps:
         micro_batches = _next(batches, run)

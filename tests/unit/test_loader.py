@@ -1,6 +1,8 @@
 """Micro-batches: a pure function of seed and step, whole over all ranks, with loss only where it belongs."""
 
 import dataclasses
+import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +12,9 @@ import torch
 from small import small_config, write_shards
 
 from megatron_mm.batch import MicroBatch, attention_spans, context_spans
-from megatron_mm.data.loader import Loader, Prefetcher, deal_rows
+from megatron_mm.data import prefetch, row
+from megatron_mm.data.loader import Loader, deal_rows
+from megatron_mm.data.prefetch import Prefetcher
 from megatron_mm.errors import DataError
 from megatron_mm.modality import Media, Source
 from megatron_mm.shards import EncodedDocument, ShardReader, ShardWriter
@@ -195,6 +199,32 @@ def test_later_stages_read_no_media(shards: Path) -> None:
         assert theirs.images.inputs == theirs.audio.inputs == ()
 
 
+def test_without_the_extension_rows_are_the_same(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = loader_of(shards)
+    native = [loader.step(step) for step in range(4)]
+    monkeypatch.setattr(row, "_index", None)
+    for step, micro_batches in enumerate(native):
+        for ours, theirs in zip(micro_batches, loader.step(step), strict=True):
+            assert_same(ours, theirs)
+
+
+def test_rows_that_do_not_fit_are_refused_and_a_short_file_is_said(tmp_path: Path) -> None:
+    prefix = write_shards(tmp_path)
+    loader = loader_of(prefix)
+    one, rows = np.ones(1, np.int64), [np.zeros(1, np.int64) for _ in range(4)]
+    index, pieces = loader.shards[0].token_index, (one, one, one, one.astype(np.uint8))
+    with pytest.raises(ValueError, match="do not fit together"):
+        row._index.lay_pieces(*index, one, one, 2 * one, pieces[3], *rows)
+    with pytest.raises(TypeError):  # a copy would be filled
+        row._index.lay_pieces(*index, *pieces, rows[0].astype(np.int32), *rows[1:])
+    for bad in (-one, 10**9 * one):
+        assert row._index.lay_pieces(*index, bad, one, one, pieces[3], *rows) == 0
+        assert row._index.lay_pieces(*index, one, bad, one, pieces[3], *rows) == 0
+    os.truncate(f"{prefix}.bin", 10)
+    with pytest.raises(DataError, match=r"\.bin: \d+ bytes at \d+ could not be read; it was cut short"):
+        [loader.step(step) for step in range(8)]
+
+
 def test_an_empty_sample_is_padding_without_loss(shards: Path) -> None:
     loader = loader_of(shards)
     batch = loader.micro_batch([-1])
@@ -221,6 +251,39 @@ def test_a_reading_error_reaches_the_loop(shards: Path) -> None:
     next(fetched), next(fetched)
     with pytest.raises(DataError, match="page lost"):
         next(fetched)
+
+
+def test_a_reader_that_hangs_is_named_and_its_step_read_by_another(
+    shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = loader_of(shards)
+    real, released, decoder = loader.step, threading.Event(), loader.decoder
+
+    def step(number: int) -> list[MicroBatch]:
+        if number == 2 and threading.current_thread().name == "loader-0":
+            released.wait()
+        return real(number)
+
+    loader.step = step
+    batches = list(Prefetcher(loader, steps=range(4), ahead=1, stall_seconds=1.0))
+    released.set()
+    assert "loader-0 hangs in wait" in caplog.text and "step 2 is read again by a new thread" in caplog.text
+    assert loader.decoder is not decoder, "the thread that hangs may hold the old one"
+    assert len(batches) == 4
+    for number, micro_batches in enumerate(batches):
+        for ours, theirs in zip(real(number), micro_batches, strict=True):
+            assert_same(ours, theirs)
+
+
+def test_a_step_at_which_every_reader_hangs_or_dies_ends_the_run(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, released = loader_of(shards), threading.Event()
+    loader.step = lambda step: released.wait()
+    with pytest.raises(DataError, match=r"step 0 could not be read by 3 threads, the last of which loader-2 hangs in"):
+        list(Prefetcher(loader, steps=range(4), ahead=1, stall_seconds=0.1))
+    released.set()
+    monkeypatch.setattr(prefetch._Reader, "_read", lambda self: None)
+    with pytest.raises(DataError, match=r"the last of which loader-2 is dead"):
+        list(Prefetcher(loader, steps=range(4), ahead=1, stall_seconds=0.1))
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(shards: Path) -> None:

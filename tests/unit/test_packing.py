@@ -6,6 +6,7 @@ from small import VOCAB_SIZE
 
 from megatron_mm.data import _index, packing
 from megatron_mm.data.packing import (
+    NO_CUTS,
     count_samples,
     count_samples_reference,
     pack_best_fit_reference,
@@ -43,10 +44,6 @@ def page(*parts: int) -> EncodedDocument:
     return EncodedDocument(np.asarray([*tokens, 0]), Source.PDF, media)
 
 
-def no_cuts() -> packing.Cuts:
-    return np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int32)
-
-
 def pieces_of(plan: packing.Plan) -> np.ndarray:
     return np.concatenate([plan.sample(sample) for sample in range(plan.num_samples)])
 
@@ -71,19 +68,38 @@ def test_the_extension_counts_windows_as_the_reference(is_last: bool) -> None:
     cuts = (np.asarray([5, 700]), np.asarray([0, 4, 8]), np.asarray([50, 64, 64, 22, 64, 10, 63, 63], np.int32))
     native = _index.count_samples(lengths, 64, 64 * 40, is_last, *cuts, 3)
     plain = count_samples_reference(lengths, 64, cuts, window_inputs=64 * 40, is_last=is_last)
+    assert len(plain.ends) > 10
     for ours, reference in zip(native, plain, strict=True):
-        assert len(ours) > 10
         np.testing.assert_array_equal(ours, reference)
-    for ours, reference in zip(
-        _index.pack_window(lengths, 64, *cuts), pack_window_reference(lengths, 64, cuts), strict=True
-    ):
-        np.testing.assert_array_equal(ours, reference)
+
+
+def test_the_extension_packs_each_sample_as_the_reference() -> None:
+    lengths = np.random.default_rng(0).integers(0, 300, 400).astype(np.int32)
+    lengths[[5, 6, 300]] = 201
+    cuts = (np.asarray([5, 300]), np.asarray([0, 4, 8]), np.asarray([50, 64, 64, 22, 64, 10, 63, 63], np.int32))
+    *pieces, samples = pack_window_reference(lengths, 64, cuts)
+    for sample in range(int(samples.max()) + 2):
+        native = _index.pack_sample(lengths, 64, *cuts, sample)
+        for ours, reference in zip(native.T[1:], pieces, strict=True):
+            np.testing.assert_array_equal(ours, reference[samples == sample])
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 65, 4_096, 8_192])
+def test_counting_makes_as_many_samples_as_packing(capacity: int) -> None:
+    rng = np.random.default_rng(capacity)
+    for largest in (2, capacity // 3 + 2, capacity, 3 * capacity):
+        lengths = rng.integers(1, largest + 1, 3_000).astype(np.int32)
+        inputs = lengths - 1
+        sizes = np.concatenate([np.repeat(capacity, (inputs // capacity).sum()), (inputs % capacity)]).astype(np.int32)
+        _, packed = _index.pack_best_fit(sizes[sizes > 0], capacity)
+        _, samples, *_ = _index.count_samples(lengths, capacity, 2**40, True, *NO_CUTS, 1)
+        assert samples.tolist() == [packed], largest
 
 
 def test_nothing_to_pack_is_no_bins() -> None:
     bins, num_bins = _index.pack_best_fit(np.zeros(0, np.int32), 8)
     assert (len(bins), num_bins) == (0, 0)
-    assert all(len(column) == 0 for column in _index.pack_window(np.ones(3, np.int32), 8, *no_cuts()))
+    assert _index.pack_sample(np.ones(3, np.int32), 8, *NO_CUTS, 0).shape == (0, 4)
 
 
 def test_lengths_outside_the_capacity_are_refused() -> None:
@@ -91,16 +107,16 @@ def test_lengths_outside_the_capacity_are_refused() -> None:
         with pytest.raises(ValueError, match="outside 1..capacity"):
             _index.pack_best_fit(np.asarray(lengths, np.int32), 8)
     with pytest.raises(ValueError, match="cuts do not fit together"):
-        _index.pack_window(np.ones(3, np.int32), 8, np.zeros(2, np.int64), *no_cuts()[1:])
+        _index.pack_sample(np.ones(3, np.int32), 8, np.zeros(2, np.int64), *NO_CUTS[1:], 0)
 
 
 @pytest.mark.parametrize("mean", [100, 1_000, 4_000])
 def test_padding_of_ordinary_lengths_is_small(mean: int) -> None:
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(np.log(mean) - 1.3**2 / 2, 1.3, 20_000_000 // mean)).clip(2, 10**6).astype(np.int32)
-    _, samples = count_samples(lengths, 8192, no_cuts(), is_last=False)
-    ends, _ = count_samples(lengths, 8192, no_cuts(), is_last=False)
-    assert 0 <= 1 - (lengths[: ends[-1]] - 1).sum(dtype=np.int64) / (samples.sum() * 8192) < 0.01
+    windows = count_samples(lengths, 8192, NO_CUTS, is_last=False)
+    inputs = windows.num_tokens - windows.ends[-1]
+    assert 0 <= 1 - inputs / (windows.samples.sum() * 8192) < 0.01
 
 
 def test_every_input_is_in_one_sample(tmp_path) -> None:

@@ -1,0 +1,74 @@
+"""The token side of a micro-batch while it is filled: documents end to end in one row."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_mm.data.native import _index
+from megatron_mm.shards import ShardReader
+
+
+class TextRow:
+    """Ids, labels, loss mask, sources and positions of `num_tokens` positions, filled piece after piece."""
+
+    def __init__(self, num_tokens: int, *, pad: int) -> None:
+        self.position = 0
+        self.tokens = np.full(num_tokens, pad, np.int64)
+        self.labels = np.zeros(num_tokens, np.int64)
+        self.loss_mask = np.zeros(num_tokens, np.float32)
+        self.sources = np.zeros(num_tokens, np.int64)
+        self.positions = np.zeros(num_tokens, np.int64)
+        self.doc_lengths: list[int] = []
+
+    def add_pieces(self, shard: ShardReader, pieces: np.ndarray) -> None:
+        """Lay PIECE records of one shard at the current position: inputs, each with the token behind it as its label.
+
+        Raises DataError if they cannot be read.
+        """
+        documents, starts, lengths = pieces["document"], pieces["start"], pieces["length"]
+        place = slice(self.position, self.position + int(lengths.sum()))
+        rows = (self.tokens[place], self.labels[place], self.positions[place], self.sources[place])
+        sources = shard.sources(documents)
+        if _index is None:
+            lay_pieces_reference(shard, pieces, sources, rows)
+        elif (laid := _index.lay_pieces(*shard.token_index, documents, starts, lengths, sources, *rows)) < len(pieces):
+            _, document, start, length = pieces[laid].tolist()
+            shard.tokens(document, start, start + length + 1)  # says what is wrong with it
+            raise AssertionError(f"{shard.prefix}: document {document} could be read the second time")
+        self.loss_mask[place] = 1.0
+        self.doc_lengths += lengths.tolist()
+        self.position = place.stop
+
+    def end_sample(self, stop: int) -> None:
+        """Make what is left of the sample a document of padding."""
+        if stop > self.position:
+            self.positions[self.position : stop] = np.arange(stop - self.position)
+            self.doc_lengths.append(stop - self.position)
+
+    def mask_labels(self, placeholders: Sequence[int]) -> None:
+        """Take the loss off labels that are media placeholders."""
+        for placeholder in placeholders:
+            self.loss_mask[self.labels == placeholder] = 0.0
+
+    def tensors(self, parts: Sequence[range]) -> dict[str, Tensor]:
+        """Return the tensors of a MicroBatch that are not media, at the positions of `parts`, end to end."""
+        names = ("tokens", "labels", "loss_mask", "sources", "positions")
+        arrays = {name: [getattr(self, name)[part.start : part.stop] for part in parts] for name in names}
+        whole = {name: own[0] if len(own) == 1 else np.concatenate(own) for name, own in arrays.items()}
+        return {name: torch.from_numpy(array) for name, array in whole.items()}
+
+
+def lay_pieces_reference(
+    shard: ShardReader, pieces: np.ndarray, sources: np.ndarray, rows: tuple[np.ndarray, ...]
+) -> None:
+    """Fill `rows` (tokens, labels, positions, sources of all pieces) piece by piece."""
+    tokens, labels, positions, source = rows
+    begin = 0
+    for (_, document, start, length), kind in zip(pieces.tolist(), sources.tolist(), strict=True):
+        ids = shard.tokens(document, start, start + length + 1)
+        place = slice(begin, begin + length)
+        tokens[place], labels[place] = ids[:-1], ids[1:]
+        positions[place], source[place] = np.arange(length), kind
+        begin += length
