@@ -1,11 +1,12 @@
 """How long training stands still for a checkpoint: in the background, beside megatron-core's synchronous save.
 
-    python benchmarks/checkpoint_stall.py [--ranks 2] [--rounds 5] [--folder DIR]
+    python benchmarks/checkpoint_stall.py [--tp 2] [--ranks 2] [--rounds 5] [--folder DIR]
 
 Ranks of the preset tiny with a larger decoder (a checkpoint of about 430 MB) save in turns: ours in the background, and
 dist_checkpointing.save, which returns when all is written. The stall is what a rank waits for a save from its beginning
 to the next step and, in the background, for its commit some steps later. Steps that run beside the writing are slower
-where the cores are few: that is shown too.
+where the cores are few: that is shown too. With --tp 1 the ranks are data-parallel, and both kinds first gather the
+optimizer state over them, as megatron-core does to make checkpoints fit every layout: most of both stalls here.
 """
 
 import argparse
@@ -31,7 +32,7 @@ SETTINGS = (
 )
 
 
-def rank_main(rank: int, ranks: int, rounds: int, folder: str, results: multiprocessing.Queue) -> None:
+def rank_main(rank: int, ranks: int, tp: int, rounds: int, folder: str, results: multiprocessing.Queue) -> None:
     """Be one rank: train, and save in both ways in turns."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -45,7 +46,7 @@ def rank_main(rank: int, ranks: int, rounds: int, folder: str, results: multipro
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713"}
     torch.set_num_threads(1)
-    config = configs.load("tiny", [*SETTINGS, f"run_dir={folder}/ours"])
+    config = configs.load("tiny", [*SETTINGS, f"parallel.tp={tp}", f"run_dir={folder}/ours"])
     mesh = meshes.initialize(config)
     loader = Loader(config.data.train, config=config, mesh=mesh)
     state = build_state(config, mesh)
@@ -90,20 +91,23 @@ def main() -> None:
     """Start the ranks and print what they measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--tp", type=int, default=2, help="tensor-parallel size (default 2); the rest is data-parallel")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where to write (default: the folder for temporary files)")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        arguments = (options.ranks, options.rounds, folder, results)
+        arguments = (options.ranks, options.tp, options.rounds, folder, results)
         ranks = [context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(options.ranks)]
         for process in ranks:
             process.start()
         stalls, steps, size = results.get()
         for process in ranks:
             process.join()
-    print(f"{options.ranks} ranks, a checkpoint of {size:.0f} MB, {options.rounds} saves of each kind\n")
+    print(
+        f"{options.ranks} ranks, tp={options.tp}, a checkpoint of {size:.0f} MB, {options.rounds} saves of each kind\n"
+    )
     print(f"{'':<28}{'median':>9}{'least':>9}{'most':>9}")
     for name, times in (
         ("stall, in the background", stalls["background"]),

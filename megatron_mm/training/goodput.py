@@ -39,9 +39,9 @@ class Goodput:
 
 
 def goodput_of(records: Sequence[dict[str, Any]]) -> Goodput:
-    """Return where the time of a run went, from the records of its metrics.jsonl."""
+    """Return where the time of a run went, from the records of its metrics.jsonl; nothing if they bear no times."""
     starts = [record for record in records if "layout" in record]
-    if not starts:
+    if not starts or "time" not in starts[0]:
         return Goodput()
     began = starts[0]["time"] - starts[0]["start_seconds"]
     steps = sum(record.get("step_seconds", 0.0) for record in records)

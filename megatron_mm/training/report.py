@@ -51,8 +51,9 @@ def write_report(run_dir: str | Path) -> str:
         speed = f"{median(record['tokens_per_second'] for record in own):,.0f} tokens/s" if own else "no steps"
         lines.append(f"layout      {start['layout']}, steps {start['step']} to {stop}, {speed}")
     lines.append(f"tokens      {steps[-1]['tokens']:,}")
-    if "time" in records[-1]:
-        lines.append(f"goodput     {goodput_of(records).describe()}")
+    spent = goodput_of(records)
+    if spent.total:
+        lines.append(f"goodput     {spent.describe()}")
     lines.append(f"training    loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")
     lines.append(f"held out    after step {evaluations[0]['step']} -> after step {evaluations[-1]['step']}")
     for name in [name for name in evaluations[0] if name.startswith(PREFIX)]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_mm.training.goodput import Goodput, goodput_of
 from megatron_mm.training.report import plot_losses, write_report
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,21 @@ def step(number: int, loss: float) -> dict:
 
 def heldout(number: int, loss: float) -> dict:
     return {"step": number, "heldout/loss": loss, "heldout/loss/text": loss + 1.0}
+
+
+def test_goodput_is_the_share_of_time_in_steps_that_are_kept() -> None:
+    records = [
+        {"step": 0, "layout": "TP2", "start_seconds": 10.0, "time": 110.0, "lost_seconds": 0.0},
+        {"step": 1, "grad_norm": 1.0, "step_seconds": 20.0, "time": 130.0},
+        {"step": 1, "save_stall_seconds": 2.0, "save_seconds": 9.0, "time": 132.0},
+        # Killed after step 2, which took 20 s; started again 30 s later.
+        {"step": 1, "layout": "TP2", "start_seconds": 8.0, "time": 190.0, "lost_seconds": 20.0},
+        {"step": 2, "grad_norm": 1.0, "step_seconds": 10.0, "time": 200.0},
+    ]
+    spent = goodput_of(records)
+    assert spent == Goodput(steps=30.0, lost_steps=20.0, save_stalls=2.0, starts=18.0, other=30.0)
+    assert spent.total == 100.0
+    assert spent.describe().startswith("30.0% of 100 s: steps 30 s, lost steps 20 s")
 
 
 def test_the_report_says_what_was_run_and_learned(run_dir: Path) -> None:
