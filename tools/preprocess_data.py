@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 
-from megatron_mm.errors import DataError
+from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.ingest.pipeline import Options, Report, Share, preprocess
 
 
@@ -39,6 +39,17 @@ def main() -> int:
         metavar="S",
         help="cut longer recordings into items of this length (default %(default)s)",
     )
+    parser.add_argument(
+        "--languages",
+        nargs="+",
+        default=[],
+        metavar="L",
+        help="take texts of these languages only (ISO 639-1, en de ...), as py3langid tells them by their start",
+    )
+    parser.add_argument(
+        "--min-tokens", type=int, default=Options.min_tokens, metavar="N", help="leave out shorter documents"
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="leave out longer documents")
     parser.add_argument(
         "--tokenizer-engine",
         choices=("auto", "reference"),
@@ -71,11 +82,17 @@ def main() -> int:
             tokenizer_path=arguments.tokenizer,
             workers=arguments.workers,
             skip_bad=arguments.bad_input == "skip",
-            options=Options(arguments.trust_content, arguments.max_audio_seconds),
+            options=Options(
+                trust_content=arguments.trust_content,
+                max_audio_seconds=arguments.max_audio_seconds,
+                languages=tuple(arguments.languages),
+                min_tokens=arguments.min_tokens,
+                max_tokens=arguments.max_tokens,
+            ),
             engine=arguments.tokenizer_engine,
             share=share,
         )
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(_summary(report, share.prefix(arguments.output_prefix)))

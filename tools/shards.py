@@ -1,7 +1,8 @@
 """Look after finished shards.
 
 verify: check every byte against the checksums in the manifests. merge: make the shards of several runs one, by a
-manifest that lists them; no data are copied, and the parts must stay where they are.
+manifest that lists them; no data are copied, and the parts must stay where they are. deduplicate: copy shards without
+the documents that they hold twice, exactly or nearly.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import sys
 from tqdm import tqdm
 
 from megatron_mm.errors import DataError
+from megatron_mm.ingest.deduplicate import deduplicate
 from megatron_mm.shards import merge, open_shards
 
 
@@ -23,10 +25,22 @@ def main() -> int:
     join.add_argument(
         "parts", nargs="+", metavar="PART", help="prefixes of shards, in their order; PART.json works too"
     )
+    copy = actions.add_parser("deduplicate", help="copy shards without documents that an earlier one equals")
+    copy.add_argument("prefixes", nargs="+", metavar="P", help="prefixes of shards, in their order")
+    copy.add_argument("--output-prefix", required=True, metavar="P", help="where the copy goes")
+    copy.add_argument(
+        "--near",
+        type=float,
+        metavar="F",
+        help="leave out texts that share this part of their runs of five tokens with an earlier one too, 0 to 1 (0.8 "
+        "is usual)",
+    )
     arguments = parser.parse_args()
     try:
         if arguments.action == "verify":
             _verify(arguments.prefixes)
+        elif arguments.action == "deduplicate":
+            _deduplicate(arguments.prefixes, arguments.output_prefix, arguments.near)
         else:
             parts = [part.removesuffix(".json") for part in arguments.parts]
             manifest = merge(arguments.output_prefix, parts)
@@ -35,6 +49,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _deduplicate(prefixes: list[str], output_prefix: str, near: float | None) -> None:
+    total = sum(reader.num_documents for reader in open_shards(prefixes))
+    with tqdm(total=total, unit="document", desc="deduplicate") as progress:
+        counts = deduplicate(prefixes, output_prefix=output_prefix, threshold=near, progress=progress.update)
+    print(f"{total} documents: {counts.documents} stay, {counts.rejected} are listed in {output_prefix}.rejected.jsonl")
 
 
 def _verify(prefixes: list[str]) -> None:

@@ -46,6 +46,11 @@ class Rejection:
     path: str
     reason: str
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether it could be read, and a filter left it out: that ends no run."""
+        return self.reason.startswith("filter ")
+
 
 Reading = tuple[list[Document], list[Rejection]]
 """The documents of an input, and what was left out of it."""

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import orjson
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.document import Document, Rejection
 from megatron_mm.ingest.encode import encode_document, encode_texts
+from megatron_mm.ingest.filters import document_text, select, wrong_language, wrong_length
 from megatron_mm.ingest.work import Options, Work
 from megatron_mm.modality import Source
 from megatron_mm.shards import EncodedBatch, EncodedDocument
@@ -29,6 +31,7 @@ def encode_lines(work: Work, tokenizer: TextTokenizer, options: Options) -> Enco
         file.seek(work.start)
         lines = file.read(work.stop - work.start).split(b"\n")
     texts: dict[int, str] = {}
+    filtered = 0
     others: dict[int, list[EncodedDocument]] = {}
     rejections: list[Rejection] = []
     start, filled = work.start, 0
@@ -36,10 +39,13 @@ def encode_lines(work: Work, tokenizer: TextTokenizer, options: Options) -> Enco
         if line and not line.isspace():
             filled += 1
             text = plain_text(line)
-            if text is not None:
+            place = work.first_line + number
+            if text is not None and (reason := wrong_language(text, options)):
+                rejections.append(Rejection(f"{work.path}:{place}", reason))
+                filtered += 1
+            elif text is not None:
                 texts[number] = text
             else:
-                place = work.first_line + number
                 read, left_out = _read_line(work.path, start, start + len(line), place)
                 documents, failed = encode_documents(read, tokenizer, options, place=f"{work.path}:{place}")
                 if documents or left_out or failed:
@@ -47,9 +53,19 @@ def encode_lines(work: Work, tokenizer: TextTokenizer, options: Options) -> Enco
                 rejections += [*left_out, *failed]
         start += len(line) + 1
     batch = encode_texts(list(texts.values()), tokenizer)
-    if len(batch.lengths) + len(others) != filled:
+    if len(batch.lengths) + len(others) + filtered != filled:
         raise DataError(f"{work.path}: {filled} lines from line {work.first_line} gave {len(batch.lengths)} documents.")
-    return _in_order(batch, list(texts), others) if others else batch, rejections
+    places = list(texts)
+    if options.min_tokens > 1 or options.max_tokens is not None:
+        reasons = [wrong_length(length, options) for length in batch.lengths.tolist()]
+        rejections += [
+            Rejection(f"{work.path}:{work.first_line + number}", reason)
+            for number, reason in zip(places, reasons, strict=True)
+            if reason
+        ]
+        places = [number for number, reason in zip(places, reasons, strict=True) if not reason]
+        batch = select(batch, np.asarray([not reason for reason in reasons], bool))
+    return _in_order(batch, places, others) if others else batch, rejections
 
 
 def plain_text(line: bytes) -> str | None:
@@ -70,13 +86,19 @@ def encode_documents(
     """Return `documents` encoded; one that cannot be is a rejection of `place`."""
     encoded: list[EncodedDocument] = []
     rejections: list[Rejection] = []
-    for document in documents:
+    for number, document in enumerate(documents, start=1):
+        name = place if len(documents) == 1 else f"{place}, document {number}"
         try:
-            encoded.append(encode_document(document, tokenizer, max_audio_seconds=options.max_audio_seconds))
+            reason = wrong_language(document_text(document), options) if options.languages else ""
+            made = None if reason else encode_document(document, tokenizer, max_audio_seconds=options.max_audio_seconds)
+            if made is not None and not (reason := wrong_length(len(made.tokens), options)):
+                encoded.append(made)
+            else:
+                rejections.append(Rejection(name, reason))
         except EncodingMismatch:
             raise
         except DataError as error:
-            rejections.append(Rejection(place, str(error)))
+            rejections.append(Rejection(name, str(error)))
     return encoded, rejections
 
 

@@ -15,6 +15,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.ingest import work
 from megatron_mm.ingest.detect import Kind
 from megatron_mm.ingest.document import Rejection, TextSegment
+from megatron_mm.ingest.filters import check_languages
 from megatron_mm.ingest.lines import Encoded, encode_documents, encode_lines
 from megatron_mm.ingest.work import (
     DEFAULTS,
@@ -77,6 +78,7 @@ def preprocess(
     such input ends the run and nothing is written. Raises DataError for that, for a path that does not exist, and if
     nothing is left to write.
     """
+    check_languages(options.languages)
     tokenizer = TextTokenizer(tokenizer_path, engine=engine)
     plan = Plan(find_files(inputs), share)
     key = _resume_key(plan, tokenizer, skip_bad, options)
@@ -104,8 +106,8 @@ def _take_in(writer: ShardWriter, item: Work, result: "Encoded | str | Failure",
     if isinstance(result, Failure):
         result = EncodedBatch.of([]), [Rejection(_place(item), result.reason)]
     batch, rejections = result
-    if rejections and not skip_bad:
-        raise DataError(_first_bad(rejections))
+    if not skip_bad and (bad := [rejection for rejection in rejections if not rejection.is_filtered]):
+        raise DataError(_first_bad(bad))
     writer.add_batch(batch)
     for rejection in rejections:
         writer.add_rejection(asdict(rejection))

@@ -55,6 +55,12 @@ class Options:
     """Read a file whose name says another kind as what its content is, instead of rejecting it."""
     max_audio_seconds: int = MAX_AUDIO_SECONDS
     """Longer recordings become several items."""
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes of the languages whose texts are taken; none: all."""
+    min_tokens: int = 1
+    """Shorter documents are left out, their end-of-text counted."""
+    max_tokens: int | None = None
+    """Longer documents are left out."""
 
 
 DEFAULTS = Options()
