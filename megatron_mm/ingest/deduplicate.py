@@ -33,8 +33,8 @@ def deduplicate(
     """Copy shards but for documents that an earlier one equals, or resembles by `threshold` or more; return the counts.
 
     The first of equal documents stays. What is left out is listed in `output_prefix`.rejected.jsonl with the document
-    that stands for it. Documents with media are compared as a whole, media included, and never called similar. Memory:
-    some 150 bytes a document, and 640 more with a `threshold`.
+    that stands for it. Documents with media are compared as a whole, media included, and never called similar. Held
+    are a digest of each document and, with a `threshold`, half a kilobyte for each text.
     """
     shards = open_shards(prefixes)
     finder = _Finder(threshold)

@@ -65,9 +65,8 @@ def test_filters_keep_the_documents_around_what_they_leave_out(corpus: Path) -> 
     lines = [json.dumps({"text": text}) for text in (GERMAN, ENGLISH)]
     lines.insert(1, json.dumps({"segments": [{"text": ENGLISH}]}))
     (corpus / "a.jsonl").write_text("\n".join([*lines, "{broken"]))
-    with pytest.raises(
-        DataError, match=r"a\.jsonl: line 4|a\.jsonl:4"
-    ):  # a filter that finds something hides nothing that is bad
+    # What a filter finds hides nothing that is bad.
+    with pytest.raises(DataError, match=r"a\.jsonl: line 4|a\.jsonl:4"):
         run(corpus, Options(languages=("en",)))
     (corpus / "a.jsonl").write_text("\n".join(lines))
     texts, reasons = run(corpus, Options(languages=("en",)))
