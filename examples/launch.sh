@@ -117,10 +117,14 @@ watch_heartbeats() { # SRUN-PID: end the step when a rank has no heartbeat: SLUR
   done; }
 
 train_once() { # on the first TRAIN_NODES of good
-  local use=("${good[@]:0:TRAIN_NODES}") srun_pid dog before left
+  local use=("${good[@]:0:TRAIN_NODES}") srun_pid dog before left margin
   export MASTER_ADDR=${use[0]} MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + try) % 10000))
   export WORLD_SIZE=$world LOCAL_WORLD_SIZE=$TASKS
-  left=$(seconds_left); [ -z "$left" ] || export MEGATRON_MM_DEADLINE=$(($(date +%s) + left - ${MARGIN_SECONDS:-900}))
+  left=$(seconds_left) margin=${MARGIN_SECONDS:-900}
+  if [ -n "$left" ]; then
+    ((margin <= left / 4)) || margin=$((left / 4))
+    export MEGATRON_MM_DEADLINE=$(($(date +%s) + left - margin))
+  fi
   rm -f "$RUN_DIR"/health/rank_*.json
   before=$(saved_step); say "try $try: $world ranks on $TRAIN_NODES nodes, $MASTER_ADDR:$MASTER_PORT, from step $before"
   # exec: signals and exit status are the rank's own. One rank that fails ends all; one that ends early, all after 60 s.
@@ -133,7 +137,7 @@ train_once() { # on the first TRAIN_NODES of good
   after=$(saved_step); say "try $try: srun ended with $status; saved steps $before -> $after"
   if ((after > before)); then stalls=0; else stalls=$((stalls + 1)); fi; }
 
-stalls=0 try=0
+stalls=0 try=0 first_step=$(saved_step)
 while :; do
   try=$((try + 1)) try_logs=$logs/try$try; mkdir -p "$try_logs"
   check_nodes
@@ -147,7 +151,10 @@ while :; do
   [ -z "$first" ] || say "the ranks said:"$'\n'"$first"
   [ -z "$over" ] || break
   ! grep -qsE '^(\[rank [0-9]+\] )?error: ' "$try_logs"/rank_*.log || fail "a setting or a file is wrong: trying again will not help"
-  [ -z "$time_is_up" ] && ((status != 0)) || [ -e "$RUN_DIR/DONE" ] || requeue  # an early stop: of the time limit or its deadline
+  if [ -n "$time_is_up" ] || ((status == 0)); then  # an early stop, for the time limit or its deadline
+    ((after > first_step || SECONDS < ${START_SECONDS:-1800})) || fail "a whole life of the job has saved nothing new"
+    requeue
+  fi
   ((stalls < ${MAX_STALLS:-3})) || fail "$stalls tries in a row have saved nothing new"
 done
 say "stopped"

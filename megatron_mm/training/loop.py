@@ -74,14 +74,14 @@ def train(config: Config, mesh: Mesh) -> TrainState:
             while not _train_on(run):
                 pass
     if mesh.speaks:
-        if state.step >= config.training.steps:
+        if state.step >= config.last_step:
             done_marker(config).write_text(f"{state.step}\n")
         log.info("plot %s", plot_losses(config.run_dir))
     return state
 
 
 def done_marker(config: Config) -> Path:
-    """Return the file that says that a run has done all of its steps: an exit status of 0 can also be an early stop."""
+    """Return the file that says that a run has done the steps it was to do: a status of 0 can also be an early stop."""
     return Path(config.run_dir) / "DONE"
 
 
@@ -203,7 +203,7 @@ def _resume(state: TrainState) -> None:
     """Go on from the newest whole checkpoint of the run if there is one; otherwise start a new run."""
     if checkpoint.resume(state) is None:
         start(state)
-    if state.mesh.speaks and state.step < state.config.training.steps:
+    if state.mesh.speaks and state.step < state.config.last_step:
         done_marker(state.config).unlink(missing_ok=True)
 
 

@@ -183,7 +183,8 @@ def explain_hang(records: list[dict[str, Any]], *, world_size: int, oldest: floa
 def current_collective() -> str | None:
     """Return the collective that this rank has begun last and not finished, from torch's flight recorder."""
     try:
-        recorded = json.loads(c10d._dump_fr_trace_json(True, False))
+        dump = c10d._dump_nccl_trace_json if device.has_gpu() else c10d._dump_fr_trace_json
+        recorded = json.loads(dump(True, False))
     except (RuntimeError, ValueError):
         return None
     for entry in reversed(recorded.get("entries", [])):
