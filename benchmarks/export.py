@@ -1,10 +1,11 @@
 """Export and import of a checkpoint in the 88B's layer shapes, beside a plain copy of the same bytes on the same disk.
 
-  python benchmarks/export.py [--folder build/export_benchmark] [--layers 4] [--rounds 3] [--tokenizer T]
+  python benchmarks/export.py [--folder build/export_benchmark] [--layers 4] [--rounds 3] [--keep] [--tokenizer T]
 
 Writes a synthetic checkpoint (4 layers, embeddings, encoders: 9.5 GB) in the pieces that TP8 ranks write, copies it
 with cp, exports it, and imports the export, each from a cold page cache and up to the last byte on the disk, in turn.
-Needs 40 GB free, which it gives back. Peak memory is the process's largest resident set as the kernel counts it.
+Needs 40 GB free, which it gives back; with --keep,
+the checkpoint stays, and is there for the next run (--rounds 0 writes it alone). Peak memory is the process's largest resident set as the kernel counts it.
 The bars: export and import within twice the copy, in less than 1 GiB and 1.5 GiB.
 """
 
@@ -41,13 +42,20 @@ CUT = {
     **dict.fromkeys(("linear_proj.weight", "linear_fc2.weight"), 1),
 }
 """Along which dimension tensor ranks cut a weight; what is not here is whole."""
+LAUNCHER = """
+import os, sys
+_, status, usage = os.wait4(os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ), 0)
+print("", usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""Starts a command from a small process: the kernel counts the memory of what a process was forked from as its own."""
 
 
-def write_checkpoint(folder: Path, config: Config) -> int:
-    """Write random weights as TP8 ranks lay them out and return their bytes."""
+def write_checkpoint(folder: Path, config: Config) -> None:
+    """Write random weights as TP8 ranks lay them out."""
     folder.mkdir(parents=True)
     noise = (torch.randn(1 << 26) * 0.02).bfloat16()
-    chunks, sizes, stored, written = {}, {}, {}, 0
+    chunks, sizes, stored = {}, {}, {}
     file = (folder / "__0_0.distcp").open("wb")
     for name, parameter in build_on_meta(config).named_parameters():
         key, layer = name, None
@@ -68,7 +76,6 @@ def write_checkpoint(folder: Path, config: Config) -> int:
             torch.save(value, file)
             chunks.setdefault(key, []).append(ChunkStorageMetadata(place, value.shape))
             stored[MetadataIndex(key, place)] = _StorageInfo("__0_0.distcp", start, file.tell() - start)
-            written += value.nbytes
     file.close()
     tensors = {
         key: TensorStorageMetadata(TensorProperties(torch.bfloat16), size, chunks[key]) for key, size in sizes.items()
@@ -77,7 +84,6 @@ def write_checkpoint(folder: Path, config: Config) -> int:
     (folder / "config.yaml").write_text(configs.to_yaml(config))
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / "manifest.json").write_text(f'{{"step": 0, "bytes": {str(sizes).replace(chr(39), chr(34))}}}')
-    return written
 
 
 def make_cold(folder: Path) -> None:
@@ -94,12 +100,12 @@ def timed(command: list[str], *, source: Path, target: Path) -> tuple[float, flo
     shutil.rmtree(target, ignore_errors=True)
     make_cold(source)
     started = time.perf_counter()
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    launched = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True)
     os.sync()
     seconds = time.perf_counter() - started
-    assert status == 0, f"{' '.join(command)} ended with {status}"
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+    assert launched.returncode == 0, f"{' '.join(command)}: {launched.stderr[-2000:]}"
+    cpu, peak = launched.stdout.split()[-2:]
+    return seconds, float(cpu), int(peak) / 2**20
 
 
 def main() -> None:
@@ -109,14 +115,23 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "examples" / "sample_data" / "tokenizer.json")
+    parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
     folder = options.folder
-    shutil.rmtree(folder, ignore_errors=True)
     checkpoint, copy, out, back = (folder / name for name in ("checkpoint", "copy", "export", "import"))
-    flat = ("parallel.tp=1", "parallel.pp=1", "parallel.vpp=1", f"model.num_layers={options.layers}")
+    flat = (
+        "parallel.tp=1",
+        "parallel.pp=1",
+        "parallel.vpp=1",
+        "parallel.tp_comm_overlap=false",
+        f"model.num_layers={options.layers}",
+    )
     config = configs.load("mm_88b", flat)
     try:
-        num_bytes = write_checkpoint(checkpoint, config)
+        if not (checkpoint / "manifest.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            write_checkpoint(checkpoint, config)
+        num_bytes = sum(path.stat().st_size for path in checkpoint.iterdir())
         convert = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
         to_hf = [*convert, "to-hf", str(checkpoint), str(out), "--full", "--tokenizer", str(options.tokenizer)]
         from_hf = [*convert, "from-hf", str(out / "full"), str(back), "--preset", str(checkpoint / "config.yaml")]
@@ -128,7 +143,10 @@ def main() -> None:
             runs["import"].append(timed(from_hf, source=out, target=back))
             shutil.rmtree(back)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in (copy, out, back) if options.keep else (folder,):
+            shutil.rmtree(path, ignore_errors=True)
+    if not options.rounds:
+        return
     print(f"{num_bytes / 1e9:.2f} GB of weights, {options.rounds} rounds")
     print(f"{'':8}{'seconds':>10}{'CPU s':>10}{'GB/s':>8}{'peak GiB':>10}{'88B, minutes':>14}")
     median = {name: [statistics.median(column) for column in zip(*rows)] for name, rows in runs.items()}

@@ -102,13 +102,14 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self.special_ids = {role: self._tokenizer.token_to_id(token) for role, token in SPECIAL_TOKENS.items()}
         """Id of each role of SPECIAL_TOKENS."""
-        self._sha256 = hashlib.sha256(content).hexdigest()
+        self.content = content
+        """The file as it is, without the special tokens that it lacks."""
 
     @cached_property
     def info(self) -> TokenizerInfo:
         """What shards record of this tokenizer."""
         vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        return TokenizerInfo(self._sha256, vocab_size, self.special_ids)
+        return TokenizerInfo(hashlib.sha256(self.content).hexdigest(), vocab_size, self.special_ids)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without any special token. Raises DataError if it is not Unicode text."""

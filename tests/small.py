@@ -104,7 +104,7 @@ def write_shards(folder: Path, name: str = "train", *, seed: int = 0, text_only:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
     tokenizer = TextTokenizer(path if path.exists() else save_tokenizer(path))
-    with ShardWriter(folder / name, tokenizer=tokenizer.info) as writer:
+    with ShardWriter(folder / name, tokenizer=tokenizer.info, tokenizer_content=tokenizer.content) as writer:
         for document in documents(seed):
             if text_only and document.source is not Source.TEXT:
                 continue

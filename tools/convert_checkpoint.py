@@ -7,7 +7,9 @@ verify    compare every file of an export with its manifest
 """
 
 import argparse
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_mm.errors import ConfigError, DataError
@@ -33,13 +35,21 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder RUN_DIR/checkpoints/step_N")
     to_hf.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
     to_hf.add_argument(
-        "--tokenizer", type=Path, required=True, metavar="T", help="the tokenizer.json of the run's shards"
+        "--tokenizer", type=Path, metavar="T", help="the tokenizer.json of the run's shards (default: the checkpoint's)"
     )
     for kind in KINDS:
         to_hf.add_argument(f"--{kind}", action="store_true", help=f"write OUT/{kind} (default: all three)")
     to_hf.add_argument("--dtype", choices=PRECISIONS, help="of the weights (default: as they were trained)")
     to_hf.add_argument("--kv-replicate", type=int, default=1, metavar="R", help="write each key/value head R times")
     to_hf.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a shard (default 5)")
+    to_hf.add_argument(
+        "--gate",
+        nargs="?",
+        const="",
+        metavar="P",
+        help="compare each export's logits with the training model's, in FP32 on the run's shards or those of prefix "
+        "P, and fail if they differ; both models must fit this process's memory",
+    )
     to_hf.set_defaults(run=_to_hf)
     from_hf = commands.add_parser("from-hf", help="write a checkpoint to start from")
     from_hf.add_argument("folder", type=Path, metavar="FOLDER", help="a Llama-family folder, or an export of ours")
@@ -59,9 +69,26 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     kinds = tuple(kind for kind in KINDS if getattr(arguments, kind)) or KINDS
     dtype = PRECISIONS[arguments.dtype] if arguments.dtype else None
     options = Options(kinds, dtype, arguments.kv_replicate, int(arguments.shard_gb * 1e9))
-    export(arguments.checkpoint, arguments.out, tokenizer_path=arguments.tokenizer, options=options)
+    tokenizer, gate = arguments.tokenizer, _gate(arguments)
+    export(arguments.checkpoint, arguments.out, tokenizer_path=tokenizer, options=options, gate=gate)
     for kind in kinds:
         print(arguments.out / kind)
+
+
+def _gate(arguments: argparse.Namespace) -> Callable[[Path], dict[str, str]] | None:
+    """Return what compares an export with the training model, if that was asked for; it is built at its first use."""
+    if arguments.gate is None:
+        return None
+    if arguments.dtype not in (None, "fp32"):
+        raise ConfigError("--gate compares the weights as they were trained: leave --dtype out.")
+
+    @functools.cache
+    def build():
+        from megatron_mm.hf.gate import Gate  # imports megatron-core and transformers, which a conversion does without
+
+        return Gate(arguments.checkpoint, shards=arguments.gate)
+
+    return lambda folder: build().compare(folder)
 
 
 def _from_hf(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Continue a prompt of text, images, sound and PDFs with a trained model, on a GPU or the CPU.
 
   python tools/generate.py runs/demo/export/full --file photo.jpg --text "A photograph of"
-  python tools/generate.py runs/demo/checkpoints/step_00000140 --tokenizer T --text "It was" --temperature 0.8
+  python tools/generate.py runs/demo/checkpoints/step_00000140 --text "It was" --temperature 0.8
 
 --text and --file may be repeated; they follow one another in the prompt as they stand. With --jsonl, every line of a
 file is a prompt, as tools/preprocess_data.py reads them.
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", action=_Part, dest="parts", metavar="TEXT", help="text of the prompt")
     parser.add_argument("--file", action=_Part, dest="parts", metavar="F", help="image, recording, PDF or text file")
     parser.add_argument("--jsonl", type=Path, metavar="F", help="many prompts, one a line")
-    parser.add_argument("--tokenizer", type=Path, metavar="T", help="tokenizer.json, for a checkpoint")
+    parser.add_argument("--tokenizer", type=Path, metavar="T", help="tokenizer.json (default: the model's own)")
     parser.add_argument("--max-new-tokens", type=int, default=Sampling.max_new_tokens, metavar="N")
     parser.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="X", help="0: no sampling")
     parser.add_argument("--top-k", type=int, default=Sampling.top_k, metavar="K")

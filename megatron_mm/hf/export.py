@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf import files, weight_map
 from megatron_mm.hf.stream import (
     Shard,
-    ShardWriter,
     check_complete,
     check_sha256,
     info_of,
     pack,
     require_space,
     sha256_of,
+    write_shard,
 )
 from megatron_mm.hf.tensors import CheckpointReader, TensorInfo
 from megatron_mm.hf.weight_map import Target
@@ -68,9 +69,18 @@ class _Job:
         return {path.removeprefix(f"{kind}/"): (by_path[written[path]], written[path]) for path in own}
 
 
-def export(checkpoint: Path, out: Path, *, tokenizer_path: Path, options: Options = Options()) -> None:
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    tokenizer_path: Path | None = None,
+    options: Options = Options(),
+    gate: Callable[[Path], dict[str, str]] | None = None,
+) -> None:
     """Write the exports of a checkpoint to OUT/text, OUT/image and OUT/full, as `options` has it.
 
+    The tokenizer is the checkpoint's, or the one that is named. `gate` is given each folder that has all but its model
+    card and manifest: it raises if the export is wrong, or returns figures for the card.
     Streams blocks of rows from the checkpoint's files, needs neither GPU nor process group, and holds no tensor whole.
     All is written to OUT.partial, read back, and renamed when it is right; the same command goes on behind the shards
     of one that was interrupted. Raises DataError for a damaged or foreign checkpoint and a full disk.
@@ -86,26 +96,30 @@ def export(checkpoint: Path, out: Path, *, tokenizer_path: Path, options: Option
     require_space(partial, sum(shard.num_bytes for shard in job.shards if shard.path not in done))
     total = sum(shard.num_bytes for shard in job.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="export") as progress:
-        writer = ShardWriter(partial, done=done, progress=progress)
         for shard in job.shards:
-            writer.write(shard, job.source)
+            if shard.path in done and (partial / shard.path).exists():
+                check_sha256(partial / shard.path, done[shard.path])
+                progress.update(shard.num_bytes)
+                continue
+            done[shard.path] = write_shard(partial, shard, job.source, progress=progress)
             _write_atomically(partial / "progress.json", json.dumps({"begun": begun, "done": done}))
-        writer.finish()
     for link, path in job.links.items():
         (partial / link).unlink(missing_ok=True)
         os.link(partial / path, partial / link)
     for kind in options.kinds:
-        _finish(partial / kind, kind, job, done)
+        _finish(partial / kind, kind, job, done, gate)
     os.replace(partial, out)
     (out / "progress.json").unlink()
 
 
-def _prepare(checkpoint: Path, tokenizer_path: Path, options: Options) -> _Job:
+def _prepare(checkpoint: Path, tokenizer_path: Path | None, options: Options) -> _Job:
     if checkpoint.name.endswith(".partial"):
         raise DataError(f"{checkpoint} is half written: use the newest step_N folder beside it.")
     source = CheckpointReader(checkpoint)
     config = configs.load(str(checkpoint / "config.yaml"))
-    tokenizer = TextTokenizer(tokenizer_path)
+    if tokenizer_path is None and not (checkpoint / "tokenizer.json").exists():
+        raise ConfigError(f"{checkpoint} has no tokenizer.json: name that of the run's shards with --tokenizer.")
+    tokenizer = TextTokenizer(tokenizer_path or checkpoint / "tokenizer.json")
     _check_settings(config, tokenizer, options)
     shards, links = _plan(source, config, options)
     return _Job(source, config, tokenizer, options, tuple(shards), links)
@@ -197,7 +211,9 @@ def _begin(partial: Path, begun: str) -> dict[str, str]:
     return found["done"]
 
 
-def _finish(folder: Path, kind: str, job: _Job, done: dict[str, str]) -> None:
+def _finish(
+    folder: Path, kind: str, job: _Job, done: dict[str, str], gate: Callable[[Path], dict[str, str]] | None
+) -> None:
     """Write the files around the shards of one export, the manifest last."""
     shards = job.shards_of(kind)
     index: dict[str, Any] = {
@@ -213,6 +229,7 @@ def _finish(folder: Path, kind: str, job: _Job, done: dict[str, str]) -> None:
         "shards read back after writing, sha256 equal": len(shards),
         "weights": f"{dtype} (trained in {trained})".replace("torch.", ""),
     }
+    figures |= gate(folder) if gate is not None else {}
     card = files.model_card(job.config, kind=kind, step=job.source.step, figures=figures)
     (folder / "README.md").write_text(card)
     sums = {name: done[path] for name, (_, path) in shards.items()}

@@ -57,22 +57,21 @@ class Speaker:
 def opened(path: Path, *, tokenizer_path: Path | None = None, dtype: torch.dtype | None = None):
     """Give a Speaker of the export or checkpoint at `path`; a checkpoint is exported to a temporary folder first.
 
-    Raises ConfigError if it is neither, or is a checkpoint and no tokenizer is named.
+    Raises ConfigError if it is neither, or is a checkpoint without a tokenizer and none is named.
     """
     if (path / "config.json").exists():
-        yield _load(path, dtype)
+        yield load_export(path, dtype)
         return
     if not (path / "manifest.json").exists():
         raise ConfigError(f"{path} is neither an export (with a config.json) nor a checkpoint (with a manifest.json).")
-    if tokenizer_path is None:
-        raise ConfigError(f"{path} is a checkpoint: name the tokenizer.json of its shards with --tokenizer.")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "export"
         export(path, out, tokenizer_path=tokenizer_path, options=Options(kinds=("full",), dtype=dtype))
-        yield _load(out / "full", dtype)
+        yield load_export(out / "full", dtype)
 
 
-def _load(folder: Path, dtype: torch.dtype | None) -> Speaker:
+def load_export(folder: Path, dtype: torch.dtype | None = None) -> Speaker:
+    """Return the export in `folder`, on this process's device. Raises DataError if its tensors are not its model's."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     # The package's own copy of the code that a full export carries: nothing in the folder is executed.
@@ -85,7 +84,11 @@ def _load(folder: Path, dtype: torch.dtype | None) -> Speaker:
         "megatron_mm": (MegatronMMForConditionalGeneration, {Media.IMAGE, Media.AUDIO}),
     }
     model_class, kinds = classes.get(kind, (AutoModelForCausalLM, set()))
-    model = model_class.from_pretrained(folder, dtype=dtype or "auto").eval().to(device.current())
+    model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+    wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if name.endswith("_keys") and keys}
+    if wrong:
+        raise DataError(f"{folder}: its tensors are not those of its config.json: {wrong}.")
+    model = model.eval().to(device.current())
     normalize = description.get("audio_config", {}).get("do_stable_layer_norm", False)
     return Speaker(model, TextTokenizer(folder / "tokenizer.json"), frozenset(kinds), normalize)
 

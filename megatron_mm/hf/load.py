@@ -6,8 +6,9 @@ import pickle
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -25,8 +26,8 @@ from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf import weight_map
-from megatron_mm.hf.stream import SYNC_BYTES, blocks, check_complete, info_of, require_space
-from megatron_mm.hf.tensors import PRECISIONS, CheckpointReader, SafetensorsReader, TensorInfo, TensorSource
+from megatron_mm.hf.stream import SYNC_BYTES, blocks, check_complete, explained, info_of, require_space
+from megatron_mm.hf.tensors import PRECISIONS, SafetensorsReader, TensorInfo, TensorSource, check_archive
 from megatron_mm.hf.weight_map import Target, whole
 
 TEXT_MODELS = ("llama", "mistral", "qwen3")
@@ -62,12 +63,16 @@ def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[s
     resolved = [(target, info_of(target, source, dtype=dtype)) for target in targets]
     check_complete(source, targets, where=str(folder))
     require_space(partial, sum(info.shape[0] * info.row_bytes for _, info in resolved))
-    _write(partial, resolved, source, num_layers=config.model.num_layers)
+    try:
+        _write(partial, resolved, source, num_layers=config.model.num_layers)
+    except OSError as error:
+        raise explained(error, partial, sum(info.shape[0] * info.row_bytes for _, info in resolved)) from error
     (partial / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     (partial / "config.yaml").write_text(configs.to_yaml(config))
+    if (folder / "tokenizer.json").exists():
+        shutil.copyfile(folder / "tokenizer.json", partial / "tokenizer.json")
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     (partial / "manifest.json").write_text(json.dumps({"step": 0, "bytes": sizes}, indent=1))
-    CheckpointReader(partial).check()
     os.replace(partial, out)
     return config
 
@@ -180,10 +185,15 @@ def _write(
     chunks: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
     sizes: dict[str, torch.Size] = {}
     dtypes: dict[str, torch.dtype] = {}
-    stored: dict[MetadataIndex, _StorageInfo] = {}
-    file = _Files(folder)
     total = sum(info.shape[0] * info.row_bytes for _, info in tensors)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="import") as progress:
+    # One block is read while another one is written and those before are read back.
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="import") as progress,
+        ThreadPoolExecutor(1) as writer,
+        _Files(folder) as file,
+    ):
+        written: dict[MetadataIndex, Future[_StorageInfo]] = {}
+        place = None
         for target, info in tensors:
             key, layer = _stacked(target.name)
             row = 0
@@ -194,11 +204,14 @@ def _write(
                 row += block.shape[0]
                 value = block if layer is None else block.unsqueeze(0)
                 chunks[key].append(ChunkStorageMetadata(offsets, value.shape))
-                stored[MetadataIndex(key, offsets)] = file.append(value)
+                if place is not None:
+                    written[place].result()
+                place = MetadataIndex(key, offsets)
+                written[place] = writer.submit(file.append, value)
                 progress.update(block.nbytes)
+        stored = {place: pending.result() for place, pending in written.items()}
         # megatron-core looks for what is not a tensor here: a run's scheduler, none in bare weights.
         stored[MetadataIndex("common_state/shard_0_1")] = file.append([{}])
-        file.close()
     described: dict[str, Any] = {
         key: TensorStorageMetadata(TensorProperties(dtypes[key]), size, chunks[key]) for key, size in sizes.items()
     }
@@ -208,36 +221,64 @@ def _write(
 
 
 class _Files:
-    """Appends archives to files of at most FILE_BYTES."""
+    """Appends archives to files of at most FILE_BYTES, and compares each with its checksum on the way to the disk."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._number, self._synced = folder, 0, 0
-        self._file = (folder / "__0_0.distcp").open("wb")
+        self._folder, self._number = folder, 0
+        self._checker, self._pending = ThreadPoolExecutor(1), None
+        self._begin()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._end()
+        finally:
+            self._checker.shutdown()
 
     def append(self, value: Any) -> _StorageInfo:
         """Write a tensor, or a plain object, as torch.save does; return where it is."""
         if self._file.tell() > FILE_BYTES:
-            self.close()
+            self._end()
             self._number += 1
-            self._synced = 0
-            self._file = (self._folder / f"__0_{self._number}.distcp").open("wb")
+            self._begin()
         start = self._file.tell()
         torch.save(value, self._file)
         end = self._file.tell()
-        if end - self._synced > SYNC_BYTES:
-            self._sync()
-            self._synced = end
-        return _StorageInfo(f"__0_{self._number}.distcp", start, end - start)
+        self._unchecked.append((start, end - start))
+        if end - self._unchecked[0][0] > SYNC_BYTES:
+            self._check()
+        return _StorageInfo(self._path.name, start, end - start)
 
-    def close(self) -> None:
-        """Bring what was written to the disk."""
-        self._sync()
+    def _begin(self) -> None:
+        self._path = self._folder / f"__0_{self._number}.distcp"
+        self._file = self._path.open("wb")
+        self._unchecked: list[tuple[int, int]] = []
+
+    def _end(self) -> None:
+        self._check()
+        self._pending.result()
         self._file.close()
 
-    def _sync(self) -> None:
+    def _check(self) -> None:
         self._file.flush()
-        os.fdatasync(self._file.fileno())
-        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if self._pending is not None:
+            self._pending.result()
+        self._pending = self._checker.submit(_sync_and_check, self._path, self._unchecked)
+        self._unchecked = []
+
+
+def _sync_and_check(path: Path, places: list[tuple[int, int]]) -> None:
+    """Bring a file to the disk and compare the archives at (offset, length) with their checksums."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(descriptor)
+        for offset, length in places:
+            check_archive(descriptor, offset, length, where=path)
+    finally:
+        os.close(descriptor)
 
 
 def _stacked(name: str) -> tuple[str, int | None]:

@@ -7,20 +7,23 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_mm.errors import DataError
-from megatron_mm.hf.tensors import BLOCK_BYTES, SAFETENSORS_NAMES, TensorInfo, TensorSource, row_blocks
+from megatron_mm.hf.tensors import SAFETENSORS_NAMES, TensorInfo, TensorSource, row_blocks
 from megatron_mm.hf.weight_map import IGNORED, KEPT, Target
 
 SYNC_BYTES = 256 << 20
-"""Bytes after which what was written is pushed to the disk: a page cache full of unwritten pages stalls the machine."""
+"""Bytes after which what was written is pushed to the disk and read back: unwritten pages stall the machine."""
+READ_BYTES = 8 << 20
+"""Bytes that are read and hashed at a time."""
 
 
 def info_of(target: Target, source: TensorSource, *, dtype: torch.dtype | None = None) -> TensorInfo:
@@ -127,76 +130,104 @@ def pack(
     return [tuple(shard) for shard in shards if shard]
 
 
-class ShardWriter:
-    """Writes shards under a folder, one file after the other, and reads each back while the next one is written.
+def write_shard(folder: Path, shard: Shard, source: TensorSource, *, progress: tqdm) -> str:
+    """Write one shard under `folder`, read it back as it grows, and return its sha256.
 
-    A file appears under its name only when it is whole and on the disk. `done` maps the path of each such file to its
-    sha256; an interrupted export goes on behind them.
+    It appears under its name only when it is whole and on the disk. Raises DataError if the disk is full, or if what is
+    read back is not what was written.
+    """
+    final = folder / shard.path
+    partial = final.with_name(final.name + ".partial")
+    try:
+        digest = _write(partial, shard, source, progress)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise explained(error, folder, shard.num_bytes) from error
+    os.replace(partial, final)
+    return digest
+
+
+def _write(path: Path, shard: Shard, source: TensorSource, progress: tqdm) -> str:
+    written, header = hashlib.sha256(), shard.header()
+    # The threads end before the file is closed: they must not go on with another file under the same descriptor.
+    with path.open("wb+", buffering=0) as file, ThreadPoolExecutor(1) as writer, _ReadBack(file.fileno()) as back:
+        os.posix_fallocate(file.fileno(), 0, len(header) + shard.num_bytes)
+        pending = writer.submit(_append, file.fileno(), written, header, 0)
+        position = len(header)
+        for target, info in shard.tensors:
+            for block in blocks(target, source, dtype=info.dtype):
+                data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
+                pending.result()  # one block is read while another one is written and one before it read back
+                back.follow(position)
+                pending = writer.submit(_append, file.fileno(), written, data, position)
+                position += data.nbytes
+                progress.update(data.nbytes)
+        pending.result()
+        found = back.finish(position)
+    if found != written.hexdigest():
+        raise DataError(f"{path} does not hold what was written to it (its sha256 differs): the disk is not reliable.")
+    return found
+
+
+class _ReadBack:
+    """Pushes a growing file to the disk and hashes what it then holds, a window behind its writer.
+
+    It is read while it is in the page cache: the disk is not read a second time (`check_sha256` does that), and no more
+    than two windows of unwritten pages stand against the machine's memory.
     """
 
-    def __init__(self, folder: Path, *, done: dict[str, str], progress: tqdm) -> None:
-        self.folder, self.done, self.progress = folder, done, progress
-        self._checker = ThreadPoolExecutor(1)
-        self._checks: list[Future[None]] = []
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._digest = descriptor, hashlib.sha256()
+        self._buffer = memoryview(bytearray(READ_BYTES))
+        self._checker, self._pending, self._start = ThreadPoolExecutor(1), None, 0
 
-    def write(self, shard: Shard, source: TensorSource) -> None:
-        """Write one shard, unless it is there. Raises DataError if the disk is full."""
-        final = self.folder / shard.path
-        if shard.path not in self.done or not final.exists():
-            partial = final.with_name(final.name + ".partial")
-            try:
-                self.done[shard.path] = self._write(partial, shard, source)
-            except OSError as error:
-                partial.unlink(missing_ok=True)
-                raise _explained(error, self.folder, shard.num_bytes) from error
-            os.replace(partial, final)
-        else:
-            self.progress.update(shard.num_bytes)
-        self._checks.append(self._checker.submit(check_sha256, final, self.done[shard.path]))
+    def __enter__(self) -> Self:
+        return self
 
-    def _write(self, path: Path, shard: Shard, source: TensorSource) -> str:
-        digest = hashlib.sha256()
-        # The thread ends before the file is closed: it must not write to another file under the same descriptor.
-        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
-            os.posix_fallocate(file.fileno(), 0, len(shard.header()) + shard.num_bytes)
-            pending = writer.submit(_append, file.fileno(), digest, shard.header(), 0)
-            position = len(shard.header())
-            for target, info in shard.tensors:
-                for block in blocks(target, source, dtype=info.dtype):
-                    data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
-                    pending.result()  # one block is read while another one is written
-                    pending = writer.submit(_append, file.fileno(), digest, data, position)
-                    position += data.nbytes
-                    self.progress.update(data.nbytes)
-            pending.result()
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read back from the disk
-        return digest.hexdigest()
+    def __exit__(self, *_: object) -> None:
+        self._checker.shutdown()
 
-    def finish(self) -> None:
-        """Wait until every shard has been read back. Raises DataError if one is not what was written."""
-        try:
-            for check in self._checks:
-                check.result()
-        finally:
-            self._checker.shutdown()
+    def follow(self, stop: int) -> None:
+        """Take note that everything before byte `stop` is written."""
+        if stop - self._start >= SYNC_BYTES:
+            self._submit(stop)
+
+    def finish(self, stop: int) -> str:
+        """Return the sha256 of the file, which ends at byte `stop` and is on the disk by then."""
+        self._submit(stop)
+        self._pending.result()
+        return self._digest.hexdigest()
+
+    def _submit(self, stop: int) -> None:
+        if self._pending is not None:
+            self._pending.result()
+        self._pending = self._checker.submit(self._check, self._start, stop)
+        self._start = stop
+
+    def _check(self, start: int, stop: int) -> None:
+        os.fdatasync(self._descriptor)
+        position = start
+        while position < stop:
+            count = os.preadv(self._descriptor, [self._buffer[: stop - position]], position)
+            if not count:
+                raise DataError(f"a shard ends at byte {position} of {stop} that were written to it.")
+            self._digest.update(self._buffer[:count])
+            position += count
+        os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def _append(descriptor: int, digest: "hashlib._Hash", data: bytes | memoryview, position: int) -> None:
     digest.update(data)
     view = memoryview(data)
-    start = position
     while view.nbytes:
         count = os.pwrite(descriptor, view, position)
         position, view = position + count, view[count:]
-    if position // SYNC_BYTES != start // SYNC_BYTES:
-        os.fdatasync(descriptor)
 
 
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file, read by blocks."""
     digest = hashlib.sha256()
-    buffer = bytearray(min(BLOCK_BYTES, 8 << 20))
+    buffer = bytearray(READ_BYTES)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
@@ -219,10 +250,11 @@ def require_space(folder: Path, num_bytes: int) -> None:
         raise DataError(f"{num_bytes / 1e9:.1f} GB are to be written to {folder}, but {free / 1e9:.1f} GB are free.")
 
 
-def _explained(error: OSError, folder: Path, num_bytes: int) -> Exception:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+def explained(error: OSError, folder: Path, num_bytes: int) -> Exception:
+    """Return what to raise for an error of the disk under `folder`: a DataError if it is that it is full."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return error
     return DataError(
-        f"the disk of {folder} is full: the next {num_bytes / 1e9:.2f} GB do not fit. Make room and run the same "
-        "command again; it goes on behind the shards that are whole."
+        f"the disk of {folder} is full ({error.strerror}): the next {num_bytes / 1e9:.2f} GB do not fit. Make room and "
+        "run the same command again; an export goes on behind the shards that are whole."
     )

@@ -180,14 +180,7 @@ class CheckpointReader:
     def check(self) -> None:
         """Compare every tensor with the checksum of its archive. Raises DataError at the first that differs."""
         for chunk in {(c.file, c.offset): c for chunks in self._chunks.values() for c in chunks}.values():
-            try:
-                archive = zipfile.ZipFile(_Window(self._open(chunk.file), chunk.offset, chunk.length))
-                bad = archive.testzip()
-            except (zipfile.BadZipFile, ValueError, OSError) as error:
-                bad = error
-            if bad is not None:
-                raise DataError(f"{self.path / chunk.file} is damaged at byte {chunk.offset}: {bad}")
-            os.posix_fadvise(self._open(chunk.file), chunk.offset, chunk.length, os.POSIX_FADV_DONTNEED)
+            check_archive(self._open(chunk.file), chunk.offset, chunk.length, where=self.path / chunk.file)
 
     def _open(self, name: str) -> int:
         if name not in self._files:
@@ -211,6 +204,17 @@ class CheckpointReader:
             name_bytes, extra_bytes = struct.unpack("<HH", window.read(4))
             self._data[key] = chunk.offset + record.header_offset + 30 + name_bytes + extra_bytes
         return self._data[key]
+
+
+def check_archive(descriptor: int, offset: int, length: int, *, where: Path) -> None:
+    """Compare what torch.save wrote to a part of a file with its checksum. Raises DataError if they differ."""
+    try:
+        bad = zipfile.ZipFile(_Window(descriptor, offset, length)).testzip()
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        bad = error
+    if bad is not None:
+        raise DataError(f"{where} is damaged at byte {offset}: {bad}")
+    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 class SafetensorsReader:

@@ -82,7 +82,8 @@ def preprocess(
     tokenizer = TextTokenizer(tokenizer_path, engine=engine)
     plan = Plan(find_files(inputs), share)
     key = _resume_key(plan, tokenizer, skip_bad, options)
-    with ShardWriter(share.prefix(output_prefix), tokenizer=tokenizer.info, resume_key=key) as writer:
+    prefix, content = share.prefix(output_prefix), tokenizer.content
+    with ShardWriter(prefix, tokenizer=tokenizer.info, tokenizer_content=content, resume_key=key) as writer:
         plan.restore(writer.progress)
         progress = tqdm(total=plan.num_bytes, initial=plan.done_bytes, unit="B", unit_scale=True, desc="preprocess")
         make_task = functools.partial(_make_task, tokenizer_path, engine, options)

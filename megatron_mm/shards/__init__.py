@@ -1,9 +1,10 @@
 """The on-disk border between ingestion and training: token shards and media shards.
 
-A prefix P names five files. `P.bin` and `P.idx` are megatron-core's IndexedDataset format, one document a sequence, at
+A prefix P names six files. `P.bin` and `P.idx` are megatron-core's IndexedDataset format, one document a sequence, at
 decoder length: a media item is a run of placeholder ids. `P.media.bin` holds the encoded bytes of all media items end
-to end, `P.media.idx` says where each lies and which run it fills, and `P.json` is the manifest: counts, tokenizer,
-sizes and checksums. The manifest is written last, so a set of shards without one is not finished and is never read.
+to end, `P.media.idx` says where each lies and which run it fills, `P.tokenizer` is the tokenizer.json that the ids come
+from, and `P.json` is the manifest: counts, tokenizer, sizes and checksums. The manifest is written last, so a set of
+shards without one is not finished and is never read.
 
 Several sets of shards may be one: `P.json` then lists their prefixes as `parts` and there is no other file (`merge`).
 
@@ -18,7 +19,7 @@ from megatron_mm.shards.format import (
     MediaItem,
     TokenizerInfo,
 )
-from megatron_mm.shards.reader import ShardReader, check_tokenizers, merge, open_shards
+from megatron_mm.shards.reader import ShardReader, check_tokenizers, merge, open_shards, stored_tokenizer
 from megatron_mm.shards.writer import ShardWriter
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "check_tokenizers",
     "merge",
     "open_shards",
+    "stored_tokenizer",
 ]

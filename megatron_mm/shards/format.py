@@ -28,6 +28,8 @@ ITEM = np.dtype(
         ("reserved_2", "<u4"),
     ]
 )
+TOKENIZER_SUFFIX = ".tokenizer"
+"""Of the tokenizer.json that the ids come from; not .json, which stands for manifests in patterns."""
 SUFFIXES = (".bin", ".idx", ".media.bin", ".media.idx")
 BLOCK_BYTES = 16 * 2**20
 """Bytes that one checksum of the manifest covers."""

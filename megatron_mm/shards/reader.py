@@ -1,5 +1,6 @@
 """Reading shards: checked on opening as far as that is cheap, again at every read, and byte by byte by `verify`."""
 
+import hashlib
 import json
 import os
 import zlib
@@ -23,6 +24,7 @@ from megatron_mm.shards.format import (
     TOKEN_HEADER,
     TOKEN_MAGIC,
     TOKEN_VERSION,
+    TOKENIZER_SUFFIX,
     TokenizerInfo,
 )
 from megatron_mm.shards.writer import write_manifest
@@ -232,6 +234,21 @@ def check_tokenizers(readers: Sequence[ShardReader]) -> None:
                 f"{reader.prefix} and {readers[0].prefix} come from different tokenizers: the same id means different "
                 "text. Preprocess one of them again with the other's tokenizer."
             )
+
+
+def stored_tokenizer(prefix: str) -> bytes | None:
+    """Return the tokenizer.json that is stored with a set of shards, None if they were written without.
+
+    Raises DataError if it is not the one that the manifest names.
+    """
+    part = _parts(prefix)[0]
+    path = Path(part + TOKENIZER_SUFFIX)
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != _read_manifest(part)["tokenizer"]["sha256"]:
+        raise DataError(f"{path} is not the tokenizer that {part}.json names: put that one in its place.")
+    return content
 
 
 def merge(prefix: str | Path, parts: Sequence[str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from megatron_mm.shards.format import (
     TOKEN_HEADER,
     TOKEN_MAGIC,
     TOKEN_VERSION,
+    TOKENIZER_SUFFIX,
     Counts,
     EncodedBatch,
     EncodedDocument,
@@ -46,13 +47,22 @@ COPY_ELEMENTS = 2**20
 class ShardWriter:
     """Writes one set of shards; nothing appears under its final name before all of it is on disk.
 
+    `tokenizer_content` is the tokenizer.json, which is stored with them: a model that is trained on them needs it.
     Use as a context manager: leaving it publishes the shards, leaving it by an exception removes what was begun.
     With a `resume_key` what was begun stays, unless the exception is a DataError, and the next writer with the same
     key goes on after the last `commit`. Raises DataError if another process is writing the same prefix.
     """
 
-    def __init__(self, prefix: str | Path, *, tokenizer: TokenizerInfo, resume_key: str | None = None) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        *,
+        tokenizer: TokenizerInfo,
+        tokenizer_content: bytes | None = None,
+        resume_key: str | None = None,
+    ) -> None:
         self.prefix = str(prefix)
+        self._tokenizer_content = tokenizer_content
         self.tokenizer = tokenizer
         self.resume_key = resume_key
         self.counts = Counts()
@@ -209,6 +219,10 @@ class ShardWriter:
         for suffix in SUFFIXES:
             os.replace(_partial(self.prefix + suffix), self.prefix + suffix)
             finished[suffix].close()
+        if self._tokenizer_content is None:
+            Path(self.prefix + TOKENIZER_SUFFIX).unlink(missing_ok=True)
+        else:
+            write_atomically(self.prefix + TOKENIZER_SUFFIX, self._tokenizer_content)
         write_manifest(self.prefix, manifest)
 
     def _token_index(self) -> "CheckedFile":
@@ -297,13 +311,18 @@ class CheckedFile:
 
 def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
     """Write `prefix`.json: from then on the shards are there."""
-    partial = _partial(prefix + ".json")
-    with open(partial, "w") as file:
-        file.write(json.dumps(manifest, indent=1))
+    write_atomically(prefix + ".json", json.dumps(manifest, indent=1).encode())
+
+
+def write_atomically(path: str, content: bytes) -> None:
+    """Let a file have its name only when it is whole and on the disk."""
+    partial = _partial(path)
+    with open(partial, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, prefix + ".json")
-    folder = os.open(Path(prefix).parent, os.O_RDONLY)
+    os.replace(partial, path)
+    folder = os.open(Path(path).parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
 

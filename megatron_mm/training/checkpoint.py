@@ -4,6 +4,7 @@ A checkpoint is a folder run_dir/checkpoints/step_N of megatron-core's global te
 manifest.py says what makes it one, saver.py how it is written.
 """
 
+import functools
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.pickles import only_plain_pickles
 from megatron_mm.parallel.mesh import Mesh
+from megatron_mm.shards import stored_tokenizer
 from megatron_mm.training import manifest
 from megatron_mm.training.manifest import Fence
 from megatron_mm.training.optimizer import build_scheduler
@@ -27,6 +29,7 @@ from megatron_mm.training.state import TrainState, settle_parameters
 
 log = logging.getLogger(__name__)
 
+TOKENIZER = "tokenizer.json"
 MAY_CHANGE = (
     *("preset", "run_dir", "parallel.", "checkpoint.", "evaluation.", "logging.", "schedule.", "guard."),
     *("training.start_from", "vision.pretrained", "audio.pretrained"),
@@ -83,9 +86,25 @@ def begin_save(state: TrainState, saver: Saver) -> Saved | None:
         lambda: _sharded_state(state, metadata, loading=False),
         metadata=content,
         facts={"skipped_batches": state.skipped_batches},
-        texts={"config.yaml": configs.to_yaml(state.config)},
+        texts={"config.yaml": configs.to_yaml(state.config), **(_tokenizer(state.config) if state.mesh.speaks else {})},
     )
     return before if state.config.checkpoint.background else saver.finish()
+
+
+@functools.lru_cache(maxsize=1)
+def _read_tokenizer(prefix: str) -> str | None:
+    try:
+        content = stored_tokenizer(prefix)
+    except (OSError, DataError) as error:
+        log.warning("checkpoints are saved without a tokenizer: %s", error)
+        return None
+    return None if content is None else content.decode()
+
+
+def _tokenizer(config: Config) -> dict[str, str]:
+    """Return the tokenizer.json of the run's shards by its name in a checkpoint; nothing if they have none."""
+    content = _read_tokenizer(config.data.train_datasets[0].split(",")[0])
+    return {} if content is None else {TOKENIZER: content}
 
 
 def save(state: TrainState) -> Path:

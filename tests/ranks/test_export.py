@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from megatron_mm.config import Config
-from megatron_mm.data.decode import decode_chunks, decode_pixels
 from megatron_mm.data.loader import Loader
 from megatron_mm.data.packing import plan_packing
 from megatron_mm.hf import weight_map
 from megatron_mm.hf.export import KINDS, Options, export
+from megatron_mm.hf.gate import export_inputs
 from megatron_mm.hf.load import import_folder
 from megatron_mm.hf.weight_map import Rows, Target
 from megatron_mm.modality import Media
@@ -111,22 +111,10 @@ def pieces(config: Config) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
         position = 0
         for piece in plan.sample(sample):
             document, start, length = int(piece["document"]), int(piece["start"]), int(piece["length"])
-            tokens = torch.from_numpy(shard.tokens(document, start, start + length).astype(np.int64))
-            inputs = {"input_ids": tokens.unsqueeze(0)}
-            media = [item for item in shard.media(document) if 0 <= int(item["token_offset"]) - start < length]
-            images = [decode_pixels(shard.media_bytes(item)) for item in media if item["kind"] == Media.IMAGE]
-            if images:
-                inputs["pixel_values"] = torch.stack(images).float() / 127.5 - 1.0
-            normalize = config.audio.form == "lv60k"
-            clips = [
-                torch.cat(decode_chunks(shard.media_bytes(item), normalize=normalize))
-                for item in media
-                if item["kind"] == Media.AUDIO
-            ]
-            if clips:
-                inputs["input_values"] = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
-                lengths = torch.tensor([len(clip) for clip in clips])
-                inputs["input_values_mask"] = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+            items = [item for item in shard.media(document) if 0 <= int(item["token_offset"]) - start < length]
+            media = [(Media(int(item["kind"])), shard.media_bytes(item)) for item in items]
+            tokens = shard.tokens(document, start, start + length)
+            inputs = export_inputs(tokens, media, normalize=config.audio.form == "lv60k")
             yield number, slice(position, position + length), inputs
             position += length
 

@@ -1,25 +1,32 @@
 """Generation over an export: the cache changes nothing, a batch is its prompts, text streams, and misuse is named."""
 
 import io
+import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launch import run_ranks
+from launch import run_alone, run_ranks
 from PIL import Image
 from small import decode_samples, png, small_config, tone
-from test_export import save_and_run
+from test_export import WRONG_MAPS, save_and_run
 from transformers import AutoProcessor
 
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.hf.export import export
+from megatron_mm.hf import weight_map
+from megatron_mm.hf.export import KINDS, export
+from megatron_mm.hf.gate import LIMIT, Gate
 from megatron_mm.hf.generate import Sampling, Speaker, generate, model_inputs, opened
 from megatron_mm.ingest.audio import encode_flac
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, TextSegment
 from megatron_mm.ingest.read import read_file
 from megatron_mm.modality import Source
+from megatron_mm.shards import stored_tokenizer
+from megatron_mm.tokenizer import TextTokenizer
 from megatron_mm.training import checkpoint
 
 LENGTH = 8
@@ -36,8 +43,46 @@ def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exports(saved: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exports") / "out"
-    export(saved, out, tokenizer_path=shards.parent / "tokenizer.json")
+    export(saved, out)
     return out
+
+
+def test_the_tokenizer_goes_with_shards_checkpoint_and_export(saved: Path, exports: Path, shards: Path) -> None:
+    original = (shards.parent / "tokenizer.json").read_bytes()
+    assert stored_tokenizer(str(shards)) == original
+    assert (saved / "tokenizer.json").read_bytes() == original
+    for kind in KINDS:
+        assert (exports / kind / "tokenizer.json").read_text() == TextTokenizer(saved / "tokenizer.json").to_json()
+
+
+def export_through_gate(checkpoint: Path, out: Path, wrong: str | None) -> str:
+    """Export a checkpoint with the gate, perhaps with a wrong map, and return a model card, or why there is none."""
+    if wrong is not None:
+        right = weight_map.decoder
+        weight_map.decoder = lambda *a, **k: iter(WRONG_MAPS[wrong](list(right(*a, **k))))
+    try:
+        export(checkpoint, out, gate=Gate(checkpoint).compare)
+    except DataError as error:
+        return str(error)
+    return (out / "full" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_gate_puts_its_figures_into_the_card(precision: str, saved: Path, shards: Path, tmp_path: Path) -> None:
+    if precision == "bf16":  # the sums with type embeddings are rounded as in training
+        config = small_config(shards, tmp_path, "training.global_batch_size=4", "training.precision=bf16")
+        run_ranks(1, save_and_run, config, [1])
+        saved = checkpoint.newest(config)
+    card = run_alone(export_through_gate, saved, tmp_path / "out", None)
+    found = re.search(r"largest difference of a logit .* FP32 \| (\S+) \(limit 1e-04\)", card)
+    assert 0.0 < float(found[1]) < LIMIT
+    assert "positions of images, sound, text" in card
+    assert "num_layers: 6" in card  # the run's configuration
+
+
+def test_the_gate_lets_no_wrong_export_through(saved: Path, tmp_path: Path) -> None:
+    assert "The export is wrong" in run_alone(export_through_gate, saved, tmp_path / "out", "heads")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +176,12 @@ def test_misuse_is_named(speaker: Speaker, saved: Path, tmp_path: Path) -> None:
     deaf = Speaker(speaker.model, speaker.tokenizer, frozenset(), normalize=False)
     with pytest.raises(DataError, match="takes no image"):
         generate(deaf, prompts()[1:2])
-    with pytest.raises(ConfigError, match="--tokenizer"), opened(saved):
+    mute = shutil.copytree(saved, tmp_path / "mute")
+    (mute / "tokenizer.json").unlink()
+    manifest = json.loads((mute / "manifest.json").read_text())
+    del manifest["bytes"]["tokenizer.json"]
+    (mute / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="--tokenizer"), opened(mute):
         pass
     with pytest.raises(ConfigError, match="neither an export"), opened(tmp_path):
         pass

@@ -63,9 +63,12 @@ def imported(preset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def text_of(checkpoint: Path, out: Path, preset: Path, **options) -> dict[str, Tensor]:
+def text_of(
+    checkpoint: Path, out: Path, preset: Path, *, tokenizer: Path | None = None, **options
+) -> dict[str, Tensor]:
     """Export the text model of a checkpoint and return its weights."""
-    export(checkpoint, out, tokenizer_path=preset.parent / "tokenizer.json", options=Options(("text",), **options))
+    tokenizer = tokenizer or preset.parent / "tokenizer.json"
+    export(checkpoint, out, tokenizer_path=tokenizer, options=Options(("text",), **options))
     found: dict[str, Tensor] = {}
     for file in sorted((out / "text").glob("*.safetensors")):
         found |= load_file(file)
@@ -86,6 +89,24 @@ def test_a_llama_comes_back_to_the_bit(imported: Path, preset: Path, tmp_path: P
     after = json.loads((tmp_path / "out" / "text" / "config.json").read_text())
     assert {key: after[key] for key in LLAMA} == {key: before[key] for key in LLAMA}
     assert after["rope_parameters"] == before["rope_parameters"]
+
+
+def test_the_tokenizer_of_the_folder_is_kept_and_a_named_one_comes_first(preset: Path, tmp_path: Path) -> None:
+    save_llama(tmp_path / "llama")
+    named = preset.parent / "tokenizer.json"
+    import_folder(tmp_path / "llama", tmp_path / "bare", preset=str(preset))
+    with pytest.raises(ConfigError, match="--tokenizer"):
+        export(tmp_path / "bare", tmp_path / "out", options=Options(("text",)))
+    kept = json.loads(named.read_text()) | {"version": "1.0", "padding": None, "truncation": None}
+    (tmp_path / "llama" / "tokenizer.json").write_text(json.dumps(kept, indent=3))
+    import_folder(tmp_path / "llama", tmp_path / "checkpoint", preset=str(preset))
+    export(tmp_path / "checkpoint", tmp_path / "out", options=Options(("text",)))
+    assert json.loads((tmp_path / "out" / "text" / "tokenizer.json").read_text())["model"] == kept["model"]
+    other = json.loads(named.read_text())
+    other["normalizer"] = {"type": "NFC"}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    text_of(tmp_path / "checkpoint", tmp_path / "out_2", preset, tokenizer=tmp_path / "other.json")
+    assert "NFC" in (tmp_path / "out_2" / "text" / "tokenizer.json").read_text()
 
 
 def test_small_blocks_and_shards_give_the_same_tensors(

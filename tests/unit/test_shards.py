@@ -25,6 +25,7 @@ from megatron_mm.shards import (
     TokenizerInfo,
     merge,
     open_shards,
+    stored_tokenizer,
 )
 from megatron_mm.tokenizer import TextTokenizer
 
@@ -279,3 +280,19 @@ def test_merged_shards_are_their_parts(tmp_path: Path, encoded) -> None:
         ShardReader(tmp_path / "moved" / "all")
     with pytest.raises(DataError, match="is missing"):
         merge(tmp_path / "all", [str(tmp_path / "none")])
+
+
+def test_the_tokenizer_is_stored_with_the_shards_and_must_be_theirs(encoded, tmp_path: Path) -> None:
+    tokenizer, documents = encoded[0], encoded[1]
+    parts = [tmp_path / "a", tmp_path / "b"]
+    for prefix in parts:
+        with ShardWriter(prefix, tokenizer=tokenizer.info, tokenizer_content=tokenizer.content) as writer:
+            writer.add(documents[0])
+    merge(tmp_path / "both", [str(part) for part in parts])
+    assert stored_tokenizer(str(tmp_path / "a")) == stored_tokenizer(str(tmp_path / "both")) == tokenizer.content
+    (tmp_path / "a.tokenizer").write_bytes(tokenizer.content + b" ")
+    with pytest.raises(DataError, match="not the tokenizer that"):
+        stored_tokenizer(str(tmp_path / "a"))
+    with ShardWriter(parts[0], tokenizer=tokenizer.info) as writer:
+        writer.add(documents[0])
+    assert stored_tokenizer(str(tmp_path / "a")) is None
