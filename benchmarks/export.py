@@ -4,8 +4,8 @@
 
 Writes a synthetic checkpoint (4 layers, embeddings, encoders: 9.5 GB) in the pieces that TP8 ranks write, copies it
 with cp, exports it, and imports the export, each from a cold page cache and up to the last byte on the disk, in turn.
-Needs 40 GB free, which it gives back; with --keep,
-the checkpoint stays, and is there for the next run (--rounds 0 writes it alone). Peak memory is the process's largest resident set as the kernel counts it.
+Needs 40 GB free, which it gives back; with --keep, the checkpoint stays and is there for the next run (--rounds 0
+writes it alone). Peak memory is the process's largest resident set as the kernel counts it.
 The bars: export and import within twice the copy, in less than 1 GiB and 1.5 GiB.
 """
 
