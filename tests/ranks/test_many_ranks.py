@@ -4,6 +4,7 @@ import json
 import pickle
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from launch import run_isolated, run_ranks
 from small import layout, small_config
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -22,7 +24,6 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
-from megatron_mm.hf.load import _Files
 from megatron_mm.hf.tensors import CheckpointReader
 from megatron_mm.model.multimodal import build_chunks
 from megatron_mm.parallel import device
@@ -42,7 +43,14 @@ def save_by_64_ranks(config: Config, folder: Path) -> None:
     folder.mkdir()
     device.prepare(0, 1)
     torch.set_num_threads(1)
-    file, chunks, whole, stored = _Files(folder), defaultdict(list), {}, {}
+    file = (folder / "__0_0.distcp").open("wb")
+    chunks, whole, stored = defaultdict(list), {}, {}
+
+    def append(value: Any) -> _StorageInfo:
+        start = file.tell()
+        torch.save(value, file)
+        return _StorageInfo("__0_0.distcp", start, file.tell() - start)
+
     for rank in range(64):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=64)
         mesh = meshes.cut(config)
@@ -59,9 +67,9 @@ def save_by_64_ranks(config: Config, folder: Path) -> None:
                 assert MetadataIndex(part.key, place) not in stored
                 whole[part.key] = (torch.Size(part.global_shape), value.dtype)
                 chunks[part.key].append(ChunkStorageMetadata(place, value.shape))
-                stored[MetadataIndex(part.key, place)] = file.append(value)
+                stored[MetadataIndex(part.key, place)] = append(value)
         dist.destroy_process_group()
-    stored[MetadataIndex("common_state/shard_0_1")] = file.append([{}])
+    stored[MetadataIndex("common_state/shard_0_1")] = append([{}])
     file.close()
     described = {
         key: TensorStorageMetadata(TensorProperties(dtype), size, chunks[key]) for key, (size, dtype) in whole.items()
