@@ -98,7 +98,7 @@ def initial_and_loaded(config: Config, path: Path) -> tuple[dict[str, Tensor], d
     with torch.no_grad():
         for _, parameter in named:
             parameter.zero_()
-    load_weights(state, path)
+    load_weights(state.chunks, config=config, mesh=state.mesh, path=path)
     return initial, {name: parameter.detach().clone() for name, parameter in named}
 
 
