@@ -1,7 +1,7 @@
 """From a step number to this rank's micro-batches: a pure function of (seed, step), read ahead in the background."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,22 +185,9 @@ class Loader:
 
     def _media(self, units: list[Unit], parts: list[range]) -> MediaUnits:
         """Deal units over tp and cp and decode this rank's; `parts` are the positions of its context rank."""
-        mesh = self.mesh
-        if not self._encodes or not units:
+        if not self._encodes:
             return NO_MEDIA
-        num_ranks, rank = mesh.cp_size * mesh.tp_size, mesh.cp_rank * mesh.tp_size + mesh.tp_rank
-        rows, positions, rows_per_rank = deal_rows(units, num_ranks=num_ranks)
-        own = np.concatenate([np.arange(part.start, part.stop) for part in parts])
-        place = np.full(own.size * mesh.cp_size, -1)  # of each position of the row, on this rank
-        shard = own.reshape(mesh.tp_size, -1)[mesh.tp_rank]
-        place[shard] = np.arange(shard.size)
-        local = place[positions] >= 0
-        return MediaUnits(
-            inputs=tuple(self._decode(units[rank::num_ranks])),
-            rows_per_rank=rows_per_rank,
-            rows=torch.from_numpy(rows[local]),
-            positions=torch.from_numpy(place[positions[local]]),
-        )
+        return media_units(units, parts, mesh=self.mesh, decode=self._decode)
 
     def _decode(self, units: list[Unit]) -> Iterator[Tensor]:
         items = {(unit.shard, int(unit.item["offset"])): unit.item for unit in units}
@@ -224,6 +211,27 @@ class Loader:
 
     def _bytes(self, shard: int, offset: int, items: dict[tuple[int, int], np.ndarray]) -> bytes:
         return self.shards[shard].media_bytes(items[shard, offset])
+
+
+def media_units(
+    units: list[Unit], parts: list[range], *, mesh: Mesh, decode: Callable[[list[Unit]], Iterable[Tensor]]
+) -> MediaUnits:
+    """Deal units over tp and cp and decode this rank's; `parts` are the positions of its context rank."""
+    if not units:
+        return NO_MEDIA
+    own = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+    num_ranks, rank = mesh.cp_size * mesh.tp_size, mesh.cp_rank * mesh.tp_size + mesh.tp_rank
+    rows, positions, rows_per_rank = deal_rows(units, num_ranks=num_ranks)
+    place = np.full(own.size * mesh.cp_size, -1)  # of each position of the row, on this rank
+    shard = own.reshape(mesh.tp_size, -1)[mesh.tp_rank]
+    place[shard] = np.arange(shard.size)
+    local = place[positions] >= 0
+    return MediaUnits(
+        inputs=tuple(decode(units[rank::num_ranks])),
+        rows_per_rank=rows_per_rank,
+        rows=torch.from_numpy(rows[local]),
+        positions=torch.from_numpy(place[positions[local]]),
+    )
 
 
 def _units(item: np.ndarray, shard: int, position: int) -> list[Unit]:

@@ -4,6 +4,9 @@ An operator `torch.ops.megatron_mm.X` runs `native.X` on a GPU and `plain.X` els
 operators where `select` has chosen the native kernels, and otherwise torch's own or `fused`'s.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -34,6 +37,17 @@ def select(choice: str, device: torch.device) -> str:
             "training.kernels=reference, and report this."
         )
     return "native" if _use_native else "reference"
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Take the operators inside as if the native kernels ran, on any device: for fake tensors, which run nothing."""
+    global _use_native
+    before, _use_native = _use_native, True
+    try:
+        yield
+    finally:
+        _use_native = before
 
 
 def runs_native() -> bool:

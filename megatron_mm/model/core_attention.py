@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_mm.batch import AttentionSpan
@@ -43,10 +42,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     key, value = (part if part.shape[1] == heads else _repeat_groups(part, heads) for part in (key, value))
     context = F.scaled_dot_product_attention(
         *(part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)),  # (1, heads, length, head_dim)
-        attn_mask=None if whole else causal_lower_right(query.shape[0], key.shape[0]),
+        attn_mask=None if whole else _aligned_at_end(query.shape[0], key.shape[0], device=query.device),
         is_causal=whole,
     )
     return context.squeeze(0).transpose(0, 1)
+
+
+def _aligned_at_end(num_queries: int, num_keys: int, *, device: torch.device) -> Tensor:
+    """Return which keys each of the last queries of a document may read: (num_queries, num_keys) bool."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
 
 
 def _repeat_groups(part: Tensor, heads: int) -> Tensor:

@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_mm.batch import MicroBatch
 from megatron_mm.config import Config
@@ -122,12 +123,13 @@ def _without_accumulation(transformer: TransformerConfig) -> TransformerConfig:
     return own
 
 
-def build_chunks(config: Config, mesh: Mesh) -> list[MultimodalModel]:
+def build_chunks(config: Config, mesh: Mesh, *, backend: Backend | None = None) -> list[MultimodalModel]:
     """Build this rank's model chunks with their initial weights, which are the same in every layout and backend.
 
+    Without `backend`, `choose` says what they are built of. Weights on the meta device and fake ones have no values.
     Raises ConfigError if a backend is asked for that cannot be had on this rank.
     """
-    backend = choose(config)
+    backend = backend or choose(config)
     backend.start(config)
     transformer = transformer_config(config, accumulates_in_place=backend.accumulates_in_place)
     chunks = [
@@ -139,5 +141,6 @@ def build_chunks(config: Config, mesh: Mesh) -> list[MultimodalModel]:
         chunk.to(dtype=transformer.params_dtype)
         if not transformer.use_cpu_initialization:
             chunk.to(torch.cuda.current_device())
-        initialize_weights(chunk, config=config, mesh=mesh)
+        if not any(isinstance(parameter, FakeTensor) for parameter in chunk.parameters()):
+            initialize_weights(chunk, config=config, mesh=mesh)
     return chunks

@@ -2,6 +2,7 @@
 
 import megatron.core.optimizer as mcore_optimizer
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -109,6 +110,7 @@ def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> Me
         ),
         models,
         config_overrides=overrides,
+        use_gloo_process_groups=dist.get_backend() != "fake",
     )
 
 

@@ -11,6 +11,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config import Config
+from megatron_mm.model.backend import Backend
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
@@ -44,9 +45,9 @@ class TrainState:
         return self.chunks[0].config
 
 
-def build_state(config: Config, mesh: Mesh) -> TrainState:
-    """Build the state at step 0. Collective over all ranks."""
-    chunks = build_chunks(config, mesh)
+def build_state(config: Config, mesh: Mesh, *, backend: Backend | None = None) -> TrainState:
+    """Build the state at step 0, of layers of `backend` or of those that suit the device. Collective over all ranks."""
+    chunks = build_chunks(config, mesh, backend=backend)
     transformer = chunks[0].config
     parallel = config.parallel
     ddp = DistributedDataParallelConfig(

@@ -42,14 +42,17 @@ def train_step(state: TrainState, micro_batches: list[MicroBatch]) -> StepResult
     state.optimizer.zero_grad()
     losses = run_micro_batches(state, micro_batches, forward_only=False)
     state.scheduler.step(1)
-    grad_norm, updated = _update(state, finite_loss=bool(torch.isfinite(losses).all()))
+    grad_norm, updated = update(state, finite_loss=bool(torch.isfinite(losses).all()))
     state.step += 1
     lr = next(group["lr"] for group in state.optimizer.param_groups if group["default_config"])
     return StepResult(losses, grad_norm, lr, updated)
 
 
-def _update(state: TrainState, *, finite_loss: bool) -> tuple[float, bool]:
-    """Clip and apply the gradients if they and the loss are finite; return (their norm, whether they were applied)."""
+def update(state: TrainState, *, finite_loss: bool = True) -> tuple[float, bool]:
+    """Clip and apply the gradients if they and the loss are finite; return (their norm, whether they were applied).
+
+    Collective over all ranks.
+    """
     optimizer, clip_grad = state.optimizer, state.config.optimizer.clip_grad
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())

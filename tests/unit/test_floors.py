@@ -13,7 +13,7 @@ FLOORS = {
     **dict.fromkeys(("parallel", "ingest"), 2),
     **dict.fromkeys(("data", "model"), 3),
     **dict.fromkeys(("training", "hf"), 4),
-    "train": 5,
+    **dict.fromkeys(("planning", "train"), 5),
 }
 APART = {"ingest", "data", "model"}
 """These meet at shards.py and batch.py, and never import one another."""

@@ -1,0 +1,186 @@
+"""What a step of a layout takes on a GPU, from its counts and five constants: a hardware model without torch.
+
+Counts are formulas of the layer's shape. The constants were fitted on a stated part of published runs and are checked
+on the rest by benchmarks/planner_accuracy.py.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU and what joins it to others, by the maker's figures; rates per second."""
+
+    name: str
+    bf16_flops: float
+    fp8_flops: float
+    memory_bytes: float
+    hbm_bytes: float
+    nvlink_bytes: float
+    """One direction."""
+    network_bytes: float
+    """One direction, a GPU."""
+
+
+GPUS = {
+    "a100-80": Gpu("a100-80", 312e12, 312e12, 80 * 2**30, 2.0e12, 300e9, 25e9),
+    "h100-80": Gpu("h100-80", 989e12, 1979e12, 80 * 2**30, 3.35e12, 450e9, 50e9),
+}
+
+
+EXPOSED, DATA_EXPOSED = 0.3, 0.1
+"""What overlapped communication of tensor and pipeline, and of data parallelism, leaves exposed: assumed, not fitted."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What a GPU reaches of its makers' figures; fitted, the same for every model and layout."""
+
+    products: float
+    """Of peak, in large matrix products."""
+    attention: float
+    """Of the BF16 peak, in attention."""
+    fp8: float = 0.5
+    """Of the FP8 peak, in large matrix products, casts included."""
+    memory: float = 0.8
+    links: float = 0.7
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder: gated is SwiGLU, three matrices a feed-forward network and not two."""
+
+    num_layers: int
+    hidden: int
+    heads: int
+    groups: int
+    ffn: int
+    vocab: int
+    seq_len: int
+    gated: bool
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of one layer's matrices."""
+        head_dim = self.hidden // self.heads
+        return 2 * self.hidden**2 + 2 * self.hidden * self.groups * head_dim + (2 + self.gated) * self.hidden * self.ffn
+
+    @property
+    def parameters(self) -> int:
+        """Of the decoder, its token embedding and its head."""
+        return self.num_layers * self.layer_weights + 2 * self.vocab * self.hidden
+
+    def model_flops(self, sequences: int) -> float:
+        """FLOPs of a step by the usual convention: 6 a weight and token, and full, not causal, attention."""
+        tokens = sequences * self.seq_len
+        attention = 12 * self.num_layers * self.hidden * self.seq_len
+        return tokens * (6.0 * (self.num_layers * self.layer_weights + self.vocab * self.hidden) + attention)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is cut."""
+
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    dp: int
+    micro_batch_size: int
+    global_batch_size: int
+    precision: str
+    recompute: str = "none"
+    sequence_parallel: bool = True
+    flash: bool = True
+    overlapped: bool = True
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes of one replica in a step."""
+        return self.global_batch_size // (self.dp * self.micro_batch_size)
+
+    @property
+    def bubble(self) -> float:
+        """Idle time of the pipeline as a fraction of its work (Narayanan et al. 2021)."""
+        return (self.pp - 1) / (self.vpp * self.num_micro_batches)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step, and where they go."""
+
+    layers: float
+    head: float
+    bubble: float
+    tensor_communication: float
+    """Exposed: not hidden behind matrix products."""
+    pipeline_communication: float
+    """Exposed sends between stages."""
+    data_communication: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return sum(vars(self).values())
+
+
+def layer_seconds(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency, *, backward: bool) -> tuple[float, float]:
+    """Return the seconds that one layer computes, and communicates exposed, for one micro-batch on one rank."""
+    tokens = layout.micro_batch_size * shape.seq_len / layout.cp
+    fp8 = layout.precision == "fp8"
+    speed = gpu.fp8_flops * rate.fp8 if fp8 else gpu.bf16_flops * rate.products
+    products = 2 * tokens * shape.layer_weights / layout.tp / speed
+    pairs = tokens * shape.seq_len / (2 if layout.flash else 1)
+    attention = 4 * pairs * shape.hidden / layout.tp / (gpu.bf16_flops * rate.attention)
+    spread = layout.tp if layout.sequence_parallel else 1
+    # Norms and residuals over the shard; activation functions over the sharded width.
+    moved = 2 * tokens * (10 * shape.hidden / spread + 2 * (2 + shape.gated) * shape.ffn / layout.tp)
+    if not layout.flash:
+        moved += 2 * 5 * layout.micro_batch_size * shape.heads / layout.tp * shape.seq_len**2
+    moved_seconds = moved / (gpu.hbm_bytes * rate.memory)
+    ring = 4 * 2 * tokens * shape.hidden * (layout.tp - 1) / layout.tp / (gpu.nvlink_bytes * rate.links)
+    exposed = ring * (EXPOSED if layout.overlapped and layout.tp > 1 else 1.0)
+    if layout.cp > 1:
+        width = 4 * shape.groups * shape.hidden // shape.heads / layout.tp
+        exposed += 0.5 * tokens * (layout.cp - 1) * width / (gpu.network_bytes * rate.links)
+    if not backward:
+        return products + attention + moved_seconds, exposed
+    again_attention = attention * (1.25 if layout.flash else 1.0)
+    compute = 2 * products + attention + again_attention + 2 * moved_seconds
+    if layout.recompute == "full":
+        compute += products + attention + moved_seconds
+        exposed *= 2
+    elif layout.recompute == "mlp":
+        compute += products * (2 + shape.gated) * shape.hidden * shape.ffn / shape.layer_weights
+    elif layout.recompute == "selective" and not layout.flash:
+        compute += attention + 10 * tokens * shape.seq_len * shape.heads / layout.tp / (gpu.hbm_bytes * rate.memory)
+    return compute, exposed
+
+
+def step_time(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency) -> StepTime:
+    """Return the predicted seconds of one optimizer step."""
+    passes = [layer_seconds(shape, layout, gpu, rate, backward=backward) for backward in (False, True)]
+    per_layer, exposed = (sum(values) for values in zip(*passes))
+    layers = shape.num_layers / layout.pp * layout.num_micro_batches
+    tokens = layout.micro_batch_size * shape.seq_len / layout.cp
+    spread = layout.tp if layout.sequence_parallel else 1
+    head = 6 * tokens * shape.hidden * shape.vocab / layout.tp / (gpu.bf16_flops * rate.products)
+    own = shape.parameters / (layout.tp * layout.pp)
+    replicas = layout.dp * layout.cp
+    # FP32 gradients are reduce-scattered and BF16 parameters gathered.
+    data = 6 * own * (replicas - 1) / replicas / (gpu.network_bytes * rate.links)
+    data *= DATA_EXPOSED if layout.overlapped else 1.0
+    # Each chunk sends its activations on, and their gradients back; as much of it is exposed as of tensor parallelism's.
+    sent = 2 * 2 * tokens * shape.hidden / spread / (gpu.network_bytes * rate.links) * EXPOSED
+    last_stage = head * (layout.num_micro_batches if layout.pp == 1 else layout.num_micro_batches * 0.5)
+    busy = layers * (per_layer + exposed)
+    return StepTime(
+        layers=layers * per_layer,
+        head=last_stage,
+        bubble=layout.bubble * busy,
+        tensor_communication=layers * exposed,
+        pipeline_communication=layout.num_micro_batches * layout.vpp * sent if layout.pp > 1 else 0.0,
+        data_communication=data,
+        optimizer=32 * own / replicas / (gpu.hbm_bytes * rate.memory),
+    )

@@ -1,0 +1,317 @@
+"""One training step of any rank of any job, without its GPUs: the real code under fake tensors and fake groups.
+
+Model, data shapes, schedule, optimizer and checkpoint plan are those of a run. What cannot run without a GPU stands
+aside, and `STANDS_FOR` says what is counted in its place.
+"""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import clip_grads
+from megatron.core.tensor_parallel import random as mcore_random
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_mm.batch import MicroBatch, attention_spans, context_spans
+from megatron_mm.config import Config, check_world
+from megatron_mm.data.loader import Unit, media_units
+from megatron_mm.kernels import ops
+from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_SIZE, IMAGE_TOKENS, audio_frames
+from megatron_mm.model.backend import Backend, local
+from megatron_mm.parallel import device
+from megatron_mm.parallel import mesh as meshes
+from megatron_mm.parallel.mesh import Mesh
+from megatron_mm.planning.ledger import Collective, Ledger, Product
+from megatron_mm.training import checkpoint
+from megatron_mm.training.state import TrainState, build_state
+from megatron_mm.training.step import train_step, update
+
+STANDS_FOR = {
+    "training.backend": "megatron-core's linear layers stand for TransformerEngine's, whose parameters are the same. "
+    "They hold each weight's BF16 gradient until it is added to the FP32 buffer; TransformerEngine adds in place: the "
+    "real peak is lower by at most one weight's gradient.",
+    "training.attention": "torch's varlen operator stands for cuDNN's and flash-attn's: each keeps query, key, value, "
+    "output and one FP32 number a head and token.",
+    "parallel.tp_comm_overlap": "user buffers are not rehearsed: `overlap_buffers` counts them, one whole and one "
+    "sharded activation of the widest layer a micro-batch.",
+    "training.precision": "fp8 is rehearsed as bf16: `fp8_copies` counts the FP8 weights and their transposes, 2 bytes "
+    "a parameter of the FP8 layers; saved inputs of matrix products shrink to half, which is not taken off.",
+}
+"""What the rehearsal of a GPU job replaces, and how memory differs."""
+NAMED = ("input_layernorm", "self_attention", "core_attention", "pre_mlp_layernorm", "mlp", "output_layer")
+NAMED_IN_EMBEDDING = ("word_embeddings", "image.encoder", "image.projector", "audio.encoder", "audio.projector")
+
+
+class RehearsalFailed(RuntimeError):
+    """The real job would fail; the message names the rank and the module."""
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank of a job holds, computes and sends in one step."""
+
+    rank: int
+    place: str
+    parameters: int
+    num_layers: int
+    num_micro_batches: int
+    peak: dict[str, int]
+    """Bytes by category when they are most in all."""
+    steady: dict[str, int]
+    """Bytes by category between two steps."""
+    history: list[tuple[int, dict[str, int]]]
+    flops: dict[Product, int]
+    calls: dict[Product, int]
+    moved: dict[tuple[str, bool], int]
+    launches: dict[tuple[str, bool], int]
+    collectives: dict[Collective, int]
+    checkpoint_bytes: int
+    """Bytes of the parameters and optimizer state that this rank's checkpoint plan holds."""
+    seconds: float
+    """How long the rehearsal took."""
+    additions: dict[str, int] = field(default_factory=dict)
+    """Bytes that the GPU job holds beyond what was rehearsed, by what they are for; see `STANDS_FOR`."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the rank holds at most, additions included."""
+        return sum(self.peak.values()) + sum(self.additions.values())
+
+    def flops_by_module(self) -> dict[str, int]:
+        """Return FLOPs of matrix products and attention, forward and backward, by kind of module."""
+        result: Counter[str] = Counter()
+        for product, flops in self.flops.items():
+            result[product.module or "other"] += flops
+        return dict(result)
+
+
+def distinct_ranks(config: Config, world_size: int) -> list[int]:
+    """Return one rank of each kind: the first of every stage, and the last tensor rank of the last stage.
+
+    Of the last stage the first tensor rank alone reports the loss; elsewhere tensor ranks differ in nothing. Context
+    and data ranks have tensors of the same shapes: context parallelism balances keys by construction, and the
+    distributed optimizer cuts its buffers evenly.
+    """
+    parallel = config.parallel
+    check_world(config, world_size)
+    stage = world_size // parallel.pp
+    return sorted({*range(0, world_size, stage), world_size - stage + parallel.tp - 1})
+
+
+def stage_ranks(config: Config, world_size: int) -> list[int]:
+    """Return the first rank of every pipeline stage."""
+    check_world(config, world_size)
+    return list(range(0, world_size, world_size // config.parallel.pp))
+
+
+def rehearse(config: Config, *, rank: int, world_size: int, on: str = "gpu", media: int = 1) -> RankReport:
+    """Run the step of `rank` and return what it took. This process must be in no process group.
+
+    `on` is 'gpu', where native kernels and flash attention run, or 'cpu', what the same configuration runs over gloo.
+    Each sample holds one document and, per tensor and context rank, `media` images and seconds of sound.
+    Raises RehearsalFailed where the real job would fail, ConfigError for a layout that does not fit the ranks.
+    """
+    started = time.perf_counter()
+    check_world(config, world_size)
+    own = _rehearsable(config) if on == "gpu" else config
+    with _fake_world(rank, world_size), _fake_device():
+        mesh = meshes.cut(own)
+        ledger = Ledger()
+        try:
+            backend = local("varlen") if on == "gpu" and own.training.precision != "fp32" else local()
+            kernels = ops.as_on_a_gpu() if on == "gpu" else contextlib.nullcontext()
+            with FakeTensorMode(allow_non_fake_inputs=True), kernels, ledger:
+                state = prepare(own, mesh, ledger, backend=backend)
+                count = own.num_micro_batches(mesh.dp_size)
+                take_step(state, [micro_batch(own, mesh, media=media) for _ in range(count)], ledger)
+                saved = checkpoint.planned_bytes(state)
+        except Exception as error:
+            where = ledger.stack[-1] if ledger.stack else "no module"
+            raise RehearsalFailed(
+                f"rank {rank} of {world_size} ({_place(mesh)}) fails in {where}: {type(error).__name__}: {error}"
+            ) from error
+    additions = _additions(config, state) if on == "gpu" else {}
+    report = report_of(state, ledger, seconds=time.perf_counter() - started)
+    return RankReport(**{**vars(report), "checkpoint_bytes": saved, "additions": additions})
+
+
+def prepare(config: Config, mesh: Mesh, ledger: Ledger, *, backend: Backend | None = None) -> TrainState:
+    """Build the state of this rank with its optimizer state, and enter all of it into the books.
+
+    Collective over all ranks.
+    """
+    state = build_state(config, mesh, backend=backend)
+    update(state)  # of no gradient: makes the moments, which the peak of every later step includes
+    state.optimizer.zero_grad()
+    ledger.hold_rest("optimizer")
+    for model in state.models:
+        ledger.hold((parameter.data for parameter in model.parameters()), "weights")
+        for buffer in model.buffers + model.expert_parallel_buffers:
+            ledger.hold([buffer.grad_data], "gradients")
+            ledger.hold([buffer.param_data] if buffer.param_data is not None else [], "weights")
+    ledger.names = dict(_named_modules(state))
+    return state
+
+
+def take_step(state: TrainState, micro_batches: list[MicroBatch], ledger: Ledger) -> None:
+    """Take one training step and count it. Collective over all ranks."""
+    ledger.forget_counts()
+    train_step(state, micro_batches)
+
+
+def report_of(state: TrainState, ledger: Ledger, *, seconds: float) -> RankReport:
+    """Return what the ledger holds as a report."""
+    mesh = state.mesh
+    return RankReport(
+        rank=mesh.rank,
+        place=_place(mesh),
+        parameters=sum(parameter.numel() for chunk in state.chunks for parameter in chunk.parameters()),
+        num_layers=sum(len(chunk.decoder.layers) for chunk in state.chunks),
+        num_micro_batches=state.config.num_micro_batches(mesh.dp_size),
+        peak=dict(ledger.peak),
+        steady={name: size for name, size in ledger.held.items() if size},
+        history=list(ledger.history),
+        flops=dict(ledger.flops),
+        calls=dict(ledger.calls),
+        moved=dict(ledger.moved),
+        launches=dict(ledger.launches),
+        collectives=dict(ledger.collectives),
+        checkpoint_bytes=0,
+        seconds=seconds,
+    )
+
+
+def _place(mesh: Mesh) -> str:
+    return f"pp {mesh.pp_rank}, dp {mesh.dp_rank}, cp {mesh.cp_rank}, tp {mesh.tp_rank}"
+
+
+def _named_modules(state: TrainState) -> Iterator[tuple[int, str]]:
+    """Yield (id, name) of the modules that counts are kept by: layers of a kind share a name."""
+    for chunk in state.chunks:
+        for name, module in chunk.named_modules():
+            kind = name.removeprefix("embedding.")
+            last = name.split(".")[-1]
+            is_part = last in NAMED and not kind.startswith(NAMED_IN_EMBEDDING)
+            if kind in NAMED_IN_EMBEDDING:
+                yield id(module), kind
+            elif is_part or name in ("decoder.final_layernorm", "embedding", "decoder"):
+                yield id(module), last
+        yield id(chunk), "loss" if chunk.post_process else "chunk"
+
+
+def micro_batch(config: Config, mesh: Mesh, *, media: int) -> MicroBatch:
+    """Return a micro-batch of whole documents with `media` images and seconds of sound on each encoding rank."""
+    num_tokens, seq_len = config.tokens_per_micro_batch, config.data.seq_len
+    local_tokens = num_tokens // mesh.cp_size
+    parts = context_spans(num_tokens, cp_rank=mesh.cp_rank, cp_size=mesh.cp_size)
+    positions = torch.from_numpy(np.concatenate([np.asarray(part) for part in parts]) % seq_len)
+    images, audio = _media(config, mesh, parts, per_rank=media)
+    return MicroBatch(
+        tokens=torch.zeros(local_tokens, dtype=torch.int64),
+        labels=torch.zeros(local_tokens, dtype=torch.int64),
+        loss_mask=torch.ones(local_tokens),
+        sources=torch.zeros(local_tokens, dtype=torch.int64),
+        positions=positions,
+        spans=attention_spans([seq_len] * config.training.micro_batch_size, cp_rank=mesh.cp_rank, cp_size=mesh.cp_size),
+        images=images,
+        audio=audio,
+    )
+
+
+def _media(config: Config, mesh: Mesh, parts: list[range], *, per_rank: int) -> list:
+    shapes = ((IMAGE_TOKENS, (3, IMAGE_SIZE, IMAGE_SIZE), torch.uint8), (audio_frames(CHUNK_SAMPLES), CHUNK_SAMPLES))
+    position, result = 0, []
+    for tokens, shape, *dtype in shapes:
+        wanted = per_rank * mesh.tp_size * mesh.cp_size if mesh.is_first_chunk(0) else 0
+        fitting = min(wanted, (config.tokens_per_micro_batch - position) // (2 * tokens))
+        units = [Unit(0, np.empty(0), 0, position + number * tokens, tokens) for number in range(fitting)]
+        position += fitting * tokens
+
+        def decode(dealt: list[Unit], shape=shape, dtype=dtype) -> list[Tensor]:
+            return [torch.zeros(shape, dtype=dtype[0] if dtype else torch.float32) for _ in dealt]
+
+        result.append(media_units(units, parts, mesh=mesh, decode=decode))
+    return result
+
+
+@contextlib.contextmanager
+def _fake_world(rank: int, world_size: int) -> Iterator[None]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    device.prepare()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        meshes.leave()
+
+
+@contextlib.contextmanager
+def _fake_device() -> Iterator[None]:
+    """Stand aside where fake tensors cannot go: the generator's state, and conversions of whole modules."""
+    with (
+        mock.patch.object(mcore_random.CudaRNGStatesTracker, "fork", _draw_nothing),
+        mock.patch.object(nn.Module, "_apply", _apply_to_fake),
+        mock.patch.object(dist, "all_gather_object", _everyone_says_the_same),
+        mock.patch.object(clip_grads, "l2_norm_impl", _norm_of_fakes),
+    ):
+        yield
+
+
+def _draw_nothing(*args: object, **kwargs: object) -> contextlib.AbstractContextManager[None]:
+    """Stand for a fork of the random state: nothing in the model draws."""
+    return contextlib.nullcontext()
+
+
+def _norm_of_fakes(chunk: int, flag: Tensor, lists: list[list[Tensor]], *args: bool) -> tuple[Tensor, Tensor]:
+    """Return the norm of all tensors, which megatron-core 0.19.2 makes of a list of numbers that fakes have not."""
+    return torch.stack([torch.norm(tensor) for tensor in lists[0]]).norm().unsqueeze(0), torch.zeros(1)
+
+
+def _everyone_says_the_same(everywhere: list, own: object, group: dist.ProcessGroup | None = None) -> None:
+    """Answer for ranks that do not exist."""
+    everywhere[:] = [own] * len(everywhere)
+
+
+def _apply_to_fake(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Do what `module.to` and its kin do: torch 2.14 wants to swap fake tensors there, and cannot."""
+    for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
+        tensor.data = function(tensor.data)
+    return module
+
+
+def _rehearsable(config: Config) -> Config:
+    """Return `config` with local layers in BF16: see `STANDS_FOR`."""
+    training = {"backend": "local", "attention": "auto", "kernels": "auto"}
+    if config.training.precision == "fp8":
+        training["precision"] = "bf16"
+    return config.model_copy(
+        update={
+            "training": config.training.model_copy(update=training),
+            "parallel": config.parallel.model_copy(update={"tp_comm_overlap": False}),
+            "checkpoint": config.checkpoint.model_copy(update={"interval": 0}),
+            "run_dir": str(Path(config.run_dir)),
+        }
+    )
+
+
+def _additions(config: Config, state: TrainState) -> dict[str, int]:
+    result = {}
+    if config.parallel.tp_comm_overlap:
+        model, tokens = config.model, config.tokens_per_micro_batch // config.parallel.cp
+        widest = max(2 * model.ffn_hidden_size // config.parallel.tp, model.hidden_size)
+        result["overlap_buffers"] = 2 * tokens * (widest + widest // config.parallel.tp)
+    if config.training.precision == "fp8":
+        ends, last = config.training.bf16_end_layers, config.model.num_layers
+        layers = [layer for chunk in state.chunks for layer in chunk.decoder.layers]
+        inner = [layer for layer in layers if ends < layer.layer_number <= last - ends]
+        result["fp8_copies"] = 2 * sum(p.numel() for layer in inner for p in layer.parameters() if p.dim() == 2)
+    return result
