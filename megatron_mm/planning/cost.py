@@ -29,7 +29,7 @@ GPUS = {
 
 
 EXPOSED, DATA_EXPOSED = 0.3, 0.1
-"""What overlapped communication of tensor and pipeline, and of data parallelism, leaves exposed: assumed, not fitted."""
+"""What overlapped tensor and pipeline communication, and that of data parallelism, leave exposed: not fitted."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def step_time(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency) -> StepT
     # FP32 gradients are reduce-scattered and BF16 parameters gathered.
     data = 6 * own * (replicas - 1) / replicas / (gpu.network_bytes * rate.links)
     data *= DATA_EXPOSED if layout.overlapped else 1.0
-    # Each chunk sends its activations on, and their gradients back; as much of it is exposed as of tensor parallelism's.
+    # Each chunk sends its activations on, and their gradients back.
     sent = 2 * 2 * tokens * shape.hidden / spread / (gpu.network_bytes * rate.links) * EXPOSED
     last_stage = head * (layout.num_micro_batches if layout.pp == 1 else layout.num_micro_batches * 0.5)
     busy = layers * (per_layer + exposed)
