@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from launch import run_ranks
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from small import TRAINED, layout, small_config
 from test_layouts import TOLERANCE, assert_same_gradients, full_gradients
 
@@ -90,6 +91,62 @@ def test_a_resumed_run_is_the_undisturbed_one(
             if same_layout:
                 for name, weight in whole[rank]["weights"].items():
                     assert torch.equal(rest["weights"][name], weight), name
+
+
+def pieces_of(state: TrainState) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
+    """Return (key, global shape, offset, value) of every piece of a parameter that this rank holds."""
+    metadata = {"singleton_local_shards": False, "dp_cp_group": state.mesh.dp_cp_group}
+    tensors: list[ShardedTensor] = []
+    for chunk in state.chunks:
+        sharded = chunk.sharded_state_dict(metadata=metadata)
+        apply_factories(sharded)
+        nested_values = [value if isinstance(value, dict | list) else [value] for value in sharded.values()]
+        for value in nested_values:
+            tensors += value.values() if isinstance(value, dict) else value
+    return [(part.key, tuple(part.global_shape), tuple(part.global_offset), part.data.clone()) for part in tensors]
+
+
+def assembled(ranks: list[list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """Return the whole parameters that pieces of all ranks make up, to the last element."""
+    whole: dict[str, torch.Tensor] = {}
+    for key, shape, offset, value in (piece for rank in ranks for piece in rank):
+        tensor = whole.setdefault(key, torch.full(shape, torch.nan))
+        inner = value.reshape((1,) * (len(shape) - value.dim()) + value.shape)
+        tensor[tuple(slice(start, start + size) for start, size in zip(offset, inner.shape))] = inner
+    assert not any(value.isnan().any() for value in whole.values())
+    return whole
+
+
+def hold(config: Config, *, save: bool) -> dict[str, Any]:
+    """Train a step and save, or load; return the parameters, and what the next step does."""
+    mesh = meshes.cut(config)
+    loader = Loader(config.data.train, config=config, mesh=mesh)
+    state = build_state(config, mesh)
+    if save:
+        train_step(state, loader.step(0))
+        state.step = 1
+        checkpoint.save(state)
+    else:
+        spoil(state)
+        checkpoint.load(state, checkpoint.newest(config))
+    pieces = pieces_of(state)
+    result = train_step(state, loader.step(1))
+    return {"pieces": pieces, "loss": by_name(result.losses), "grad_norm": result.grad_norm}
+
+
+def test_what_64_ranks_saved_loads_at_other_layouts(shards: Path, tmp_path: Path) -> None:
+    """TP8 PP8, as the 88B is trained."""
+    small = ("model.num_attention_heads=8", "model.head_dim=4", "training.global_batch_size=2")
+    saved = run_ranks(64, hold, small_config(shards, tmp_path, *small, *layout("tp=8 pp=8")), save=True)
+    expected = assembled([rank["pieces"] for rank in saved])
+    for text, ranks in (("", 1), ("tp=2 pp=2", 4)):
+        found = run_ranks(ranks, hold, small_config(shards, tmp_path, *small, *layout(text)), save=False)
+        whole = assembled([rank["pieces"] for rank in found])
+        assert whole.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(whole[key], value), key
+        assert found[0]["loss"] == pytest.approx(saved[0]["loss"], rel=TOLERANCE)
+        assert found[0]["grad_norm"] == pytest.approx(saved[0]["grad_norm"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -1,14 +1,20 @@
 """Conversion of files alone: there and back to the byte, on-disk dialects, and inputs that must be refused."""
 
+import contextlib
 import errno
+import io
 import json
 import os
 import pickle
+import resource
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import run_alone
 from safetensors.torch import load_file, save_file
 from small import save_tokenizer, small_config
 from torch import Tensor
@@ -260,6 +266,50 @@ def test_a_full_disk_leaves_nothing_that_looks_finished_and_can_be_gone_on_from(
     expected = load_file(imported / "llama" / "model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert all((tmp_path / "out" / "text" / name).stat().st_mtime_ns == time for name, time in times.items())
+
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+
+
+def convert(arguments: list[str], file_bytes: int) -> tuple[int, str]:
+    """Run the tool where no file can grow beyond `file_bytes`, as on a full disk; return its status and errors."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    sys.argv[1:] = arguments
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        status = runpy.run_path(str(TOOL))["main"]()
+    return status, errors.getvalue()
+
+
+def test_the_tool_says_that_the_disk_is_full_and_leaves_nothing_that_looks_finished(
+    imported: Path, preset: Path, tmp_path: Path
+) -> None:
+    shard = (imported / "llama" / "model.safetensors").stat().st_size
+    source, tokenizer, out, start = imported / "checkpoint", preset.parent / "tokenizer.json", "out", "start"
+    for name, command in (
+        (out, ["to-hf", source, tmp_path / out, "--text", "--tokenizer", tokenizer]),
+        (start, ["from-hf", imported / "llama", tmp_path / start, "--preset", preset]),
+    ):
+        arguments = [str(part) for part in command]
+        status, errors = run_alone(convert, arguments, shard // 2)
+        assert status == 2, errors
+        assert "is full" in errors.splitlines()[-1]
+        assert not (tmp_path / name).exists()
+        assert not list((tmp_path / f"{name}.partial").rglob("*.safetensors*"))
+        assert not list((tmp_path / f"{name}.partial").rglob(".metadata"))
+        assert run_alone(convert, arguments, 100 * shard)[0] == 0
+    assert verify(tmp_path / out / "text") > 5
+    CheckpointReader(tmp_path / start).check()
+
+
+def test_an_import_that_was_killed_is_begun_anew(imported: Path, preset: Path, tmp_path: Path) -> None:
+    (tmp_path / "start.partial").mkdir()
+    (tmp_path / "start.partial" / "__0_9.distcp").write_bytes(b"half of it")
+    with pytest.raises(DataError, match="not a checkpoint"):
+        CheckpointReader(tmp_path / "start.partial")
+    import_folder(imported / "llama", tmp_path / "start", preset=str(preset))
+    assert not (tmp_path / "start.partial").exists()
+    assert sorted(path.name for path in (tmp_path / "start").glob("*.distcp")) == ["__0_0.distcp"]
 
 
 def test_too_little_space_is_said_before_anything_is_written(
