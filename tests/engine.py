@@ -49,16 +49,13 @@ def import_engine() -> ModuleType:
     return engine
 
 
-def parameters_of_a_rank(name: str, on: str, preset: str, *overrides: str) -> dict[str, dict]:
-    """Return parameters and checkpoint keys of rank 1 of one tensor-parallel group, in backend `name` on a device."""
+def _allow(name: str, on: str) -> None:
+    """Let backend `name` build its layers on a device, whatever this machine has. Before any other import."""
     if name != "local":
         import_engine()
     import torch
-    from torch import distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_mm import config as configs
-    from megatron_mm.parallel import device, mesh
+    from megatron_mm.parallel import device
 
     if on == "meta":
         device.imagine()
@@ -69,7 +66,52 @@ def parameters_of_a_rank(name: str, on: str, preset: str, *overrides: str) -> di
     from megatron_mm.model import backend as backends
 
     backends._refuse = lambda *_, **__: None
+
+
+def saved_by(name: str, folder: str, preset: str, *overrides: str) -> dict[str, Any]:
+    """Save noise as the weights of a model of backend `name`, on one rank; return it by parameter."""
+    _allow(name, "cpu")
+    import json
+
+    import torch
+    from megatron.core import dist_checkpointing
+    from torch import distributed as dist
+
+    from megatron_mm import config as configs
     from megatron_mm.model.multimodal import build_chunks
+    from megatron_mm.parallel import mesh
+
+    config = configs.load(preset, [f"training.backend={name}", "parallel.tp_comm_overlap=false", *overrides])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    ranks = mesh.cut(config)
+    (model,) = build_chunks(config, ranks)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    path = Path(folder)
+    path.mkdir()
+    metadata = {"singleton_local_shards": False, "dp_cp_group": ranks.dp_cp_group}
+    dist_checkpointing.save(
+        model.sharded_state_dict(metadata=metadata), folder, content_metadata=metadata | {"dp_cp_group": 0}
+    )
+    (path / "config.yaml").write_text(configs.to_yaml(config))
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    (path / "manifest.json").write_text(json.dumps({"step": 0, "bytes": sizes}))
+    layers = type(model.decoder.layers[0].mlp.linear_fc1).__module__
+    return {"weights": {key: value.detach().clone() for key, value in model.named_parameters()}, "layers": layers}
+
+
+def parameters_of_a_rank(name: str, on: str, preset: str, *overrides: str) -> dict[str, dict]:
+    """Return parameters and checkpoint keys of rank 1 of one tensor-parallel group, in backend `name` on a device."""
+    _allow(name, on)
+    import torch
+    from torch import distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_mm import config as configs
+    from megatron_mm.model.multimodal import build_chunks
+    from megatron_mm.parallel import mesh
 
     config = configs.load(preset, [f"training.backend={name}", "parallel.tp_comm_overlap=false", *overrides])
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=config.parallel.tp)

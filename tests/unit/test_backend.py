@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from engine import ONE_STAGE, at_full_size, parameters_of_a_rank
+from engine import ONE_STAGE, at_full_size, parameters_of_a_rank, saved_by
 from launch import run_alone, run_isolated
 from small import SMALL
 from torch import Tensor
@@ -17,7 +18,9 @@ from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError
 from megatron_mm.model import backend as backends
 from megatron_mm.model.core_attention import DocumentAttention, VarlenAttention, flash_attn_varlen
-from megatron_mm.parallel import device
+from megatron_mm.model.multimodal import build_chunks
+from megatron_mm.parallel import device, mesh
+from megatron_mm.training.start import load_weights
 
 
 def small(*overrides: str) -> Config:
@@ -166,3 +169,23 @@ def test_transformer_engine_marks_and_starts_parameters_as_the_local_layers_do()
     assert any(parameter[2] for parameter in local["parameters"].values())
     assert any(parameter[3] for parameter in local["parameters"].values())
     assert engine == local
+
+
+def loaded_by_local_layers(folder: str) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint as the local backend has them, on one rank."""
+    config = small()
+    ranks = mesh.initialize(config)
+    (model,) = build_chunks(config, ranks)
+    load_weights([model], config=config, mesh=ranks, path=Path(folder))
+    return {key: value.detach().clone() for key, value in model.named_parameters()}
+
+
+def test_a_checkpoint_of_transformer_engine_loads_into_the_local_layers(tmp_path: Path) -> None:
+    saved = run_isolated(saved_by, "transformer_engine", str(tmp_path / "saved"), "tiny", *SMALL)
+    assert saved["layers"].startswith(
+        ("megatron.core.extensions.transformer_engine", "transformer_engine", "megatron_mm.model.transformer_engine")
+    )
+    loaded = run_alone(loaded_by_local_layers, str(tmp_path / "saved"))
+    assert loaded.keys() == saved["weights"].keys()
+    for key, value in saved["weights"].items():
+        assert torch.equal(loaded[key], value), key
