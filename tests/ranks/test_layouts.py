@@ -93,11 +93,12 @@ def assert_same_curve(split: dict[str, Any], alone: dict[str, Any], tolerance: f
 def assert_same_gradients(split: dict[str, torch.Tensor], alone: dict[str, torch.Tensor], tolerance: float) -> None:
     """Compare tensor by tensor, relative to the largest element of each.
 
-    The bias of attention's keys has no gradient but rounding, since softmax does not see it: what is a millionth of the
-    largest gradient of all is compared with that instead.
+    The bias of attention's keys has no gradient but rounding, since softmax does not see it: it is a sum of terms that
+    cancel, each rounded to 6e-8 of itself. What is below a hundred-thousandth of the largest gradient of all is
+    compared with that instead.
     """
     assert split.keys() == alone.keys()
-    floor = 1e-6 * max(gradient.abs().max().item() for gradient in alone.values())
+    floor = 1e-5 * max(gradient.abs().max().item() for gradient in alone.values())
     for name, gradient in alone.items():
         error = (split[name] - gradient).abs().max().item()
         assert error <= tolerance * max(gradient.abs().max().item(), floor), f"{name} is off by {error:.2e}"
