@@ -102,6 +102,10 @@ def main() -> None:
         ranks = [context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(options.ranks)]
         for process in ranks:
             process.start()
+        while results.empty():
+            if any(process.exitcode for process in ranks):
+                raise SystemExit("a rank has failed")
+            time.sleep(0.1)
         stalls, steps, size = results.get()
         for process in ranks:
             process.join()
