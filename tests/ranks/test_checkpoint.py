@@ -191,6 +191,9 @@ def test_the_shards_of_64_ranks_load_at_other_layouts(shards: Path, tmp_path: Pa
     small = ("model.num_attention_heads=8", "model.head_dim=4")
     config = small_config(shards, tmp_path, *small, *layout("tp=8 pp=8"))
     expected = run_alone(write_in_turn, config, tmp_path / "saved", 64)
+    reader = CheckpointReader(tmp_path / "saved")  # what exports read with
+    for name, info in reader.tensors.items():
+        assert reader.read_rows(name, 0, info.shape[0]).shape == info.shape
     for text, ranks in (("", 1), ("tp=2 pp=2", 4)):
         found = run_ranks(ranks, load_pieces, small_config(shards, tmp_path, *small, *layout(text)), tmp_path / "saved")
         whole = assembled([piece for rank in found for piece in rank])
