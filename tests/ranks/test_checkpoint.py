@@ -34,6 +34,7 @@ from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.hf.tensors import CheckpointReader
 from megatron_mm.model.loss import by_name
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
 from megatron_mm.parallel import device
