@@ -24,6 +24,7 @@ from megatron_mm.shards import stored_tokenizer
 from megatron_mm.training import manifest
 from megatron_mm.training.manifest import Fence
 from megatron_mm.training.optimizer import build_scheduler
+from megatron_mm.training.optimizer_shards import LOADED_AS, describe_shards
 from megatron_mm.training.saver import Saved, SaveFailed, Saver
 from megatron_mm.training.state import TrainState, settle_parameters
 
@@ -201,7 +202,7 @@ def _chunk_keys(state: TrainState) -> list[str]:
 def _metadata(state: TrainState) -> dict[str, Any]:
     """Return how megatron-core should lay out tensors: as whole ones that any layout can cut."""
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": LOADED_AS,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": state.mesh.dp_cp_group,
@@ -211,7 +212,10 @@ def _metadata(state: TrainState) -> dict[str, Any]:
 def _sharded_state(state: TrainState, metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
     chunks = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_chunk_keys(state), state.chunks)}
     model = chunks["model"] if len(chunks) == 1 else chunks
-    optimizer = state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+    if loading:
+        optimizer = state.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)
+    else:
+        optimizer = describe_shards(state.optimizer, model)
     return {**chunks, "optimizer": optimizer}
 
 

@@ -3,6 +3,7 @@
 `make test-slurm` runs these; they need root and SLURM, and take about ten minutes on two cores.
 """
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -127,6 +128,31 @@ def test_the_warning_of_the_time_limit_saves_and_queues_again(cluster, shards, u
     assert len(job.restarts()) == 2
     assert job.restarts()[1] >= 6
     assert_same(job, undisturbed)
+
+
+def test_a_time_limit_that_is_nearly_up_saves_and_queues_again(cluster, shards, undisturbed, tmp_path) -> None:
+    """SLURM sends the signal by itself, 60 to 120 s after the start."""
+    job = Job(
+        *(cluster, tmp_path / "limit", shards, "--time=00:03:00", "--signal=B:USR1@60"),
+        SILENT_SECONDS="600",
+    )
+    job.wait_for_step(6)
+    stopped = job.rank_pids()
+    send(signal.SIGSTOP, stopped)  # or the job would be done before
+    try:
+        cluster.wait_until(lambda: "time is nearly up" in job.output(), 180, "no signal")
+    finally:
+        send(signal.SIGCONT, stopped)
+    job.finish()
+    assert len(job.restarts()) >= 2
+    assert job.restarts()[1] >= 6
+    assert_same(job, undisturbed)
+
+
+def send(number: signal.Signals, pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # it was writing a checkpoint
+            os.kill(pid, number)
 
 
 def test_a_requeue_by_hand_goes_on(cluster, shards, undisturbed, tmp_path) -> None:
