@@ -182,6 +182,7 @@ def load(state: TrainState, path: Path, *, verify: bool = True) -> None:
 def skip_batches(state: TrainState, step: int, count: int) -> None:
     """Leave out `count` batches before step `step`, counted from 0, also after a restart. Collective over all ranks."""
     state.skipped_batches.append((step, count))
+    dist.barrier()  # all have read the file: a rank that loads late would take these for skipped twice
     if state.mesh.speaks:
         path = _skipped(state.config)
         partial = path.with_name(path.name + ".partial")

@@ -14,6 +14,9 @@ log = logging.getLogger(__name__)
 MIN_DEVIATION_FRACTION = 0.005
 """Of the median loss: a window that happens to be flat does not make an ordinary step a spike."""
 
+NAMED = 4
+"""Ranks, and parameters of each, that a warning names."""
+
 
 class TrainingDiverged(RuntimeError):
     """The run cannot heal itself: it must be resumed from a checkpoint, with other settings or data."""
@@ -58,11 +61,15 @@ class Guard:
 
     def _skip(self, result: StepResult, step: int) -> None:
         self._skipped += 1
-        log.warning("step %d: the gradient norm is %s; the weights are left as they were", step, result.grad_norm)
+        found = _by_rank(result.not_finite) or "no rank had such a gradient before the sum over ranks"
+        log.warning(
+            "step %d: the gradient norm is %s; the weights are left as they were: %s", step, result.grad_norm, found
+        )
         if self._skipped >= self._settings.max_skipped_steps:
             raise TrainingDiverged(
                 f"the last {self._skipped} steps, up to {step}, had no finite gradient. Nothing was saved of them: "
-                "resume from the last checkpoint with a lower optimizer.lr, or look at the samples of these steps."
+                "resume from the last checkpoint with a lower optimizer.lr, or look at the samples of these steps. "
+                f"In the last of them: {found}."
             )
 
     def _watch(self, loss: float, step: int) -> None:
@@ -83,6 +90,11 @@ class Guard:
         deviation = 1.4826 * median(abs(loss - usual) for loss in self._losses)  # of a normal distribution
         return usual + self._settings.spike_deviations * max(deviation, MIN_DEVIATION_FRACTION * usual)
 
+    def remember(self, losses: list[float]) -> None:
+        """Take the losses that led to where the run goes on as the usual ones: it was healthy there."""
+        self._losses.clear()
+        self._losses.extend(losses)
+
     def roll_back(self, spike: LossSpike) -> None:
         """Take note that the run goes back. Raises TrainingDiverged after guard.max_rollbacks times."""
         self._rollbacks += 1
@@ -92,3 +104,16 @@ class Guard:
                 f"{spike}, after {self._settings.max_rollbacks} roll-backs: resume from a checkpoint with a lower "
                 "optimizer.lr, or look at the samples of these steps."
             )
+
+
+def _by_rank(not_finite: tuple[str, ...]) -> str:
+    """Return the first lines 'rank R: NAME' of each rank: a gradient that is not finite soon makes others so."""
+    names: dict[str, list[str]] = {}
+    for line in not_finite:
+        rank, _, name = line.partition(": ")
+        names.setdefault(rank, []).append(name)
+    told = [
+        f"{rank} in {', '.join(own[:NAMED])}" + (f" and {len(own) - NAMED} more" if len(own) > NAMED else "")
+        for rank, own in list(names.items())[:NAMED]
+    ]
+    return "; ".join(told) + (f"; and {len(names) - NAMED} more ranks" if len(names) > NAMED else "")

@@ -68,7 +68,9 @@ def train(config: Config, mesh: Mesh) -> TrainState:
         _announce(state, loader, chosen, parameters)
         with Metrics(config, mesh, first_step=state.step) as metrics:
             metrics.start(step=state.step, layout=mesh.describe(), parameters=parameters)
-            run = Run(state, loader, heldout, metrics, Guard(config.guard), saver, watch, stop)
+            guard = Guard(config.guard)
+            guard.remember(metrics.losses(config.guard.spike_window))
+            run = Run(state, loader, heldout, metrics, guard, saver, watch, stop)
             if state.step == 0 and config.evaluation.interval:
                 _evaluate(run)
             while not _train_on(run):
@@ -181,6 +183,7 @@ def _go_back(run: Run, spike: LossSpike) -> None:
         raise TrainingDiverged(f"{spike}, and there is no checkpoint to go back to.")
     checkpoint.skip_batches(state, spike.first - 1, spike.last - spike.first + 1)
     run.metrics.go_back(step=state.step, reason=str(spike))
+    run.guard.remember(run.metrics.losses(state.config.guard.spike_window))
     if state.mesh.speaks:
         log.warning("%s: going back to %s, without the batches of these steps", spike, path)
 

@@ -6,10 +6,12 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -82,6 +84,15 @@ class Metrics:
         self._open(step)
         if self._speaks:
             self._write(step, {"went_back": reason, **self._lost}, plot=False)
+
+    def losses(self, count: int) -> list[float]:
+        """Return the finite losses of the last `count` steps that changed the weights. Collective over all ranks."""
+        found: list[list[float]] = [[]]
+        if self._speaks:
+            records = [one for one in read_metrics(self.config.run_dir) if one.get("updated") and isfinite(one["loss"])]
+            found = [[one["loss"] for one in records][max(0, len(records) - count) :]]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
 
     def event(self, values: Mapping[str, Any], *, step: int) -> None:
         """Record what else is known after step `step`: what a save cost, how unlike the ranks are."""

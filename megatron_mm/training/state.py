@@ -15,6 +15,7 @@ from megatron_mm.model.backend import Backend
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
+from megatron_mm.training.gradients import OwnGradients
 from megatron_mm.training.optimizer import build_optimizer, build_scheduler
 
 
@@ -30,6 +31,8 @@ class TrainState:
     """The same, wrapped for data parallelism: what schedules run."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    own_gradients: OwnGradients
+    """What this rank's gradients were before they were summed over ranks."""
     step: int = 0
     """Optimizer steps done."""
     skipped_batches: list[tuple[int, int]] = field(default_factory=list)
@@ -66,7 +69,8 @@ def build_state(config: Config, mesh: Mesh, *, backend: Backend | None = None) -
     if parallel.overlap_grad_reduce:  # megatron-core would reduce after each micro-batch without this
         holds = [model.no_sync for model in models]
         transformer.no_sync_func = holds if len(holds) > 1 else holds[0]
-    return TrainState(config, mesh, chunks, models, optimizer, build_scheduler(config, optimizer, step=0))
+    scheduler = build_scheduler(config, optimizer, step=0)
+    return TrainState(config, mesh, chunks, models, optimizer, scheduler, OwnGradients(chunks, models))
 
 
 def _exchange_nothing(models: list[DistributedDataParallel]) -> None:

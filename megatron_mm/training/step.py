@@ -28,6 +28,8 @@ class StepResult:
     lr: float
     updated: bool
     """Whether the weights were changed: not if the gradient was not finite."""
+    not_finite: tuple[str, ...] = ()
+    """If not: 'rank R: NAME' of each gradient that was not finite before the sum over ranks."""
 
 
 def train_step(state: TrainState, micro_batches: list[MicroBatch]) -> StepResult:
@@ -45,7 +47,8 @@ def train_step(state: TrainState, micro_batches: list[MicroBatch]) -> StepResult
     grad_norm, updated = update(state, finite_loss=bool(torch.isfinite(losses).all()))
     state.step += 1
     lr = next(group["lr"] for group in state.optimizer.param_groups if group["default_config"])
-    return StepResult(losses, grad_norm, lr, updated)
+    not_finite = () if updated else tuple(state.own_gradients.not_finite(state.mesh))
+    return StepResult(losses, grad_norm, lr, updated, not_finite)
 
 
 def update(state: TrainState, *, finite_loss: bool = True) -> tuple[float, bool]:

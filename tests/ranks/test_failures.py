@@ -173,6 +173,21 @@ def test_a_spike_takes_the_run_back_and_leaves_its_batches_out(shards: Path, tmp
     assert_same_weights(seen, without)
 
 
+def spike_early(state: TrainState, result: StepResult) -> StepResult | None:
+    """Let the two batches after a restart at step 5 have a loss far above the others."""
+    if state.batch_of(state.step - 1) in (5, 6):
+        return StepResult(result.losses * torch.tensor([40.0, 1.0]), result.grad_norm, result.lr, result.updated)
+    return None
+
+
+def test_a_spike_right_after_a_restart_is_seen(shards: Path, tmp_path: Path) -> None:
+    spikes = ("training.steps=7", "guard.spike_window=8", "guard.spike_steps=2", "checkpoint.interval=5")
+    run_ranks(2, train, run_of(shards, tmp_path, *spikes, "training.stop_after=5"))
+    for seen in run_ranks(2, train, run_of(shards, tmp_path, *spikes), spike_early):
+        assert seen["skipped"] == [(5, 2)], seen["said"]
+        assert seen["step"] == 7
+
+
 def fill_disk(rank: int, *, calls: int) -> None:
     """Let the disk of rank 1 be full for the first `calls` shards that it writes."""
     hash_file, left = manifest.hash_file, [calls]

@@ -1,5 +1,6 @@
 """Training in every mode: recomputation, precision, encoders, groups; evaluation; and what must stop it."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_mm.data.loader import Loader
 from megatron_mm.model.loss import by_name
 from megatron_mm.parallel import mesh as meshes
 from megatron_mm.training.evaluate import evaluate
+from megatron_mm.training.guard import Guard
 from megatron_mm.training.state import build_state, total_parameters
 from megatron_mm.training.step import train_step
 
@@ -157,28 +159,36 @@ def poisoned(config: Config) -> dict[str, Any]:
     loader = Loader(config.data.train, config=config, mesh=mesh)
     state = build_state(config, mesh)
     updated, finite, same = [], [], []
+    guard, said = Guard(config.guard), []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("megatron_mm").addHandler(handler)
     for step in range(3):
         hooks = []
-        if step == 1 and mesh.computes_loss:
+        if step == 1 and mesh.rank == mesh.world_size - 1:
             head = state.chunks[-1].output_layer.weight
             hooks = [head.register_hook(lambda gradient: gradient * float("nan"))]
         before = [parameter.clone() for chunk in state.chunks for parameter in chunk.parameters()]
-        updated.append(train_step(state, loader.step(step)).updated)
+        result = train_step(state, loader.step(step))
+        guard.check(result, step=step)
+        updated.append(result.updated)
         after = [parameter for chunk in state.chunks for parameter in chunk.parameters()]
         finite.append(all(parameter.isfinite().all().item() for parameter in after))
         same.append(all(torch.equal(one, other) for one, other in zip(before, after)))
         for hook in hooks:
             hook.remove()
-    return {"updated": updated, "finite": finite, "same": same}
+    return {"updated": updated, "finite": finite, "same": same, "said": said}
 
 
 @pytest.mark.parametrize(("text", "ranks"), [("", 1), ("tp=2 pp=2", 4), ("", 2)])
-def test_a_gradient_that_is_not_finite_changes_no_weight(text: str, ranks: int, shards: Path) -> None:
+def test_a_gradient_that_is_not_finite_changes_no_weight_and_is_named(text: str, ranks: int, shards: Path) -> None:
     for seen in run_ranks(ranks, poisoned, small_config(shards, "unused", *layout(text))):
         assert seen["updated"] == [True, False, True]
         assert all(seen["finite"])
         assert seen["same"][1]
         assert not seen["same"][2]
+        (said,) = seen["said"]
+        assert said.endswith(f"left as they were: rank {ranks - 1} in output_layer.weight")
 
 
 def count(config: Config) -> int:
