@@ -79,24 +79,27 @@ def preprocess(
     nothing is left to write.
     """
     check_languages(options.languages)
-    tokenizer = TextTokenizer(tokenizer_path, engine=engine)
     plan = Plan(find_files(inputs), share)
-    key = _resume_key(plan, tokenizer, skip_bad, options)
-    prefix, content = share.prefix(output_prefix), tokenizer.content
-    with ShardWriter(prefix, tokenizer=tokenizer.info, tokenizer_content=content, resume_key=key) as writer:
-        plan.restore(writer.progress)
-        progress = tqdm(total=plan.num_bytes, initial=plan.done_bytes, unit="B", unit_scale=True, desc="preprocess")
-        make_task = functools.partial(_make_task, tokenizer_path, engine, options)
-        with progress, Workers(workers, make_task, split=cut_work) as pool:
-            for item, result in pool.run(plan.work()):
-                _take_in(writer, item, result, skip_bad=skip_bad)
-                if plan.finish(item):
-                    writer.commit_if_due(plan.progress())
-                progress.update(plan.done_bytes - progress.n)
-                progress.set_postfix(documents=writer.counts.documents, rejected=writer.counts.rejected, refresh=False)
-        rejections = [Rejection(**record) for record in writer.rejections(LISTED)]
-        if not writer.counts.documents and share.tasks == 1:
-            raise DataError(f"none of the {plan.num_done} inputs gave a document. " + _first_bad(rejections))
+    make_task = functools.partial(_make_task, tokenizer_path, engine, options)
+    with Workers(workers, make_task, split=cut_work) as pool:  # started first: they load their tokenizers meanwhile
+        tokenizer = TextTokenizer(tokenizer_path, engine=engine)
+        key = _resume_key(plan, tokenizer, skip_bad, options)
+        prefix, content = share.prefix(output_prefix), tokenizer.content
+        with ShardWriter(prefix, tokenizer=tokenizer.info, tokenizer_content=content, resume_key=key) as writer:
+            plan.restore(writer.progress)
+            progress = tqdm(total=plan.num_bytes, initial=plan.done_bytes, unit="B", unit_scale=True, desc="preprocess")
+            with progress:
+                for item, result in pool.run(plan.work()):
+                    _take_in(writer, item, result, skip_bad=skip_bad)
+                    if plan.finish(item):
+                        writer.commit_if_due(plan.progress())
+                    progress.update(plan.done_bytes - progress.n)
+                    progress.set_postfix(
+                        documents=writer.counts.documents, rejected=writer.counts.rejected, refresh=False
+                    )
+            rejections = [Rejection(**record) for record in writer.rejections(LISTED)]
+            if not writer.counts.documents and share.tasks == 1:
+                raise DataError(f"none of the {plan.num_done} inputs gave a document. " + _first_bad(rejections))
     return Report(writer.counts, plan.num_done, rejections)
 
 
