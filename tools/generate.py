@@ -24,10 +24,12 @@ def main() -> int:
     silence()
     arguments = _parser().parse_args()
     try:
-        prompts = _prompts(arguments)
         sampling = Sampling(
             arguments.max_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed
         )
+        if arguments.batch_size < 1:
+            raise ConfigError(f"--batch-size {arguments.batch_size} cannot be: give 1 or more.")
+        prompts = _prompts(arguments)
         dtype = PRECISIONS[arguments.dtype] if arguments.dtype else None
         with opened(arguments.model, tokenizer_path=arguments.tokenizer, dtype=dtype) as speaker:
             for start in range(0, len(prompts), arguments.batch_size):
@@ -45,6 +47,8 @@ def main() -> int:
 
 def _prompts(arguments: argparse.Namespace) -> list[Document]:
     if arguments.jsonl is not None:
+        if arguments.parts:
+            raise ConfigError("--jsonl holds whole prompts: leave --text and --file out.")
         if not arguments.jsonl.is_file():
             raise DataError(f"{arguments.jsonl} does not exist.")
         documents, rejections = read_lines(arguments.jsonl)
@@ -56,6 +60,8 @@ def _prompts(arguments: argparse.Namespace) -> list[Document]:
         if kind == "text":
             segments.append(TextSegment(value))
             continue
+        if not Path(value).is_file():
+            raise DataError(f"{value} is a folder." if Path(value).is_dir() else f"{value} does not exist.")
         documents, rejections = read_file(Path(value))
         if not documents:
             raise DataError(f"{rejections[0].path}: {rejections[0].reason}")

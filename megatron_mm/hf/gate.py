@@ -64,13 +64,13 @@ class Gate:
         data = [f"data.seq_len={min(saved.data.seq_len, SEQ_LEN)}", "data.validation=[]", "data.changes=[]"]
         data += [f"data.train=[{shards}]"] if shards else []
         self._config = configs.load(str(checkpoint / "config.yaml"), [*WHOLE, *data])
-        self._answers = _ask_training_model(self._config, checkpoint, num_samples)
+        self.answers = _ask_training_model(self._config, checkpoint, num_samples)
 
     def compare(self, folder: Path) -> dict[str, str]:
         """Return what was compared and found, for the model card. Raises DataError if the logits are not the same."""
         speaker = load_export(folder, torch.float32)
         largest, positions, kinds = 0.0, 0, set()
-        for answer in self._answers:
+        for answer in self.answers:
             media = {INPUTS[name] for name in answer.inputs if name in INPUTS}
             if not media <= speaker.kinds:
                 continue
@@ -88,7 +88,7 @@ class Gate:
             kinds |= {"text"} | {{Media.IMAGE: "images", Media.AUDIO: "sound"}[kind] for kind in media}
         if not positions:
             raise ConfigError(f"no document of the gate's shards can be given to {folder}: name others with --gate P.")
-        spread = torch.cat([answer.logits for answer in self._answers]).std().item()
+        spread = torch.cat([answer.logits for answer in self.answers]).std().item()
         return {
             "largest difference of a logit from the training model's, FP32": f"{largest:.1e} (limit {LIMIT:.0e})",
             "compared": f"{positions:,} positions of {', '.join(sorted(kinds))}; their deviation is {spread:.2f}",

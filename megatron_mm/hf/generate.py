@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from megatron_mm.data.decode import decode_chunks, decode_pixels
@@ -40,6 +41,17 @@ class Sampling:
     """Choose among the most probable tokens that have this much probability together."""
     seed: int = 1234
 
+    def __post_init__(self) -> None:
+        allowed = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "temperature": (0.0 <= self.temperature < float("inf"), "0 or more; 0 takes the most probable token"),
+            "top_k": (self.top_k >= 0, "0 or more; 0 chooses among all tokens"),
+            "top_p": (0.0 < self.top_p <= 1.0, "above 0 and at most 1; 1 chooses among all tokens"),
+        }
+        for name, (fits, what) in allowed.items():
+            if not fits:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} cannot be: give {what}.")
+
 
 @dataclass(frozen=True)
 class Speaker:
@@ -63,7 +75,12 @@ def opened(path: Path, *, tokenizer_path: Path | None = None, dtype: torch.dtype
         yield load_export(path, dtype)
         return
     if not (path / "manifest.json").exists():
-        raise ConfigError(f"{path} is neither an export (with a config.json) nor a checkpoint (with a manifest.json).")
+        places = [f"{above}{name}.json" for above in ("*/", "*/*/") for name in ("config", "manifest")]
+        inside = sorted(str(file.parent) for place in places for file in path.glob(place))
+        hint = f" Did you mean {inside[-1]}?" if inside else ""
+        raise ConfigError(
+            f"{path} is neither an export (with a config.json) nor a checkpoint (with a manifest.json).{hint}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "export"
         export(path, out, tokenizer_path=tokenizer_path, options=Options(kinds=("full",), dtype=dtype))
@@ -84,7 +101,12 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> Speaker:
         "megatron_mm": (MegatronMMForConditionalGeneration, {Media.IMAGE, Media.AUDIO}),
     }
     model_class, kinds = classes.get(kind, (AutoModelForCausalLM, set()))
-    model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+    try:
+        model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{folder} is damaged or not whole ({error}). `tools/convert_checkpoint.py verify` names the files."
+        ) from error
     wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if name.endswith("_keys") and keys}
     if wrong:
         raise DataError(f"{folder}: its tensors are not those of its config.json: {wrong}.")

@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import runpy
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from megatron_mm.tokenizer import TextTokenizer
 from megatron_mm.training import checkpoint
 
 LENGTH = 8
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +163,7 @@ def test_the_processor_of_an_export_gives_the_inputs_of_training(kind: str, expo
 
 
 def test_the_processor_reads_a_pdf_as_training_does(exports: Path) -> None:
-    path = Path(__file__).parents[2] / "examples/sample_data/train/papers/prtec-extended-abstract.pdf"
+    path = ROOT / "examples/sample_data/train/papers/prtec-extended-abstract.pdf"
     processor = AutoProcessor.from_pretrained(exports / "full", trust_remote_code=True)
     read = processor.read_file(path)
     segments = read_file(path)[0][0].segments
@@ -185,3 +188,53 @@ def test_misuse_is_named(speaker: Speaker, saved: Path, tmp_path: Path) -> None:
         pass
     with pytest.raises(ConfigError, match="neither an export"), opened(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+        ({"temperature": -1.0}, "--temperature -1.0"),
+        ({"top_k": -1}, "--top-k -1"),
+        ({"top_p": 0.0}, "--top-p 0.0"),
+        ({"top_p": 1.5}, "--top-p 1.5"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused(wrong: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Sampling(**wrong)
+
+
+def test_the_folder_above_an_export_is_told_from_it(exports: Path) -> None:
+    with pytest.raises(ConfigError, match=f"Did you mean {exports / 'text'}"), opened(exports):
+        pass
+
+
+@pytest.mark.parametrize("damage", ["cut short", "missing"])
+def test_a_damaged_export_is_named(damage: str, exports: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exports / "text", tmp_path / "text")
+    (shard,) = folder.glob("*.safetensors")
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(DataError, match="damaged or not whole"), opened(folder):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--text", "a", "--batch-size", "0"], "--batch-size 0"),
+        (["--jsonl", "prompts.jsonl", "--text", "a"], "leave --text and --file out"),
+        (["--jsonl", "prompts.jsonl"], "prompts.jsonl does not exist"),
+        (["--file", "absent.jpg"], "absent.jpg does not exist"),
+        (["--file", "tests"], "tests is a folder"),
+        ([], "give a prompt"),
+    ],
+)
+def test_the_tool_names_what_it_cannot_do(given: list[str], said: str, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "no_model", *given])
+    assert runpy.run_path(str(ROOT / "tools" / "generate.py"))["main"]() == 2
+    assert said in capsys.readouterr().err
