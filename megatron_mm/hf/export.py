@@ -19,6 +19,7 @@ from megatron_mm.hf.stream import (
     Shard,
     check_complete,
     check_sha256,
+    explained,
     info_of,
     pack,
     require_space,
@@ -102,12 +103,18 @@ def export(
                 progress.update(shard.num_bytes)
                 continue
             done[shard.path] = write_shard(partial, shard, job.source, progress=progress)
-            _write_atomically(partial / "progress.json", json.dumps({"begun": begun, "done": done}))
+            try:
+                _write_atomically(partial / "progress.json", json.dumps({"begun": begun, "done": done}))
+            except OSError as error:
+                raise explained(error, partial, 0) from error
     for link, path in job.links.items():
         (partial / link).unlink(missing_ok=True)
         os.link(partial / path, partial / link)
-    for kind in options.kinds:
-        _finish(partial / kind, kind, job, done, gate)
+    try:
+        for kind in options.kinds:
+            _finish(partial / kind, kind, job, done, gate)
+    except OSError as error:
+        raise explained(error, partial, 0) from error
     os.replace(partial, out)
     (out / "progress.json").unlink()
 

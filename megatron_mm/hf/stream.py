@@ -247,14 +247,15 @@ def require_space(folder: Path, num_bytes: int) -> None:
     """Pass if `num_bytes` fit on the disk of `folder`. Raises DataError otherwise."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise DataError(f"{num_bytes / 1e9:.1f} GB are to be written to {folder}, but {free / 1e9:.1f} GB are free.")
+        raise DataError(f"{num_bytes / 1e9:.3f} GB are to be written to {folder}, but {free / 1e9:.3f} GB are free.")
 
 
 def explained(error: OSError, folder: Path, num_bytes: int) -> Exception:
     """Return what to raise for an error of the disk under `folder`: a DataError if it is that it is full."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return error
+    what = f"the next {num_bytes / 1e9:.2f} GB" if num_bytes else "the small files around the weights"
     return DataError(
-        f"the disk of {folder} is full ({error.strerror}): the next {num_bytes / 1e9:.2f} GB do not fit. Make room and "
+        f"the disk of {folder} is full ({error.strerror}): {what} do not fit. Make room and "
         "run the same command again; an export goes on behind the shards that are whole."
     )

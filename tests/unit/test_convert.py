@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mm import config as configs
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.hf import load, stream, tensors
+from megatron_mm.hf import files, load, stream, tensors
 from megatron_mm.hf.export import Options, export, verify
 from megatron_mm.hf.load import import_folder
 from megatron_mm.hf.tensors import CheckpointReader, SafetensorsReader
@@ -268,6 +268,21 @@ def test_a_full_disk_leaves_nothing_that_looks_finished_and_can_be_gone_on_from(
     assert all((tmp_path / "out" / "text" / name).stat().st_mtime_ns == time for name, time in times.items())
 
 
+def test_a_disk_that_is_full_after_the_last_shard_is_named_too(
+    imported: Path, preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(files, "write_files", full)
+    with pytest.raises(DataError, match="the small files around the weights do not fit"):
+        text_of(imported / "checkpoint", tmp_path / "out", preset)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    text_of(imported / "checkpoint", tmp_path / "out", preset)
+    assert verify(tmp_path / "out" / "text") > 5
+
+
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
 
@@ -317,7 +332,7 @@ def test_too_little_space_is_said_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(DataError, match="0.0 GB are free"):
+    with pytest.raises(DataError, match="0.000 GB are free"):
         text_of(imported / "checkpoint", tmp_path / "out", preset)
     assert not list(tmp_path.rglob("*.safetensors"))
 
