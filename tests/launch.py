@@ -105,10 +105,9 @@ def _run(world_size: int, function: Callable[..., Any], *args: Any, joined: bool
         for process in processes:
             process.kill()
             process.join()
-        for rank in range(world_size):
-            error = Path(folder, f"{rank}.error")
-            if error.exists():
-                raise AssertionError(f"rank {rank} of {world_size} failed:\n{error.read_text()}")
+        if errors := sorted(Path(folder).glob("*.error"), key=lambda path: path.stat().st_mtime_ns):
+            # The first: others may only have lost it.
+            raise AssertionError(f"rank {errors[0].stem} of {world_size} failed:\n{errors[0].read_text()}")
         if late:
             raise AssertionError(f"ranks {late} of {world_size} did not finish in {TIMEOUT_SECONDS} s")
         return [pickle.loads(Path(folder, f"{rank}.result").read_bytes()) for rank in range(world_size)]

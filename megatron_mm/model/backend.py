@@ -42,8 +42,6 @@ class Backend:
     """(config, hidden_size, eps): see `RMSNorm`."""
     residual_add: Callable[[bool, bool], Callable[..., "Tensor | PendingSum"]]
     """What adds the output of attention to the residual before the second norm; see `defer_add`."""
-    accumulates_in_place: bool
-    """Whether its linear layers add weight gradients to the FP32 buffer of data parallelism themselves."""
     start: Callable[[Config], None]
     """Makes ready what its layers need, once, before they are built. Collective over tp."""
     core_attention: Callable[[TransformerConfig, int, dist.ProcessGroup], nn.Module]
@@ -145,7 +143,6 @@ def local(attention: str = "sdpa") -> Backend:
         replicated_linear=ReplicatedLinear,
         norm=RMSNorm,
         residual_add=defer_add,
-        accumulates_in_place=False,
         start=lambda config: None,
         core_attention=core_attention,
     )

@@ -45,7 +45,11 @@ class SwiGLU(nn.Module):
 
 
 def transformer_config(config: Config, *, accumulates_in_place: bool = False) -> TransformerConfig:
-    """Translate `config` into megatron-core's terms; `accumulates_in_place` is the backend's."""
+    """Translate `config` into megatron-core's terms.
+
+    With `accumulates_in_place` linear layers add weight gradients to the FP32 buffer of data parallelism themselves,
+    and run backward only where there is one.
+    """
     model, parallel, training = config.model, config.parallel, config.training
     dtype = DTYPES[training.precision]
     recompute = {
@@ -73,7 +77,6 @@ def transformer_config(config: Config, *, accumulates_in_place: bool = False) ->
         attention_dropout=0.0,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        # TransformerEngine's layers add weight gradients to the FP32 buffer as they compute them.
         gradient_accumulation_fusion=accumulates_in_place,
         # Weights are drawn by model.initialize, the same for every layout.
         perform_initialization=False,

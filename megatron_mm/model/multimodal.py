@@ -1,6 +1,5 @@
 """One model chunk of one pipeline stage: embedding, layers, head, as many of them as the stage holds."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from megatron_mm.model.backend import Backend, choose
 from megatron_mm.model.decoder import block_submodules, transformer_config
 from megatron_mm.model.embedding import MultimodalEmbedding
 from megatron_mm.model.initialize import initialize_weights
+from megatron_mm.parallel import gradient_fusion
 from megatron_mm.parallel.mesh import Mesh
 
 
@@ -52,8 +52,7 @@ class MultimodalModel(MegatronModule):
             self.output_layer = ColumnParallelLinear(
                 config.model.hidden_size,
                 config.model.vocab_size,
-                # megatron-core's own layer adds to the buffer in place only with apex's kernels.
-                config=_without_accumulation(transformer),
+                config=transformer,
                 init_method=transformer.init_method,
                 bias=False,
                 gather_output=False,
@@ -117,12 +116,6 @@ class MultimodalModel(MegatronModule):
         return linear_cross_entropy(hidden.squeeze(1), weight=weight, chunk_tokens=chunk_tokens, **operands)
 
 
-def _without_accumulation(transformer: TransformerConfig) -> TransformerConfig:
-    own = copy.copy(transformer)
-    own.gradient_accumulation_fusion = False
-    return own
-
-
 def build_chunks(config: Config, mesh: Mesh, *, backend: Backend | None = None) -> list[MultimodalModel]:
     """Build this rank's model chunks with their initial weights, which are the same in every layout and backend.
 
@@ -131,7 +124,8 @@ def build_chunks(config: Config, mesh: Mesh, *, backend: Backend | None = None) 
     """
     backend = backend or choose(config)
     backend.start(config)
-    transformer = transformer_config(config, accumulates_in_place=backend.accumulates_in_place)
+    gradient_fusion.install()
+    transformer = transformer_config(config, accumulates_in_place=True)
     chunks = [
         MultimodalModel(config, transformer, backend=backend, mesh=mesh, chunk=chunk) for chunk in range(mesh.vpp_size)
     ]

@@ -89,7 +89,6 @@ def backend() -> Backend:
         replicated_linear=replicated_linear,
         norm=TENorm,
         residual_add=get_bias_dropout_add,
-        accumulates_in_place=True,
         start=start_user_buffers,
         core_attention=DocumentAttention,
     )

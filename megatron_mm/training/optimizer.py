@@ -36,10 +36,13 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         assert adam_w_mode and not capturable
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.gradient_divisor = 1.0
+        """What the next step divides every gradient by as it reads it: clipping without a pass of its own."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient."""
+        divisor, self.gradient_divisor = self.gradient_divisor, 1.0
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if not group["params"]:
@@ -64,7 +67,20 @@ class AdamW(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
+                grad_scale=None if divisor == 1.0 else torch.tensor(divisor, device=group["params"][0].device),
             )
+
+
+def clip_gradients(optimizer: MegatronOptimizer, coefficient: float) -> None:
+    """Multiply the gradients that the next step applies by `coefficient`, within that step where it is ours.
+
+    What megatron-core 0.19.2 does without TransformerEngine and apex makes a copy of every gradient.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, AdamW):
+            part.optimizer.gradient_divisor = 1.0 / coefficient
+        elif gradients := [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]:
+            torch._foreach_mul_(gradients, coefficient)
 
 
 def is_decayed(parameter: Tensor, name: str, *, decay_embeddings: bool) -> bool:

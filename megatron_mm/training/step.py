@@ -14,6 +14,7 @@ from megatron_mm.batch import MicroBatch
 from megatron_mm.modality import Source
 from megatron_mm.model.loss import sum_and_count
 from megatron_mm.parallel import device
+from megatron_mm.training.optimizer import clip_gradients
 from megatron_mm.training.state import TrainState
 
 
@@ -62,10 +63,7 @@ def update(state: TrainState, *, finite_loss: bool = True) -> tuple[float, bool]
     if not (isfinite(grad_norm) and finite_loss):
         return grad_norm, False
     if 0.0 < clip_grad < grad_norm:
-        # In place: what megatron-core 0.19.2 does without TransformerEngine and apex makes a copy of every gradient.
-        gradients = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, clip_grad / grad_norm)
+        clip_gradients(optimizer, clip_grad / grad_norm)
     return grad_norm, optimizer.step_with_ready_grads()
 
 

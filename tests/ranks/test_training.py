@@ -10,6 +10,8 @@ import torch
 from launch import run_ranks
 from small import TRAINED, layout, small_config
 from test_layouts import assert_same_curve, curve
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
@@ -153,6 +155,15 @@ def evaluate_once(config: Config) -> dict[str, float]:
     return by_name(losses)
 
 
+def poison(weight: Tensor) -> RemovableHandle:
+    """Make the gradient of `weight` not a number as it is computed, in the buffer that its product is added to."""
+
+    def spoil(gradient: Tensor) -> None:
+        weight.main_grad.fill_(float("nan"))
+
+    return weight.register_hook(spoil)
+
+
 def poisoned(config: Config) -> dict[str, Any]:
     """Train one good step, one with a gradient that is not a number, and one good step."""
     mesh = meshes.cut(config)
@@ -166,8 +177,7 @@ def poisoned(config: Config) -> dict[str, Any]:
     for step in range(3):
         hooks = []
         if step == 1 and mesh.rank == mesh.world_size - 1:
-            head = state.chunks[-1].output_layer.weight
-            hooks = [head.register_hook(lambda gradient: gradient * float("nan"))]
+            hooks = [poison(state.chunks[-1].output_layer.weight)]
         before = [parameter.clone() for chunk in state.chunks for parameter in chunk.parameters()]
         result = train_step(state, loader.step(step))
         guard.check(result, step=step)

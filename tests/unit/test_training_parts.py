@@ -40,6 +40,22 @@ def test_adamw_is_torchs() -> None:
     assert [group["step"] for group in optimizer.param_groups] == [20, 20]
 
 
+def test_adamw_divides_gradients_once_where_clipping_asks_it_to() -> None:
+    torch.manual_seed(0)
+    settings = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    ours = torch.nn.Parameter(torch.randn(5, 3))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    optimizer, reference = AdamW([{"params": [ours]}], **settings), AdamW([{"params": [theirs]}], **settings)
+    for divisor in (4.0, 1.0, 2.5):
+        ours.grad = torch.randn(5, 3)
+        theirs.grad = ours.grad / divisor
+        if divisor != 1.0:  # the divisor of one step is not that of the next
+            optimizer.gradient_divisor = divisor
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
 def test_adamw_goes_on_from_its_saved_state() -> None:
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(4))
