@@ -5,6 +5,8 @@ on the rest by benchmarks/planner_accuracy.py.
 """
 
 from dataclasses import dataclass
+from itertools import permutations
+from math import ceil
 
 
 @dataclass(frozen=True)
@@ -12,6 +14,7 @@ class Gpu:
     """One GPU and what joins it to others, by the maker's figures; rates per second."""
 
     name: str
+    multiprocessors: int
     bf16_flops: float
     fp8_flops: float
     memory_bytes: float
@@ -23,13 +26,16 @@ class Gpu:
 
 
 GPUS = {
-    "a100-80": Gpu("a100-80", 312e12, 312e12, 80 * 2**30, 2.0e12, 300e9, 25e9),
-    "h100-80": Gpu("h100-80", 989e12, 1979e12, 80 * 2**30, 3.35e12, 450e9, 50e9),
+    "a100-80": Gpu("a100-80", 108, 312e12, 312e12, 80 * 2**30, 2.0e12, 300e9, 25e9),
+    "h100-80": Gpu("h100-80", 132, 989e12, 1979e12, 80 * 2**30, 3.35e12, 450e9, 50e9),
 }
-
 
 EXPOSED, DATA_EXPOSED = 0.3, 0.1
 """What overlapped tensor and pipeline communication, and that of data parallelism, leave exposed: not fitted."""
+TILES = {(256, 128): 1.0, (128, 128): 0.93, (128, 64): 0.8, (64, 64): 0.6}
+"""What a multiprocessor multiplies at once, and how fast beside the widest: not fitted."""
+IDLE_WAVE, LAUNCH_SECONDS = 0.5, 5e-6
+"""Of its last wave of tiles, what a product leaves idle; what starting a kernel takes: not fitted."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +131,51 @@ class StepTime:
         return sum(vars(self).values())
 
 
+def product_seconds(m: float, n: float, k: float, *, gpu: Gpu, rate: Efficiency, fp8: bool = False) -> float:
+    """Return the seconds of an (m, k) by (k, n) matrix product.
+
+    It is cut into tiles of the kind that is soonest done, which the multiprocessors take in waves, the last half idle;
+    and is never faster than its operands are read and its result written.
+    """
+    speed = (gpu.fp8_flops * rate.fp8 if fp8 else gpu.bf16_flops * rate.products) / gpu.multiprocessors
+    best = min(
+        max(1.0, ceil(m / height) * ceil(n / width) / gpu.multiprocessors + IDLE_WAVE) * 2 * height * width * k / share
+        for tile, share in TILES.items()
+        for height, width in permutations(tile)
+    )
+    moved = (1 if fp8 else 2) * (m + n) * k + 2 * m * n
+    return max(best / speed, moved / (gpu.hbm_bytes * rate.memory)) + LAUNCH_SECONDS
+
+
+def matrices(shape: Shape, layout: Layout) -> dict[str, tuple[float, float]]:
+    """Return (inputs, outputs) of each matrix of a layer as one tensor rank holds it."""
+    head_dim, tp = shape.hidden // shape.heads, layout.tp
+    return {
+        "query": (shape.hidden, shape.hidden / tp),
+        "key_value": (shape.hidden, 2 * head_dim * shape.groups / min(tp, shape.groups)),
+        "projection": (shape.hidden / tp, shape.hidden),
+        "fc1": (shape.hidden, (1 + shape.gated) * shape.ffn / tp),
+        "fc2": (shape.ffn / tp, shape.hidden),
+    }
+
+
+def linear_seconds(
+    inputs: float, outputs: float, tokens: float, *, gpu: Gpu, rate: Efficiency, fp8: bool = False
+) -> tuple[float, float]:
+    """Return the seconds of a linear layer forward, and backward: the gradients of its input and of its weight."""
+    own = {"gpu": gpu, "rate": rate, "fp8": fp8}
+    forward = product_seconds(tokens, outputs, inputs, **own)
+    return forward, product_seconds(tokens, inputs, outputs, **own) + product_seconds(outputs, inputs, tokens, **own)
+
+
 def layer_seconds(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency, *, backward: bool) -> tuple[float, float]:
     """Return the seconds that one layer computes, and communicates exposed, for one micro-batch on one rank."""
     tokens = layout.micro_batch_size * shape.seq_len / layout.cp
-    fp8 = layout.precision == "fp8"
-    speed = gpu.fp8_flops * rate.fp8 if fp8 else gpu.bf16_flops * rate.products
-    products = 2 * tokens * shape.layer_weights / layout.tp / speed
+    linear = {
+        name: linear_seconds(*sizes, tokens, gpu=gpu, rate=rate, fp8=layout.precision == "fp8")
+        for name, sizes in matrices(shape, layout).items()
+    }
+    forward, gradients = (sum(seconds) for seconds in zip(*linear.values()))
     pairs = tokens * shape.seq_len / (2 if layout.flash else 1)
     attention = 4 * pairs * shape.hidden / layout.tp / (gpu.bf16_flops * rate.attention)
     spread = layout.tp if layout.sequence_parallel else 1
@@ -145,14 +190,14 @@ def layer_seconds(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency, *, b
         width = 4 * shape.groups * shape.hidden // shape.heads / layout.tp
         exposed += 0.5 * tokens * (layout.cp - 1) * width / (gpu.network_bytes * rate.links)
     if not backward:
-        return products + attention + moved_seconds, exposed
+        return forward + attention + moved_seconds, exposed
     again_attention = attention * (1.25 if layout.flash else 1.0)
-    compute = 2 * products + attention + again_attention + 2 * moved_seconds
+    compute = gradients + attention + again_attention + 2 * moved_seconds
     if layout.recompute == "full":
-        compute += products + attention + moved_seconds
+        compute += forward + attention + moved_seconds
         exposed *= 2
     elif layout.recompute == "mlp":
-        compute += products * (2 + shape.gated) * shape.hidden * shape.ffn / shape.layer_weights
+        compute += linear["fc1"][0] + linear["fc2"][0]
     elif layout.recompute == "selective" and not layout.flash:
         compute += attention + 10 * tokens * shape.seq_len * shape.heads / layout.tp / (gpu.hbm_bytes * rate.memory)
     return compute, exposed
@@ -165,7 +210,7 @@ def step_time(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency) -> StepT
     layers = shape.num_layers / layout.pp * layout.num_micro_batches
     tokens = layout.micro_batch_size * shape.seq_len / layout.cp
     spread = layout.tp if layout.sequence_parallel else 1
-    head = 6 * tokens * shape.hidden * shape.vocab / layout.tp / (gpu.bf16_flops * rate.products)
+    head = sum(linear_seconds(shape.hidden, shape.vocab / layout.tp, tokens, gpu=gpu, rate=rate))
     own = shape.parameters / (layout.tp * layout.pp)
     replicas = layout.dp * layout.cp
     # FP32 gradients are reduce-scattered and BF16 parameters gathered.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_mm.config import Config
 from megatron_mm.planning.cost import Efficiency, Gpu, Layout, Shape, StepTime, step_time
 
-RATES = {"a100-80": Efficiency(0.78, 0.2), "h100-80": Efficiency(0.58, 0.65, 0.5)}
+RATES = {"a100-80": Efficiency(0.86, 0.2), "h100-80": Efficiency(0.62, 0.7, 0.52)}
 """As benchmarks/planner_accuracy.py fits them."""
 USABLE = 0.92
 """Of a GPU's memory; the rest is for the CUDA context, NCCL and fragments."""
