@@ -26,6 +26,7 @@ if ((GPUS)); then
   default NCCL_IB_RETRY_CNT 7 "the most that InfiniBand allows, for the same reason"
   default TORCH_NCCL_ASYNC_ERROR_HANDLING 1 "a rank whose peer died ends, instead of waiting for ever"
   default TORCH_NCCL_DUMP_ON_TIMEOUT 1 "each rank leaves its flight record when a collective times out"
+  default TORCH_FR_DUMP_TEMP_FILE "$RUN_DIR/health/flight_rank_" "that record lies beside hang.txt, not on a node that may be gone"
   default PYTORCH_CUDA_ALLOC_CONF expandable_segments:True "packed batches differ in size: no fragments"
   default NVTE_FWD_LAYERNORM_SM_MARGIN 16 "TransformerEngine leaves multiprocessors to NCCL, which runs beside its norms"
   default NVTE_BWD_LAYERNORM_SM_MARGIN 16 "the same in the backward pass"

@@ -8,13 +8,13 @@ import sys
 import textwrap
 
 from megatron_mm import config as configs
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.errors import ConfigError, DataError, RunStopped
 
 log = logging.getLogger("megatron_mm")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit status: 2 for a mistake that the user can mend."""
+    """Run the command line; return the exit status: 2 for a mistake that the user can mend, 1 for a stopped run."""
     options = _parser().parse_args(arguments)
     _set_up_logging()
     try:
@@ -24,10 +24,18 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             _train(config)
     except (ConfigError, DataError) as error:
-        rank = os.environ.get("RANK", "0")  # each rank speaks: torchrun ends the others as soon as one has failed
-        print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
+    except RunStopped as stopped:
+        _say(f"{type(stopped).__name__}: {stopped}")
+        return 1
     return 0
+
+
+def _say(message: str) -> None:
+    """Print why this rank ends; each speaks, for torchrun ends the others as soon as one has failed."""
+    rank = os.environ.get("RANK", "0")
+    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
 
 
 def _train(config: configs.Config) -> None:

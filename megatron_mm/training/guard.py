@@ -6,6 +6,7 @@ from math import isfinite
 from statistics import median
 
 from megatron_mm.config.schema import GuardConfig
+from megatron_mm.errors import RunStopped
 from megatron_mm.model.loss import by_name
 from megatron_mm.training.step import StepResult
 
@@ -18,7 +19,7 @@ NAMED = 4
 """Ranks, and parameters of each, that a warning names."""
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunStopped):
     """The run cannot heal itself: it must be resumed from a checkpoint, with other settings or data."""
 
 

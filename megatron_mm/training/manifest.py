@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from megatron_mm.errors import DataError
+from megatron_mm.errors import DataError, RunStopped
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ OWNER = "OWNER"
 BLOCK_BYTES = 1 << 22
 
 
-class TakenOver(RuntimeError):
+class TakenOver(RunStopped):
     """Another job has started to write this run: this one must not."""
 
 

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any, Self
@@ -46,7 +46,7 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         self._lost = _forget_after(path, first_step)
-        self._file = path.open("a")
+        self._lines = _Lines(path)
         self._board = None
         if config.logging.tensorboard:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -67,9 +67,8 @@ class Metrics:
     def _close(self) -> None:
         if self._speaks:
             self._bar.close()
-            self._file.close()
-            if self._board is not None:
-                self._board.close()
+            self._lines.close()
+            self._plot(lambda board: board.close())
 
     def start(self, *, step: int, layout: str, parameters: int) -> None:
         """Record that the run starts, or goes on, after step `step`, and what it lost by having been cut off."""
@@ -130,10 +129,45 @@ class Metrics:
     def _write(self, step: int, values: Mapping[str, Any], *, plot: bool = True) -> None:
         if not self._speaks:
             return
-        self._file.write(json.dumps({"step": step, **values, "time": time.time()}) + "\n")
-        self._file.flush()
-        for name, value in values.items() if self._board is not None and plot else ():
-            self._board.add_scalar(name, value, step)
+        self._lines.add(json.dumps({"step": step, **values, "time": time.time()}))
+        for name, value in values.items() if plot else ():
+            self._plot(lambda board, name=name, value=value: board.add_scalar(name, value, step))
+
+    def _plot(self, action: Callable[[SummaryWriter], None]) -> None:
+        """Let TensorBoard's writer do something; a disk that it cannot write ends it, not the run."""
+        if self._board is None:
+            return
+        try:
+            action(self._board)
+        except OSError as error:
+            log.warning("TensorBoard's file cannot be written, and is not until the run starts again: %s", error)
+            self._board = None
+
+
+class _Lines:
+    """Appends lines to a file, each at once; while the disk takes none, keeps them for later."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._unwritten, self._failing = path, b"", False
+        self._file = path.open("ab", buffering=0)
+
+    def add(self, line: str) -> None:
+        """Append a line, and what could not be written before it."""
+        self._unwritten += line.encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                log.warning("%s cannot be written, its lines are kept until it can: %s", self._path, error)
+            self._failing = True
+
+    def close(self) -> None:
+        """Close the file; say how many lines are lost if it still cannot be written."""
+        self._file.close()
+        if self._unwritten:
+            log.error("%s lacks the last %d lines of the run", self._path, self._unwritten.count(b"\n"))
 
 
 def step_line(step: int, values: Mapping[str, Any]) -> str:

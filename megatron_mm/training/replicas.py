@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mm.errors import RunStopped
 from megatron_mm.model.initialize import name_in_whole_model
 from megatron_mm.training.state import TrainState, settle_parameters
 
@@ -16,7 +17,7 @@ ELEMENTS_AT_ONCE = 1 << 22
 MULTIPLIER = 0x2545F4914F6CDD1D
 
 
-class ReplicasDiffer(RuntimeError):
+class ReplicasDiffer(RunStopped):
     """Ranks that hold the same parameter hold different bits: the run must go on from a checkpoint."""
 
 

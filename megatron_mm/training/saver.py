@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from megatron_mm.errors import RunStopped
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.training import manifest
@@ -39,7 +40,7 @@ MAX_FAILED_SAVES = 3
 """Saves in a row that may fail before the run stops: what it computes from then on could be lost."""
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(RunStopped):
     """A checkpoint could not be written: the message names rank, host and reason. Older ones are as they were."""
 
 
@@ -229,10 +230,20 @@ def _write(buckets: list[tuple], transforms: Any, outcome: Any) -> None:
             done["results"] += results
             done["hashes"][bucket[1]] = manifest.hash_file(Path(bucket[0]))
     except Exception as error:
-        done["error"] = f"{type(error).__name__}: {error}"
+        done["error"] = _reason(error, [Path(bucket[0]) for bucket in buckets])
     pickle.dump(done, outcome)
     outcome.flush()
     os._exit(0)  # not the exit of the process that it was forked from
+
+
+def _reason(error: BaseException, files: list[Path]) -> str:
+    """Return why the shards in `files` could not be written: what the disk said, where torch's writer hides it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    free = shutil.disk_usage(files[0].parent).free if files else 0
+    where = f", {free / 1e6:.0f} MB free in {files[0].parent}" if isinstance(cause, OSError) and files else ""
+    return f"{type(cause or error).__name__}: {cause or error}{where}"
 
 
 def _read_outcome(pending: _Pending) -> dict[str, Any]:

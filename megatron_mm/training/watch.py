@@ -143,6 +143,8 @@ class Watch:
             log.error("nothing has moved for %.0f s:\n%s", still, report)
         except FileExistsError:
             pass
+        except OSError as error:
+            log.error("nothing has moved for %.0f s (and hang.txt cannot be written: %s):\n%s", still, error, report)
         sys.stderr.flush()
         os._exit(HUNG)
 
