@@ -32,21 +32,23 @@ BOX_TOLERANCE = 3.0
 """Points within which two image boxes are one."""
 
 Box = tuple[float, float, float, float]
-Page = tuple[str, list[Box]]
-"""The text of a page, and the boxes of its images from the top left corner."""
+Page = tuple[str, list[Box], list[Box]]
+"""The text of a page, and the boxes of its images and of its drawn figures from the top left corner."""
 
 
 def ours(path: Path) -> Iterator[Page]:
-    """Read with megatron_mm: what ingestion does before it decodes images."""
+    """Read with megatron_mm: what ingestion does before it decodes images and renders figures."""
     import pypdfium2
 
+    from megatron_mm.ingest.figures import Figure
     from megatron_mm.ingest.pdf import page_pieces
 
     with pypdfium2.PdfDocument(path) as document:
         for number in range(min(MAX_PAGES, len(document))):
             pieces = page_pieces(document[number])
-            text = "\n".join(piece.text for piece in pieces if piece.image is None)
-            yield text, [piece.box for piece in pieces if piece.image is not None]
+            figures = [piece.box for piece in pieces if isinstance(piece.image, Figure)]
+            images = [piece.box for piece in pieces if piece.image is not None and piece.box not in figures]
+            yield "\n".join(piece.text for piece in pieces if piece.image is None), images, figures
 
 
 def pdfplumber(path: Path) -> Iterator[Page]:
@@ -56,7 +58,7 @@ def pdfplumber(path: Path) -> Iterator[Page]:
     with pdfplumber.open(path) as document:
         for page in document.pages[:MAX_PAGES]:
             boxes = [(image["x0"], image["top"], image["x1"], image["bottom"]) for image in page.images]
-            yield page.extract_text(), boxes
+            yield page.extract_text(), boxes, []
             page.close()
 
 
@@ -65,7 +67,7 @@ def pypdf(path: Path) -> Iterator[Page]:
     import pypdf
 
     for page in pypdf.PdfReader(path).pages[:MAX_PAGES]:
-        yield page.extract_text(), [(0.0, 0.0, 0.0, 0.0)] * len(page.images.keys())
+        yield page.extract_text(), [(0.0, 0.0, 0.0, 0.0)] * len(page.images.keys()), []
 
 
 def docling(path: Path) -> Iterator[Page]:
@@ -80,7 +82,7 @@ def docling(path: Path) -> Iterator[Page]:
         boxes = [
             image.rect.to_top_left_origin(page.dimension.height).to_bounding_box() for image in page.bitmap_resources
         ]
-        yield text, [(box.l, box.t, box.r, box.b) for box in boxes]
+        yield text, [(box.l, box.t, box.r, box.b) for box in boxes], []
 
 
 READERS: dict[str, Callable[[Path], Iterator[Page]]] = {
@@ -168,12 +170,20 @@ def order_score(source: str, text: str) -> float:
 
 
 def found_boxes(theirs: list[Page], own: list[Page]) -> tuple[int, int]:
-    """Return how many of the peer's image boxes are among ours, and how many there are."""
-    pairs = [(box, own_page[1]) for page, own_page in zip(theirs, own, strict=True) for box in page[1]]
+    """Return how many of the peer's image boxes are among ours or in the picture of a figure, and how many there are."""
+    pairs = [(box, own_page) for page, own_page in zip(theirs, own, strict=True) for box in page[1]]
     near = [
-        any(all(abs(a - b) <= BOX_TOLERANCE for a, b in zip(box, other)) for other in others) for box, others in pairs
+        any(all(abs(a - b) <= BOX_TOLERANCE for a, b in zip(box, other)) for other in images)
+        or any(is_inside(box, figure) for figure in figures)
+        for box, (_, images, figures) in pairs
     ]
     return sum(near), len(near)
+
+
+def is_inside(box: Box, figure: Box) -> bool:
+    """Tell whether an image lies in a figure, to BOX_TOLERANCE."""
+    starts = all(a >= b - BOX_TOLERANCE for a, b in zip(box[:2], figure[:2]))
+    return starts and all(a <= b + BOX_TOLERANCE for a, b in zip(box[2:], figure[2:]))
 
 
 def run(name: str, files: list[Path], *, keep: bool) -> dict:
@@ -230,7 +240,11 @@ def report(files: list[Path], rounds: dict[str, list[dict]]) -> None:
     both = [file for file in kept["pdfplumber"] if len(kept["pdfplumber"][file]) == len(kept["megatron_mm"][file])]
     counts = {file: found_boxes(kept["pdfplumber"][file], kept["megatron_mm"][file]) for file in both}
     found, total = (sum(count[index] for count in counts.values()) for index in (0, 1))
-    print(f"image boxes of pdfplumber that megatron_mm finds within {BOX_TOLERANCE:g} points: {found} of {total}")
+    print(
+        f"image boxes of pdfplumber that megatron_mm finds within {BOX_TOLERANCE:g} points or in a figure: {found} of {total}"
+    )
+    figures = sum(len(page[2]) for pages in kept["megatron_mm"].values() for page in pages)
+    print(f"drawn figures that megatron_mm finds beside them: {figures}")
     for file, (near, count) in counts.items():
         if near < count:
             print(f"  {Path(file).name}: {near} of {count}")

@@ -1,9 +1,8 @@
-"""PDF: text and embedded images, interleaved by their place on the page. PDFium reads, the order is ours."""
+"""PDF: text, embedded images and drawn figures by their place on the page. PDFium reads, the order is ours."""
 
 import ctypes
 import functools
 import hashlib
-import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.document import ImageSegment, Rejection, Segment, TextSegment
+from megatron_mm.ingest.figures import MAX_SHAPES, Figure, find_figures, shape_of, without_figures
 from megatron_mm.ingest.image import MAX_PIXELS, MIN_SIDE, encode_pixels, read_image
 from megatron_mm.ingest.reading_order import Box, Piece, reading_order
 
@@ -22,7 +22,14 @@ MAX_IMAGES_PER_PAGE = 500
 SCAN_FRACTION = 0.8
 """Images that cover more of a page without text are the page."""
 RENDERED_SIDE = 1024
-"""Longer side, in pixels, of the picture of a whole page."""
+"""Longer side, in pixels, of the picture of a whole page, and the most of a figure's."""
+FIGURE_SCALE = 3.0
+"""Pixels a point of a figure: 216 dpi."""
+FIGURE_MARGIN = 2.0
+"""Points around a figure: lines are drawn half outside their box."""
+DRAWN = (pdfium_c.FPDF_PAGEOBJ_PATH, pdfium_c.FPDF_PAGEOBJ_SHADING)
+MAX_FORMS = 8
+"""Levels of nested forms in which images and drawings are looked for."""
 TURNS = {90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_90}
 """From a page's rotation, clockwise, to Pillow's, counter-clockwise."""
 COLUMN_GAP = 1.2
@@ -34,8 +41,9 @@ PARAGRAPH_GAP = 0.6
 def read_pdf(path: Path) -> tuple[list[Segment], list[Rejection]]:
     """Return the text and images of a PDF in reading order, and the images that were left out.
 
-    An image that repeats (a logo on every page) is kept once. A page without text that is more than a few pictures (a
-    scan, a drawing) is one image of it all. Raises DataError if the file cannot be opened or shows neither.
+    A figure that is drawn on a page of text is an image where it stands, its labels in it. An image that repeats (a
+    logo on every page) is kept once. A page without text that is more than a few pictures (a scan, a drawing) is one
+    image of it all. Raises DataError if the file cannot be opened or shows neither.
     """
     reader = _Reader(path)
     try:
@@ -56,14 +64,25 @@ def read_pdf(path: Path) -> tuple[list[Segment], list[Rejection]]:
 
 
 def page_pieces(page: pdfium.PdfPage) -> list[Piece]:
-    """Return the lines and the images of a page in reading order; the images are found, not decoded."""
+    """Return the lines, images and drawn figures of a page in reading order; pictures are found, not made.
+
+    The labels of a figure are in its picture alone. Figures are looked for on pages with text: without, the page may
+    be one.
+    """
     to_screen = _Screen(page)
-    images = page.get_objects(filter=[pdfium_c.FPDF_PAGEOBJ_IMAGE], max_depth=8)
-    placed = [
-        Piece(to_screen(*_matrix_on_page(image).on_rect(0, 0, 1, 1)), image=image)
-        for image in itertools.islice(images, MAX_IMAGES_PER_PAGE + 1)
-    ]
-    return reading_order(list(_lines(page, to_screen)), placed)
+    lines, images, shapes = list(_lines(page, to_screen)), [], []
+    for item in page.get_objects(filter=(pdfium_c.FPDF_PAGEOBJ_IMAGE, *DRAWN), max_depth=MAX_FORMS):
+        if item.type == pdfium_c.FPDF_PAGEOBJ_IMAGE:
+            if len(images) <= MAX_IMAGES_PER_PAGE:
+                images.append(Piece(to_screen(*_matrix_on_page(item).on_rect(0, 0, 1, 1)), image=item))
+        elif lines and len(shapes) < MAX_SHAPES:
+            shape = shape_of(item, to_screen, to_screen.size)
+            if shape is not None:
+                shapes.append(shape)
+    figures = find_figures(shapes, lines=lines, images=images, page=to_screen.size)
+    if figures:
+        lines, images = (without_figures(pieces, figures) for pieces in (lines, images))
+    return reading_order(lines, [*images, *(Piece(box, image=Figure(box)) for box in figures)])
 
 
 class _Reader:
@@ -85,6 +104,9 @@ class _Reader:
         for piece in pieces:
             if piece.image is None:
                 self._lines.append(piece)
+                continue
+            if isinstance(piece.image, Figure):
+                self._add_image(functools.partial(_render_figure, page, piece.image.box), number)
                 continue
             num_images += 1
             if num_images > MAX_IMAGES_PER_PAGE:
@@ -123,13 +145,21 @@ def _is_drawn(page: pdfium.PdfPage, pieces: Sequence[Piece]) -> bool:
     covered = sum((right - left) * (bottom - top) for left, top, right, bottom in (piece.box for piece in pieces))
     if covered > SCAN_FRACTION * width * height:
         return True
-    drawn = [pdfium_c.FPDF_PAGEOBJ_PATH, pdfium_c.FPDF_PAGEOBJ_SHADING]
-    return next(iter(page.get_objects(filter=drawn, max_depth=8)), None) is not None
+    return next(iter(page.get_objects(filter=DRAWN, max_depth=MAX_FORMS)), None) is not None
 
 
 def _render(page: pdfium.PdfPage) -> ImageSegment:
     scale = RENDERED_SIDE / max(*page.get_size(), 1.0)
     return encode_pixels(page.render(scale=scale).to_pil())
+
+
+def _render_figure(page: pdfium.PdfPage, box: Box) -> ImageSegment:
+    """Return a picture of a box of the page as it is shown, with a margin for the width of its lines."""
+    width, height = _Screen(page).size
+    left, top = max(box[0] - FIGURE_MARGIN, 0.0), max(box[1] - FIGURE_MARGIN, 0.0)
+    right, bottom = min(box[2] + FIGURE_MARGIN, width), min(box[3] + FIGURE_MARGIN, height)
+    scale = min(FIGURE_SCALE, RENDERED_SIDE / max(right - left, bottom - top))
+    return encode_pixels(page.render(scale=scale, crop=(left, height - bottom, width - right, top)).to_pil())
 
 
 class _Screen:
@@ -139,6 +169,9 @@ class _Screen:
         self.left, self.bottom, right, top = page.get_bbox()
         self.width, self.height = right - self.left, top - self.bottom
         self.rotation = page.get_rotation()
+        is_turned = self.rotation in (90, 270)
+        self.size = (self.height, self.width) if is_turned else (self.width, self.height)
+        """Width and height as shown."""
 
     def __call__(self, left: float, bottom: float, right: float, top: float) -> Box:
         left, right, bottom, top = left - self.left, right - self.left, bottom - self.bottom, top - self.bottom

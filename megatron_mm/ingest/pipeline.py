@@ -226,7 +226,7 @@ def _resume_key(plan: Plan, tokenizer: TextTokenizer, skip_bad: bool, options: O
         asdict(plan.share),
         work.LINES_BYTES,
     ]
-    return hashlib.sha256(json.dumps([files, settings, work.LINES_BYTES]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
 
 
 def _make_task(tokenizer_path: str, engine: Engine, options: Options) -> "Callable[[Work], Encoded | Cut[Work] | str]":

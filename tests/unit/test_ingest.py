@@ -6,6 +6,7 @@ import json
 import struct
 import wave
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -356,6 +357,93 @@ def draw(page: pdfium.PdfPage, left: float, bottom: float, width: float, height:
     pdfium.raw.FPDFPageObj_SetFillColor(path, 255, 0, 0, 255)
     pdfium.raw.FPDFPath_SetDrawMode(path, pdfium.raw.FPDF_FILLMODE_WINDING, 0)
     pdfium.raw.FPDFPage_InsertObject(page, path)
+
+
+def stroke(page: pdfium.PdfPage, *points: tuple[float, float]) -> None:
+    """Draw a blue line through points of a page."""
+    path = pdfium.raw.FPDFPageObj_CreateNewPath(*points[0])
+    for point in points[1:]:
+        pdfium.raw.FPDFPath_LineTo(path, *point)
+    pdfium.raw.FPDFPageObj_SetStrokeColor(path, 0, 0, 255, 255)
+    pdfium.raw.FPDFPageObj_SetStrokeWidth(path, 2.0)
+    pdfium.raw.FPDFPath_SetDrawMode(path, 0, 1)
+    pdfium.raw.FPDFPage_InsertObject(page, path)
+
+
+def redrawn(path: Path, draw_on: Callable[[pdfium.PdfPage], None], *, rotation: int = 0) -> list:
+    """Return the segments of a PDF of one page after something is drawn on it and it is turned."""
+    document = pdfium.PdfDocument(path)
+    page = document[0]
+    draw_on(page)
+    page.gen_content()
+    page.set_rotation(rotation)
+    document.save(path.with_suffix(".drawn.pdf"))
+    ((read,), rejections) = read_file(path.with_suffix(".drawn.pdf"))
+    assert not rejections
+    return list(read.segments)
+
+
+def draw_plot(page: pdfium.PdfPage) -> None:
+    stroke(page, (340, 500), (340, 600))
+    stroke(page, (340, 500), (500, 500))
+    stroke(page, (345, 505), (380, 560), (420, 530), (490, 590))
+
+
+def column(x: float, first: int, last: int) -> list[tuple]:
+    return [("text", x, 760 - 20 * row, f"line {row} of column {x} of text") for row in range(first, last)]
+
+
+def test_a_drawn_plot_is_an_image_in_its_column_with_its_labels(tmp_path: Path) -> None:
+    labels = [("text", 326, 500, "0"), ("text", 326, 592, "9"), ("text", 390, 484, "weeks")]
+    page = [*column(60, 0, 20), *column(320, 0, 7), *labels, *column(320, 15, 20)]
+    before, plot, after = redrawn(make_pdf(tmp_path / "a.pdf", [page]), draw_plot)
+    assert [before.text.count(f"column {x}") for x in (60, 320)] == [20, 7]
+    assert [after.text.count(f"column {x}") for x in (60, 320)] == [0, 5]
+    assert "weeks" not in before.text + after.text
+    pixels = pixels_of(plot).astype(int)
+    assert 1.2 < pixels.shape[1] / pixels.shape[0] < 1.7
+    is_blue, is_black = pixels[..., 2] > pixels[..., 0] + 100, pixels.max(-1) < 60
+    assert is_blue.mean() > 0.01 and is_black.mean() > 0.001  # lines and labels
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_a_drawn_plot_is_cut_out_as_the_page_shows_it(tmp_path: Path, rotation: int) -> None:
+    path = make_pdf(tmp_path / "a.pdf", [[("text", 60, 760, "Some text above the plot.")]])
+    upright, turned = (
+        next(pixels_of(part) for part in redrawn(path, draw_plot, rotation=angle) if isinstance(part, ImageSegment))
+        for angle in (0, rotation)
+    )
+    expected = np.rot90(upright, -rotation // 90).astype(int)
+    assert turned.shape == expected.shape
+    assert np.abs(turned - expected).mean() < 4  # smoothing and JPEG
+
+
+def draw_table(page: pdfium.PdfPage) -> None:
+    """Draw the borders of a table, a shaded row, an underline, a frame around the page and a rounded box."""
+    for y in (690, 710, 730, 750, 770):
+        stroke(page, (60, y), (300, y))
+    for x in (60, 140, 220, 300):
+        stroke(page, (x, 690), (x, 770))
+    draw(page, 60, 750, 240, 20)
+    stroke(page, (60, 597), (200, 597))
+    stroke(page, (20, 20), (575, 20), (575, 822), (20, 822), (20, 20))
+    corners = [(60, 490), (55, 495), (55, 525), (60, 530), (295, 530), (300, 525), (300, 495), (295, 490), (60, 490)]
+    stroke(page, *corners)
+
+
+def test_tables_underlines_and_boxes_around_text_are_no_figures(tmp_path: Path) -> None:
+    cells = [("text", 70 + 80 * column, 695 + 20 * row, f"{row}{column}") for row in range(4) for column in range(3)]
+    texts = [("text", 60, 600, "An underlined heading"), ("text", 65, 505, "A line of text in a rounded box")]
+    (only,) = redrawn(make_pdf(tmp_path / "a.pdf", [[*cells, *texts]]), draw_table)
+    assert all(text in only.text for text in ("00", "32", "heading", "rounded box"))
+
+
+def test_a_photograph_in_a_drawn_frame_keeps_its_bytes(tmp_path: Path) -> None:
+    jpeg = encode_image(gradient(), "JPEG")
+    page = [("text", 72, 760, "Above the photograph."), ("image", 72, 500, 200, 150, jpeg)]
+    corners = [(72, 500), (68, 504), (68, 646), (72, 652), (272, 652), (276, 648), (276, 504), (272, 500), (72, 500)]
+    segments = redrawn(make_pdf(tmp_path / "a.pdf", [page]), lambda page: stroke(page, *corners))
+    assert segments == [TextSegment("Above the photograph.\n"), ImageSegment(jpeg)]
 
 
 def test_a_page_without_text_is_a_picture_of_itself(tmp_path: Path) -> None:
