@@ -170,7 +170,7 @@ def order_score(source: str, text: str) -> float:
 
 
 def found_boxes(theirs: list[Page], own: list[Page]) -> tuple[int, int]:
-    """Return how many of the peer's image boxes are among ours or in the picture of a figure, and how many there are."""
+    """Return how many of the peer's image boxes are among ours or in a figure, and how many there are."""
     pairs = [(box, own_page) for page, own_page in zip(theirs, own, strict=True) for box in page[1]]
     near = [
         any(all(abs(a - b) <= BOX_TOLERANCE for a, b in zip(box, other)) for other in images)
@@ -240,9 +240,7 @@ def report(files: list[Path], rounds: dict[str, list[dict]]) -> None:
     both = [file for file in kept["pdfplumber"] if len(kept["pdfplumber"][file]) == len(kept["megatron_mm"][file])]
     counts = {file: found_boxes(kept["pdfplumber"][file], kept["megatron_mm"][file]) for file in both}
     found, total = (sum(count[index] for count in counts.values()) for index in (0, 1))
-    print(
-        f"image boxes of pdfplumber that megatron_mm finds within {BOX_TOLERANCE:g} points or in a figure: {found} of {total}"
-    )
+    print(f"image boxes of pdfplumber that megatron_mm finds, or has in the picture of a figure: {found} of {total}")
     figures = sum(len(page[2]) for pages in kept["megatron_mm"].values() for page in pages)
     print(f"drawn figures that megatron_mm finds beside them: {figures}")
     for file, (near, count) in counts.items():
