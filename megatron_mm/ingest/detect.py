@@ -21,6 +21,7 @@ class Kind(enum.Enum):
     VIDEO = "video"
     PDF = "PDF"
     OFFICE = "office document"
+    LEGACY = "office document of before 2007"
     PARQUET = "Parquet"
     ARCHIVE = "archive"
     COMPRESSED = "compressed file"
@@ -44,6 +45,11 @@ KIND_OF_SUFFIX = {
     **dict.fromkeys((".tar", ".zip"), Kind.ARCHIVE),
     **dict.fromkeys((".gz", ".tgz", ".bz2", ".xz", ".zst"), Kind.COMPRESSED),
 }
+LEGACY_MIMES = ("application/msword", "application/vnd.ms-excel", "application/vnd.ms-powerpoint", "text/rtf")
+"""What libmagic takes doc, xls, ppt and rtf files for; those names are often given to text and web pages too."""
+LEGACY_SUFFIXES = (".doc", ".dot", ".xls", ".xlt", ".ppt", ".pps", ".pot")
+OLE_MARK = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+"""What files of these names begin with, also where they are too damaged for libmagic."""
 CONTAINERS = {"application/ogg", "video/x-ms-asf", "application/vnd.rn-realmedia", "audio/x-m4a", "application/mxf"}
 """What may hold sound alone or pictures too, beside every kind of video."""
 PDF_HEAD = 1024
@@ -92,7 +98,7 @@ def _kind_of(path: Path, mime: str) -> Kind:
         **dict.fromkeys(COMPRESSIONS, Kind.COMPRESSED),
         "application/vnd.apache.parquet": Kind.PARQUET,
         "image/svg+xml": Kind.TEXT,
-        "text/rtf": Kind.UNKNOWN,
+        **dict.fromkeys(LEGACY_MIMES, Kind.LEGACY),
     }
     if mime in fixed:
         return fixed[mime]
@@ -121,6 +127,8 @@ def _kind_by_marks(path: Path) -> Kind:
         return Kind.OFFICE if is_office(path) else Kind.ARCHIVE
     if b"%PDF-" in head:
         return Kind.PDF
+    if head.startswith(OLE_MARK) and path.suffix.lower() in LEGACY_SUFFIXES:
+        return Kind.LEGACY
     from megatron_mm.ingest.text import decode_text
 
     try:

@@ -12,6 +12,7 @@ from megatron_mm.ingest.audio import read_audio
 from megatron_mm.ingest.detect import KIND_OF_SUFFIX, Kind, detect, mime_of
 from megatron_mm.ingest.document import Document, Reading, Rejection, Segment, TextSegment
 from megatron_mm.ingest.image import read_image
+from megatron_mm.ingest.legacy import read_legacy
 from megatron_mm.ingest.mail import read_mail
 from megatron_mm.ingest.office import read_office
 from megatron_mm.ingest.pdf import read_pdf
@@ -80,6 +81,7 @@ READERS: Mapping[Kind, tuple[Callable[[Path], Parts], Source]] = {
     Kind.VIDEO: (read_video, Source.VIDEO),
     Kind.PDF: (read_pdf, Source.PDF),
     Kind.OFFICE: (read_office, Source.OFFICE),
+    Kind.LEGACY: (read_legacy, Source.OFFICE),
     Kind.UNKNOWN: (_describe, Source.TEXT),
 }
 """Who reads a file that is one document, and where the document is counted."""

@@ -38,6 +38,10 @@ BLOCKS = {
     *("table", "td", "th", "tr", "ul"),
 }
 
+CELLS = {"td", "th"}
+NOT_IN_DATA = (BLOCKS | INVISIBLE | {"img"}) - {"p"}
+"""What a row of a table that lays out a page holds, and one of data does not."""
+
 
 def decode_text(data: bytes) -> str:
     """Return the text of `data`: UTF-8, or UTF-16 with a byte-order mark. Raises DataError if it is neither."""
@@ -106,6 +110,8 @@ class _PageReader:
         self._segments: list[Segment] = []
         self._blocks: list[str] = []
         self._line: list[str] = []
+        self._is_row = False
+        """Whether the last block is a row of a table, so that the next one follows on the next line."""
 
     def visit(self, element: html.HtmlElement) -> None:
         tag = element.tag if isinstance(element.tag, str) else "script"  # comments have a function for a tag
@@ -114,8 +120,10 @@ class _PageReader:
                 self._end_block()
             if tag == "img":
                 self._add_image(element)
+            elif tag == "tr" and _is_data(element):
+                self._add_row(element)
             elif tag == "pre":
-                self._blocks.append(element.text_content().strip("\n"))
+                self._add_block(element.text_content().strip("\n"))
             else:
                 self._line.append(element.text or "")
                 for child in element:
@@ -132,7 +140,20 @@ class _PageReader:
         line = re.sub(r"\s+", " ", "".join(self._line)).strip()
         self._line = []
         if line:
-            self._blocks.append(line)
+            self._add_block(line)
+
+    def _add_block(self, text: str) -> None:
+        self._blocks.append(text)
+        self._is_row = False
+
+    def _add_row(self, row: html.HtmlElement) -> None:
+        cells = (cell.text_content() for cell in row if cell.tag in CELLS)
+        text = "\t".join(re.sub(r"\s+", " ", cell).strip() for cell in cells).rstrip()
+        if text and self._is_row and self._blocks:
+            self._blocks[-1] += f"\n{text}"
+        elif text:
+            self._blocks.append(text)
+            self._is_row = True
 
     def _end_text(self) -> None:
         self._end_block()
@@ -153,3 +174,9 @@ class _PageReader:
             return
         self._end_text()
         self._segments.append(segment)
+
+
+def _is_data(row: html.HtmlElement) -> bool:
+    """Tell whether the cells of a row are lines of text, and not parts of a page."""
+    tags = [[inner.tag for inner in cell.iterdescendants()] for cell in row]
+    return all(NOT_IN_DATA.isdisjoint(inner) and inner.count("p") <= 1 for inner in tags)

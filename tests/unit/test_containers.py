@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from small import decode_samples, png
 
-from megatron_mm.ingest import archive, work
+from megatron_mm.errors import DataError
+from megatron_mm.ingest import archive, legacy, work
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, TextSegment
 from megatron_mm.ingest.image import read_image
 from megatron_mm.ingest.read import read_file
@@ -25,6 +26,7 @@ from megatron_mm.ingest.work import DEFAULTS, Work, cut_work, read_all, read_wor
 from megatron_mm.ingest.workers import Cut
 from megatron_mm.modality import Source
 
+LEGACY = Path(__file__).parent / "legacy_office"
 PICTURE = png(np.random.default_rng(0))
 
 
@@ -338,6 +340,33 @@ def test_hostile_office_files_are_rejected(tmp_path: Path) -> None:
     assert reason_of(zip_of(tmp_path / "b.docx", {"word/document.xml": deep}))
     assert "damaged" in reason_of(zip_of(tmp_path / "c.docx", {"word/document.xml": "<w:p>"}))
     assert "damaged" in reason_of(zip_of(tmp_path / "d.epub", {"META-INF/container.xml": "<c/>"}))
+
+
+def test_office_files_of_before_2007_show_text_and_tables(tmp_path: Path) -> None:
+    """The files were made for this test with LibreOffice 7.4, from the texts below."""
+    memo = "A gauge stands in the open, away from walls — at least twice their height.\n\nIt is read at nine o’clock."
+    expected = {
+        "memo.doc": f"Measuring rain\n\n{memo}\n\nmonth\tmm\nJune\t71\n\nZürich, 東京, Ελλάδα\n",
+        "sheet.xls": "sheet\n\nmonth\tmm\tnote\nJune\t71\tdry\nJuly\t104.5\t東京\n",
+        "slides.ppt.gz": "Measuring rain\n\nRead it at nine.\n\nZürich, 東京\n\nThe second slide\n",
+    }
+    for name, text in expected.items():
+        assert shape(one(LEGACY / name)) == [text]
+    (tmp_path / "a.rtf").write_bytes(rb"{\rtf1\ansi Gr\'fc\'dfe \b all\b0\par two}")
+    assert shape(one(tmp_path / "a.rtf")) == ["Grüße all\n\ntwo\n"]
+    (tmp_path / "text.doc").write_text("text in a file of that name\n")
+    assert shape(one(tmp_path / "text.doc")) == ["text in a file of that name\n"]
+    for name in ("memo.doc", "sheet.xls"):
+        (tmp_path / name).write_bytes((LEGACY / name).read_bytes()[:3000])
+        assert "damaged or encrypted" in reason_of(tmp_path / name)
+
+
+def test_a_legacy_document_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legacy, "MAX_CHARACTERS", 50)
+    legacy._extractor.cache_clear()
+    with pytest.raises(DataError, match="more than 50 characters"):
+        legacy.read_legacy(LEGACY / "memo.doc")
+    legacy._extractor.cache_clear()
 
 
 def test_a_message_shows_header_body_and_attachments(tmp_path: Path) -> None:

@@ -100,7 +100,8 @@ def test_a_page_shows_text_and_images_in_order(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(
         "<!doctype html><html><head><title>no</title><style>no</style></head><body><script>no()</script><!-- no -->"
         "<nav>no</nav><h1>A  <b>title</b></h1><p>before<img src='img/a%20b.png'>after</p><pre>kept\n  as is</pre>"
-        f"<ul><li>one</li><li>two</li></ul><img src='data:image/png;base64,{inline}'>"
+        f"<ul><li>one</li><li>two</li></ul><table><tr><th>a<th>b</tr><tr><td><p>1 </p><td>H<sub>2</sub>O</tr></table>"
+        f"<table><tr><td><p>left</p><p>side</p><td>right</table><img src='data:image/png;base64,{inline}'>"
         "<img src='https://elsewhere.example/x.png'><img src='../outside.png'><p>end &amp; done</p></body></html>"
     )
     documents, rejections = read_file(tmp_path / "page.html")
@@ -108,7 +109,11 @@ def test_a_page_shows_text_and_images_in_order(tmp_path: Path) -> None:
     kinds = [type(segment).__name__ for segment in documents[0].segments]
     assert kinds == ["TextSegment", "ImageSegment", "TextSegment", "ImageSegment", "TextSegment"]
     texts = [segment.text for segment in documents[0].segments if isinstance(segment, TextSegment)]
-    assert texts == ["A title\n\nbefore\n", "after\n\nkept\n  as is\n\none\n\ntwo\n", "end & done\n"]
+    assert texts == [
+        "A title\n\nbefore\n",
+        "after\n\nkept\n  as is\n\none\n\ntwo\n\na\tb\n1\tH2O\n\nleft\n\nside\n\nright\n",
+        "end & done\n",
+    ]
 
 
 def test_a_page_with_a_broken_image_is_kept_without_it(tmp_path: Path) -> None:

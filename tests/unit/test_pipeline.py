@@ -152,12 +152,13 @@ def nested_forms(depth: int = 9, width: int = 10) -> bytes:
 def test_a_file_that_explodes_in_its_parser_is_a_rejection(tmp_path: Path) -> None:
     (tmp_path / "bomb.pdf").write_bytes(nested_forms())
     (tmp_path / "good.pdf").write_bytes(nested_forms(depth=1))
-    items = [work.Work(tmp_path / name) for name in ("bomb.pdf", "good.pdf")]
+    legacy = Path(__file__).parent / "legacy_office" / "memo.doc"
+    items = [work.Work(path) for path in (tmp_path / "bomb.pdf", tmp_path / "good.pdf", legacy)]
     limits = Limits(wall_seconds=30.0, cpu_seconds=2, memory_gib=0.5)
     with Workers(1, make_reader, limits=limits, split=work.cut_work) as workers:
-        (_, bomb), (_, (documents, rejections)) = workers.run(items)
+        (_, bomb), (_, (documents, rejections)), (_, (memos, _)) = workers.run(items)
     assert any(words in bomb.reason for words in ("GiB of memory", "died", "CPU time"))
-    assert len(documents) == 1, rejections
+    assert len(documents) == len(memos) == 1, rejections
 
 
 def make_reader():
