@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from multiprocessing import get_context
 from pathlib import Path
 
 from megatron_mm import config as configs
@@ -14,12 +13,35 @@ from megatron_mm.planning.rehearsal import (
     RankReport,
     RehearsalFailed,
     distinct_ranks,
-    rehearse,
+    rehearse_apart,
     stage_ranks,
 )
+from megatron_mm.planning.report import check_folders, rehearsal_page
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        check_folders({"--json": options.json, "--html": options.html})
+        config = configs.load(options.preset, options.overrides)
+        how = {"world_size": options.world_size, "on": options.on, "media": options.media}
+        reports = []
+        for rank in _chosen(options.ranks, config, options.world_size):
+            reports.append(rehearse_apart(config, rank=rank, **how))
+            print(describe(reports[-1]), flush=True)
+    except (ConfigError, RehearsalFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.on == "gpu":
+        print("\n".join(f"{key}: {text}" for key, text in STANDS_FOR.items()))
+    if options.json:
+        options.json.write_text(json.dumps([_record(report) for report in reports], indent=1))
+    if options.html:
+        options.html.write_text(rehearsal_page(f"{options.preset} on {options.world_size:,} ranks, rehearsed", reports))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset", help="a preset's name, or a YAML file")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
@@ -28,35 +50,26 @@ def main() -> int:
     parser.add_argument("--on", choices=("gpu", "cpu"), default="gpu", help="whose code path is rehearsed")
     parser.add_argument("--media", type=int, default=1, help="images and seconds of sound on each encoding rank")
     parser.add_argument("--json", type=Path, help="write the reports there too")
-    arguments = parser.parse_intermixed_args()
-    try:
-        config = configs.load(arguments.preset, arguments.overrides)
-        ranks = _chosen(arguments.ranks, config, arguments.world_size)
-        reports = []
-        for rank in ranks:
-            with get_context("spawn").Pool(1) as pool:  # each rank is a process of its own, as in the job
-                reports.append(pool.apply(_one, (config, rank, arguments.world_size, arguments.on, arguments.media)))
-            print(describe(reports[-1]), flush=True)
-    except (ConfigError, RehearsalFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if arguments.on == "gpu":
-        print("\n".join(f"{key}: {text}" for key, text in STANDS_FOR.items()))
-    if arguments.json:
-        lines = [{"rank": r.rank, "place": r.place, "peak": r.peak, "additions": r.additions} for r in reports]
-        arguments.json.write_text(json.dumps(lines, indent=1))
-    return 0
+    parser.add_argument("--html", type=Path, help="draw memory by rank and over the step there")
+    return parser
 
 
-def _one(config: Config, rank: int, world_size: int, on: str, media: int) -> RankReport:
-    return rehearse(config, rank=rank, world_size=world_size, on=on, media=media)
+def _record(report: RankReport) -> dict:
+    history = [{"operators": operators, "held": held} for operators, held in report.history]
+    kept = {"rank": report.rank, "place": report.place, "peak": report.peak, "additions": report.additions}
+    return {**kept, "checkpoint_bytes": report.checkpoint_bytes, "history": history}
 
 
 def _chosen(text: str, config: Config, world_size: int) -> list[int]:
+    if world_size < 1:
+        raise ConfigError(f"--world-size {world_size}: a job has 1 rank or more.")
     if text in ("distinct", "stages", "all"):
         ways = {"distinct": distinct_ranks, "stages": stage_ranks, "all": lambda _, size: list(range(size))}
         return ways[text](config, world_size)
-    ranks = [int(number) for number in text.split(",")]
+    try:
+        ranks = [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--ranks {text}: give distinct, stages, all, or numbers with commas, as 0,8,1023.") from None
     if outside := [rank for rank in ranks if not 0 <= rank < world_size]:
         raise ConfigError(f"--ranks {outside} are none of the {world_size} ranks. Use 0 to {world_size - 1}.")
     return ranks

@@ -203,21 +203,32 @@ def layer_seconds(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency, *, b
     return compute, exposed
 
 
+def head_seconds(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency) -> tuple[float, float]:
+    """Return the seconds of the head, forward and backward, for one micro-batch on one rank of the last stage."""
+    tokens = layout.micro_batch_size * shape.seq_len / layout.cp
+    return linear_seconds(shape.hidden, shape.vocab / layout.tp, tokens, gpu=gpu, rate=rate)
+
+
+def send_seconds(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency) -> float:
+    """Return the seconds that a stage sends the activations of one micro-batch to the next, or their gradients."""
+    tokens = layout.micro_batch_size * shape.seq_len / layout.cp
+    spread = layout.tp if layout.sequence_parallel else 1
+    return 2 * tokens * shape.hidden / spread / (gpu.network_bytes * rate.links)
+
+
 def step_time(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency) -> StepTime:
     """Return the predicted seconds of one optimizer step."""
     passes = [layer_seconds(shape, layout, gpu, rate, backward=backward) for backward in (False, True)]
     per_layer, exposed = (sum(values) for values in zip(*passes))
     layers = shape.num_layers / layout.pp * layout.num_micro_batches
-    tokens = layout.micro_batch_size * shape.seq_len / layout.cp
-    spread = layout.tp if layout.sequence_parallel else 1
-    head = sum(linear_seconds(shape.hidden, shape.vocab / layout.tp, tokens, gpu=gpu, rate=rate))
+    head = sum(head_seconds(shape, layout, gpu, rate))
     own = shape.parameters / (layout.tp * layout.pp)
     replicas = layout.dp * layout.cp
     # FP32 gradients are reduce-scattered and BF16 parameters gathered.
     data = 6 * own * (replicas - 1) / replicas / (gpu.network_bytes * rate.links)
     data *= DATA_EXPOSED if layout.overlapped else 1.0
     # Each chunk sends its activations on, and their gradients back.
-    sent = 2 * 2 * tokens * shape.hidden / spread / (gpu.network_bytes * rate.links) * EXPOSED
+    sent = 2 * send_seconds(shape, layout, gpu, rate) * EXPOSED
     last_stage = head * (layout.num_micro_batches if layout.pp == 1 else layout.num_micro_batches * 0.5)
     busy = layers * (per_layer + exposed)
     return StepTime(

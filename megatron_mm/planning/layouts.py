@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
-from megatron_mm.config import Config
+from megatron_mm.config import Config, divisors
+from megatron_mm.config.rules import failures, world_failures
+from megatron_mm.errors import ConfigError
 from megatron_mm.planning.cost import Efficiency, Gpu, Layout, Shape, StepTime, step_time
+from megatron_mm.planning.timeline import Pass, durations_of, schedule
 
 RATES = {"a100-80": Efficiency(0.86, 0.2), "h100-80": Efficiency(0.62, 0.7, 0.52)}
 """As benchmarks/planner_accuracy.py fits them."""
@@ -21,13 +25,13 @@ class Planned:
 
     layout: Layout
     time: StepTime
-    memory: dict[str, float]
-    """Bytes on the first stage, the fullest, by category."""
+    memory: list[dict[str, float]]
+    """Bytes by category, of a rank of each stage."""
 
     @property
     def memory_bytes(self) -> float:
         """Bytes of the fullest rank."""
-        return sum(self.memory.values())
+        return max(sum(held.values()) for held in self.memory)
 
     def describe(self) -> str:
         """Return the layout in the field's words."""
@@ -58,31 +62,58 @@ def shape_of(config: Config) -> Shape:
     return Shape(model.num_layers, model.hidden_size, *sizes, seq_len=config.data.seq_len, gated=True)
 
 
-def layouts(config: Config, *, gpus: int, precision: str) -> Iterator[Layout]:
-    """Yield the layouts that divide the model, the batch and the GPUs; tensor parallelism stays in a node of eight."""
-    model, batch = config.model, config.training.global_batch_size
-    slots = model.num_layers + config.parallel.embedding_slot + config.parallel.loss_slot
-    for tp in (1, 2, 4, 8):
-        if model.num_attention_heads % tp or model.ffn_hidden_size % tp:
-            continue
-        for pp in [pp for pp in range(1, 33) if slots % pp == 0 and gpus % (tp * pp) == 0]:
-            for vpp in [1] if pp == 1 else [v for v in range(1, slots // pp + 1) if slots % (pp * v) == 0]:
-                for cp in (1, 2):
-                    dp, rest = divmod(gpus, tp * pp * cp)
-                    for size in (1, 2, 4):
-                        if rest or not dp or batch % (dp * size) or (vpp > 1 and batch // (dp * size) % pp):
-                            continue
-                        for recompute in ("none", "mlp", "full"):
-                            yield Layout(tp, pp, vpp, cp, dp, size, batch, precision, recompute)
+def with_layout(config: Config, layout: Layout) -> Config:
+    """Return `config` cut as `layout` says; what cannot be overlapped there is not."""
+    cut = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "stage_layers": None}
+    overlap = config.parallel.tp_comm_overlap and layout.tp > 1
+    work = {"micro_batch_size": layout.micro_batch_size, "recompute": layout.recompute, "precision": layout.precision}
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update={**cut, "tp_comm_overlap": overlap}),
+            "training": config.training.model_copy(update=work),
+        }
+    )
 
 
-def memory(shape: Shape, layout: Layout, *, extra_parameters: int) -> dict[str, float]:
-    """Return the bytes of the first stage's ranks by category.
+def overrides(config: Config, layout: Layout) -> list[str]:
+    """Return the section.key=value that turn `config` into that of `layout`: what a user appends to the command."""
+    before, after = (one.model_dump(mode="json") for one in (config, with_layout(config, layout)))
+    return [
+        f"{section}.{key}={'null' if value is None else str(value).lower()}"
+        for section in ("parallel", "training")
+        for key, value in after[section].items()
+        if value != before[section][key]
+    ]
 
-    `extra_parameters` are those of encoders and projectors, whole on every tensor rank. The formula agrees with the
-    rehearsal of mm_88b: see docs/planning.md.
+
+def layouts(config: Config, *, gpus: int) -> Iterator[Layout]:
+    """Yield the layouts of `config` on so many GPUs that break none of the rules of `config.rules`.
+
+    Tensor parallelism stays within a node of eight, and pipelines have at most 32 stages.
     """
-    own = shape.num_layers * shape.layer_weights / (layout.tp * layout.pp) + shape.vocab * shape.hidden / layout.tp
+    batch, precision = config.training.global_batch_size, config.training.precision
+    slots = config.model.num_layers + config.parallel.embedding_slot + config.parallel.loss_slot
+    cuts = product((1, 2, 4, 8), [pp for pp in divisors(slots) if pp <= 32], divisors(slots), (1, 2), (1, 2, 4))
+    for tp, pp, vpp, cp, size in cuts:
+        dp, rest = divmod(gpus, tp * pp * cp)
+        if rest or not dp:
+            continue
+        layout = Layout(tp, pp, vpp, cp, dp, size, batch, precision)
+        candidate = with_layout(config, layout)
+        if not (failures(candidate) or world_failures(candidate, gpus)):
+            yield from (replace(layout, recompute=recompute) for recompute in ("none", "mlp", "full"))
+
+
+def memory(shape: Shape, layout: Layout, *, extra_parameters: int, stage: int = 0) -> dict[str, float]:
+    """Return the bytes of a rank of `stage` by category.
+
+    `extra_parameters` are those of encoders and projectors, whole on every tensor rank of the first stage. The formula
+    agrees with the rehearsal of mm_88b: see docs/planning.md.
+    """
+    first, last = stage == 0, stage == layout.pp - 1
+    table = shape.vocab * shape.hidden / layout.tp  # the embedding, and the head
+    own = shape.num_layers * shape.layer_weights / (layout.tp * layout.pp) + (first + last) * table
+    extra = extra_parameters if first else 0
     tokens = layout.micro_batch_size * shape.seq_len / layout.cp
     width = 4 * shape.hidden + 2 * shape.hidden + 3 * shape.ffn
     if layout.recompute == "mlp":
@@ -91,27 +122,70 @@ def memory(shape: Shape, layout: Layout, *, extra_parameters: int) -> dict[str, 
     if layout.recompute == "full":
         a_layer = 2 * tokens * shape.hidden / layout.tp
     chunk = shape.num_layers / (layout.pp * layout.vpp)
-    warm_up = 2 * (layout.pp - 1) + (layout.vpp - 1) * layout.pp if layout.vpp > 1 else layout.pp - 1
+    behind = layout.pp - stage - 1
+    warm_up = 2 * behind + (layout.vpp - 1) * layout.pp if layout.vpp > 1 else behind
     in_flight = min(warm_up + 1, layout.num_micro_batches * layout.vpp)
+    logits = 2 * tokens * shape.vocab / layout.tp if last else 0.0
     return {
-        "weights": (4.0 if layout.precision == "fp8" else 2.0) * own + 2.0 * extra_parameters,
+        "weights": (4.0 if layout.precision == "fp8" else 2.0) * own + 2.0 * extra,
         "gradients": 4.0 * own,
         "optimizer": 12.0 * own / (layout.dp * layout.cp),
-        "activations": in_flight * chunk * a_layer + (4 * 2 * tokens * shape.ffn / layout.tp),
+        "activations": in_flight * chunk * a_layer + max(4 * 2 * tokens * shape.ffn / layout.tp, logits),
     }
 
 
-def plan(config: Config, *, gpus: int, gpu: Gpu, precision: str, extra_parameters: int) -> tuple[list[Planned], int]:
-    """Return the layouts that fit, the fastest first, and how many do not fit."""
+def plan(config: Config, *, gpus: int, gpu: Gpu, extra_parameters: int) -> tuple[list[Planned], int]:
+    """Return the layouts that fit, the fastest first, and how many do not fit.
+
+    Raises ConfigError if `config` cannot be cut for so many GPUs at all, or runs in a precision without figures.
+    """
+    _refuse(config, gpus=gpus, gpu=gpu)
     shape, rate = shape_of(config), RATES[gpu.name]
     planned, too_big = [], 0
-    for layout in layouts(config, gpus=gpus, precision=precision):
-        held = memory(shape, layout, extra_parameters=extra_parameters)
-        if sum(held.values()) > USABLE * gpu.memory_bytes:
+    for layout in layouts(config, gpus=gpus):
+        held = [memory(shape, layout, extra_parameters=extra_parameters, stage=stage) for stage in range(layout.pp)]
+        one = Planned(layout, step_time(shape, layout, gpu, rate), held)
+        if one.memory_bytes > USABLE * gpu.memory_bytes:
             too_big += 1
-            continue
-        planned.append(Planned(layout, step_time(shape, layout, gpu, rate), held))
+        else:
+            planned.append(one)
+    if not planned and not too_big:
+        raise ConfigError(
+            f"{config.preset} cannot be cut for {gpus} GPUs: they must be a multiple of parallel.tp x pp x cp, and "
+            f"training.global_batch_size={config.training.global_batch_size} one of the replicas times their "
+            f"micro-batches. Try {_fitting(config, gpus)} GPUs."
+        )
+    if not planned:
+        raise ConfigError(f"none of {too_big} layouts of {config.preset} fits {gpus} {gpu.name}. Use more GPUs.")
     return sorted(planned, key=lambda one: (one.time.total, one.memory_bytes)), too_big
+
+
+def _refuse(config: Config, *, gpus: int, gpu: Gpu) -> None:
+    precision = config.training.precision
+    if gpus < 1:
+        raise ConfigError(f"{gpus} GPUs are none. Plan for 1 or more.")
+    if precision == "fp32":
+        raise ConfigError(
+            "training.precision=fp32 has no published runs to take its speed from. Plan with training.precision=bf16."
+        )
+    if precision == "fp8" and gpu.fp8_flops == gpu.bf16_flops:
+        raise ConfigError(f"training.precision=fp8, but {gpu.name} has no FP8. Use bf16, or h100-80.")
+
+
+def _fitting(config: Config, gpus: int) -> int:
+    """Return the number of GPUs nearest to `gpus` that some layout has."""
+    for away in range(1, gpus + config.parallel.ranks_per_replica + 1):
+        for near in (gpus - away, gpus + away):
+            if near > 0 and next(layouts(config, gpus=near), None) is not None:
+                return near
+    return config.parallel.ranks_per_replica
+
+
+def passes(config: Config, planned: Planned, gpu: Gpu) -> list[Pass]:
+    """Return the passes of a step of a planned layout, with their predicted times."""
+    slots = {"embedding_slot": config.parallel.embedding_slot, "loss_slot": config.parallel.loss_slot}
+    durations = durations_of(shape_of(config), planned.layout, gpu, RATES[gpu.name], **slots)
+    return schedule(durations, num_micro_batches=planned.layout.num_micro_batches)
 
 
 def forecast(config: Config, best: Planned, *, gpus: int, gpu: Gpu, parameters: int) -> Forecast:

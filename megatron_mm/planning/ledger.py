@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor
@@ -72,8 +73,11 @@ class Ledger(TorchDispatchMode):
     def __post_init__(self) -> None:
         super().__init__()
         self.stack: list[str] = []
+        self.failed: tuple[Exception, str] | None = None
+        """What the last operator that failed has raised, and where it stands."""
+        self._layer: int | None = None
         self._live: dict[int, tuple[weakref.ref, int, str]] = {}
-        self._marks: tuple[list[int], list[str]] = ([0], [""])
+        self._marks: tuple[list[int], list[str], list[int | None]] = ([0], [""], [None])
         self._operators = self._drawn = 0
         self._holds: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
@@ -111,8 +115,17 @@ class Ledger(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is None:
             return (self.stack[-1] if self.stack else ""), False
-        numbers, names = self._marks  # autograd numbers its nodes in the order of the forward pass
+        numbers, names, _ = self._marks  # autograd numbers its nodes in the order of the forward pass
         return names[bisect_right(numbers, node._sequence_nr()) - 1], True
+
+    def describe_place(self) -> str:
+        """Return where this is for people: module, layer of the whole model, and pass."""
+        node = torch._C._current_autograd_node()
+        name, backward = self.where()
+        numbers, _, layers = self._marks
+        layer = self._layer if node is None else layers[bisect_right(numbers, node._sequence_nr()) - 1]
+        number = "" if layer is None else f" of layer {layer}"
+        return (name or "no module") + number + (", backward" if backward else "")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -121,7 +134,11 @@ class Ledger(TorchDispatchMode):
         if func.namespace == "c10d" and "coalesced" in func._schema.name and isinstance(_first(args), FakeTensor):
             result = FakeWork().boxed()  # torch 2.14's fake mode knows the plain forms only
         else:
-            result = func(*args, **kwargs)
+            try:
+                result = func(*args, **kwargs)
+            except Exception as error:
+                self.failed = error, self.describe_place()
+                raise
         self._operators += 1
         if func is torch.ops.aten.all.default and isinstance(result, FakeTensor):
             self._holds[id(result)] = result
@@ -210,6 +227,8 @@ class Ledger(TorchDispatchMode):
         return True
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        if isinstance(module, TransformerLayer):
+            self._layer = module.layer_number  # counted from 1 over all stages
         name = self.names.get(id(module))
         if name is not None:
             self.stack.append(name)
@@ -219,11 +238,14 @@ class Ledger(TorchDispatchMode):
         if id(module) in self.names:
             self.stack.pop()
             self._mark()
+        if isinstance(module, TransformerLayer):
+            self._layer = None
 
     def _mark(self) -> None:
-        numbers, names = self._marks
+        numbers, names, layers = self._marks
         numbers.append(torch.autograd._get_sequence_nr())
         names.append(self.stack[-1] if self.stack else "")
+        layers.append(self._layer)
 
 
 def _first(args: tuple) -> Tensor | None:

@@ -8,7 +8,9 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
@@ -134,13 +136,20 @@ def rehearse(config: Config, *, rank: int, world_size: int, on: str = "gpu", med
                 take_step(state, [micro_batch(own, mesh, media=media) for _ in range(count)], ledger)
                 saved = checkpoint.planned_bytes(state)
         except Exception as error:
-            where = ledger.stack[-1] if ledger.stack else "no module"
+            failed = ledger.failed
+            where = failed[1] if failed and failed[0] is error else ledger.describe_place()
             raise RehearsalFailed(
                 f"rank {rank} of {world_size} ({_place(mesh)}) fails in {where}: {type(error).__name__}: {error}"
             ) from error
     additions = _additions(config, state) if on == "gpu" else {}
     report = report_of(state, ledger, seconds=time.perf_counter() - started)
     return RankReport(**{**vars(report), "checkpoint_bytes": saved, "additions": additions})
+
+
+def rehearse_apart(config: Config, *, rank: int, world_size: int, on: str = "gpu", media: int = 1) -> RankReport:
+    """Rehearse a rank in a process of its own, as it has in the job; see `rehearse`."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(rehearse, config, rank=rank, world_size=world_size, on=on, media=media).result()
 
 
 def prepare(config: Config, mesh: Mesh, ledger: Ledger, *, backend: Backend | None = None) -> TrainState:

@@ -1,71 +1,38 @@
-"""A plan as one HTML page: what was chosen and why, the schedule as a timeline, memory, and the table of layouts."""
+"""A plan as text and as one HTML page: what was chosen and why, its schedule, its memory, and the other layouts."""
 
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 
-from megatron_mm.planning.layouts import Forecast, Planned
+from megatron_mm.config import Config
+from megatron_mm.errors import ConfigError
+from megatron_mm.planning import pictures
+from megatron_mm.planning.cost import Gpu
+from megatron_mm.planning.layouts import Forecast, Planned, overrides, passes
+from megatron_mm.planning.rehearsal import RankReport
+from megatron_mm.planning.timeline import bubble
 
-COLOURS = {"forward": "#4c78a8", "backward": "#72b7b2"}
-BARS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
 ROWS = 20
+STYLE = """
+body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1200px;color:#222}
+h1{font-size:22px} h2{font-size:16px;margin-top:2em} svg{width:100%;height:auto}
+table{border-collapse:collapse} td,th{padding:3px 10px;text-align:right;border-bottom:1px solid #e5e5e5}
+td:first-child,th:first-child{text-align:left} code{background:#f3f3f3;padding:2px 4px}
+tr.best{font-weight:600;background:#f6f1e7}
+"""
 
 
-def timeline(pp: int, micro_batches: int) -> str:
-    """Return the 1F1B schedule as SVG: a row a stage, backward twice as long as forward; white is the bubble.
-
-    An interleaved schedule is drawn by its plain form, whose bubble is vpp times as wide.
-    """
-    forward, backward = 1.0, 2.0
-    done: dict[tuple[str, int, int], float] = {}
-    queues = []
-    for stage in range(pp):
-        warm_up = min(pp - stage - 1, micro_batches)
-        order = [("forward", number) for number in range(warm_up)]
-        for number in range(micro_batches - warm_up):
-            order += [("forward", warm_up + number), ("backward", number)]
-        order += [("backward", number) for number in range(micro_batches - warm_up, micro_batches)]
-        queues.append(order)
-    clock, boxes = [0.0] * pp, []
-    while any(queues):
-        for stage, queue in enumerate(queues):
-            if not queue:
-                continue
-            kind, number = queue[0]
-            before = ("forward", stage - 1, number) if kind == "forward" else ("backward", stage + 1, number)
-            first = (kind == "forward" and stage == 0) or (kind == "backward" and stage == pp - 1)
-            if not first and before not in done:
-                continue
-            start = max(clock[stage], 0.0 if first else done[before])
-            clock[stage] = done[kind, stage, number] = start + (forward if kind == "forward" else backward)
-            boxes.append((stage, start, clock[stage] - start, kind, number))
-            queue.pop(0)
-    scale = 900 / max(clock)
-    parts = [
-        f'<rect x="{60 + start * scale:.1f}" y="{8 + 22 * stage}" width="{width * scale - 0.6:.1f}" height="19" '
-        f'fill="{COLOURS[kind]}"><title>{kind} {number}</title></rect>'
-        for stage, start, width, kind, number in boxes
-    ]
-    names = [f'<text x="0" y="{22 + 22 * s}" font-size="12">stage {s}</text>' for s in range(pp)]
-    return f'<svg width="970" height="{14 + 22 * pp}">{"".join(names + parts)}</svg>'
-
-
-def memory_bars(planned: Planned, capacity: float) -> str:
-    """Return the memory of the fullest rank by category, against what the GPU has, as SVG."""
-    x, parts = 0.0, []
-    for colour, (name, size) in zip(BARS, planned.memory.items()):
-        width = 900 * size / capacity
-        parts.append(f'<rect x="{x:.1f}" y="0" width="{width:.1f}" height="24" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 3:.1f}" y="40" font-size="11">{name} {size / 2**30:.1f}</text>')
-        x += max(width, 1)
-    return f'<svg width="920" height="46"><rect width="900" height="24" fill="#eee"/>{"".join(parts)}</svg>'
-
-
-def explain(planned: list[Planned], too_big: int, forecast: Forecast) -> list[str]:
-    """Return the plan as lines for people."""
+def explain(
+    config: Config, planned: Sequence[Planned], too_big: int, forecast: Forecast, *, parameters: int
+) -> list[str]:
+    """Return the plan as lines for people; `parameters` are all of the model's."""
     best = planned[0]
     time = best.time
+    tokens, model = config.tokens_per_step * config.training.steps, config.model
     lines = [
         f"{best.describe()}: {time.total:.2f} s a step, the fastest of {len(planned)} "
         f"layouts that fit; {too_big} do not",
+        "settings: " + (" ".join(overrides(config, best.layout)) or "as they are"),
         "seconds: " + ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in vars(time).items()),
         f"{forecast.tokens_per_second:,.0f} tokens/s; MFU "
         + ", ".join(f"{name} {share:.1%}" for name, share in forecast.mfu.items()),
@@ -79,25 +46,86 @@ def explain(planned: list[Planned], too_big: int, forecast: Forecast) -> list[st
     if len(planned) > 1:
         second = planned[1]
         lines.append(f"next: {second.describe()}, {second.time.total / time.total - 1:+.1%}")
+    lines.append(
+        f"{parameters / 1e9:.2f}B parameters (12 L D^2 = {12 * model.num_layers * model.hidden_size**2 / 1e9:.1f}B "
+        f"counts multi-head attention; here are {model.num_query_groups} key/value heads); 6 N T = "
+        f"{6 * parameters * tokens:.2e} FLOPs for {tokens / 1e12:.2f}T tokens"
+    )
     return lines
 
 
-def page(title: str, planned: list[Planned], lines: list[str], *, capacity: float) -> str:
-    """Return the report as HTML without any other file."""
+def page(
+    title: str,
+    config: Config,
+    planned: Sequence[Planned],
+    lines: Sequence[str],
+    gpu: Gpu,
+    rehearsed: Sequence[RankReport] = (),
+) -> str:
+    """Return the report as HTML without any other file; `rehearsed` are ranks of the first of `planned`."""
     best = planned[0]
-    rows = "".join(
-        f"<tr><td>{escape(one.describe())}</td><td>{one.time.total:.2f}</td><td>{one.layout.bubble:.1%}</td>"
-        f"<td>{one.time.tensor_communication:.2f}</td><td>{one.memory_bytes / 2**30:.1f}</td></tr>"
-        for one in planned[:ROWS]
+    parts = [f"<p>{escape(line)}</p>" for line in lines]
+    parts.append("<h2>Schedule of a step</h2>" + _schedule(config, best, gpu))
+    held = {f"stage {stage}": memory for stage, memory in enumerate(best.memory)}
+    for report in rehearsed:
+        held[f"rank {report.rank}, rehearsed"] = {**report.peak, **report.additions}
+    by_rank = pictures.memory_by_rank(held, "a rank of each stage at its fullest", capacity=gpu.memory_bytes)
+    parts.append("<h2>Memory</h2>" + pictures.as_svg(by_rank))
+    for report in rehearsed:
+        name = f"rank {report.rank} ({report.place}) over a step, rehearsed"
+        parts.append(pictures.as_svg(pictures.memory_over_a_step(report.history, name)))
+    parts.append("<h2>Layouts</h2>" + _table(planned))
+    return _html(title, parts)
+
+
+def rehearsal_page(title: str, reports: Sequence[RankReport]) -> str:
+    """Return what rehearsed ranks hold as HTML without any other file: side by side, and each over its step."""
+    held = {f"rank {report.rank}": {**report.peak, **report.additions} for report in reports}
+    parts = [pictures.as_svg(pictures.memory_by_rank(held, "each rank at its fullest"))]
+    for report in reports:
+        name = f"rank {report.rank} ({report.place}): {report.parameters:,} parameters, {report.num_layers} layers"
+        parts.append(pictures.as_svg(pictures.memory_over_a_step(report.history, name)))
+    return _html(title, parts)
+
+
+def check_folders(files: Mapping[str, Path | None]) -> None:
+    """Raise ConfigError, before anything is computed, if a file that an option names could not be written."""
+    for name, path in files.items():
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{name} {path}: the folder {path.parent} does not exist. Make it first.")
+
+
+def _html(title: str, parts: Sequence[str]) -> str:
+    head = f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
+    return f"{head}<h1>{escape(title)}</h1>{''.join(parts)}\n"
+
+
+def _schedule(config: Config, best: Planned, gpu: Gpu) -> str:
+    layout = best.layout
+    if layout.pp == 1:
+        return "<p>One stage: nothing waits.</p>"
+    timed = passes(config, best, gpu)
+    order = "interleaved 1F1B" if layout.vpp > 1 else "1F1B"
+    title = (
+        f"{order}, {layout.num_micro_batches} micro-batches in {layout.vpp} chunks a stage: stages wait "
+        f"{bubble(timed):.1%} of their work ({layout.bubble:.1%} were all chunks alike and nothing sent)"
     )
-    shown = min(best.layout.num_micro_batches, 16)
-    return (
-        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title>"
-        "<style>body{font:14px sans-serif;margin:2em}"
-        "td,th{padding:2px 10px;text-align:right}td:first-child{text-align:left}</style>"
-        f"<h1>{escape(title)}</h1>{''.join(f'<p>{escape(line)}</p>' for line in lines)}"
-        f"<h2>Schedule (plain 1F1B, {shown} micro-batches; interleaving divides the white by {best.layout.vpp})</h2>"
-        f"{timeline(best.layout.pp, shown)}<h2>Memory of the fullest rank, GiB of {capacity / 2**30:.0f}</h2>"
-        f"{memory_bars(best, capacity)}<h2>Layouts</h2><table><tr><th>layout<th>s a step<th>bubble"
-        f"<th>exposed s<th>GiB</tr>{rows}</table>\n"
-    )
+    return pictures.as_svg(pictures.timeline(timed, title))
+
+
+def _table(planned: Sequence[Planned]) -> str:
+    """Return the fastest layouts as a table: how they are cut, seconds of a step and where they go, memory."""
+    columns = "TP", "PP", "VPP", "CP", "DP", "micro-batch", "recompute", "precision", "s a step", "to the best"
+    times = {"layers": "layers", "head": "head", "bubble": "bubble", "tensor_communication": "TP/CP sends"}
+    times |= {"pipeline_communication": "PP sends", "data_communication": "DP sends", "optimizer": "optimizer"}
+    names = "".join(f"<th>{name}" for name in (*columns, *times.values(), "GiB"))
+    rows = []
+    for place, one in enumerate(planned[:ROWS]):
+        cut, seconds = one.layout, one.time.total
+        cells = [cut.tp, cut.pp, cut.vpp, cut.cp, cut.dp, cut.micro_batch_size, cut.recompute, cut.precision]
+        cells += [f"{seconds:.2f}", f"{seconds / planned[0].time.total - 1:+.1%}"]
+        cells += [f"{getattr(one.time, name):.2f}" for name in times]
+        cells.append(f"{one.memory_bytes / 2**30:.1f}")
+        kind = " class=best" if place == 0 else ""
+        rows.append(f"<tr{kind}>" + "".join(f"<td>{cell}" for cell in cells) + "</tr>")
+    return f"<table><tr>{names}</tr>{''.join(rows)}</table>"

@@ -13,6 +13,12 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_mm import config as configs
@@ -240,12 +246,16 @@ def _check_settings(path: Path, config: Config) -> None:
 
 
 def planned_bytes(state: TrainState) -> int:
-    """Return the bytes of this rank's part of a checkpoint: its share of each tensor that several ranks hold.
+    """Return the bytes of tensors that this rank writes of a checkpoint, as a save plans them.
 
-    Follows the plan of the parameters that a save follows; the optimizer's is three FP32 numbers of each one that this
-    rank updates. No communication.
+    Parameters that data-parallel ranks hold alike are dealt out among them; of the optimizer each writes what it has.
+    Collective over dp_cp.
     """
-    parts = [part for chunk in state.chunks for part in chunk.sharded_state_dict(metadata=_metadata(state)).values()]
-    own = sum(part.data.numel() * part.data.element_size() for part in parts if part.replica_id in (0, (0, 0, 0)))
-    updated = sum(parameter.numel() for parameter in state.optimizer.get_parameters())
-    return own + 3 * 4 * updated
+    described = _sharded_state(state, _metadata(state), loading=False)
+    optimizer = described.pop("optimizer")
+    apply_factories(described)
+    group = state.mesh.dp_cp_group
+    distribution = determine_main_replica_uniform_distribution(described, group)
+    distribute_main_replicas_with_precomputed_distribution(described, group, distribution)
+    tensors = [part for part in nested_values([described, optimizer]) if isinstance(part, ShardedTensor)]
+    return sum(part.data.nbytes for part in tensors if is_main_replica(part.replica_id))

@@ -1,16 +1,28 @@
 """A rehearsed rank holds and sends what the real one does, and fails where it would."""
 
+import contextlib
+import importlib.util
+import io
+import json
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from launch import run_alone, run_ranks
 from small import layout, small_config
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mm.config import Config
 from megatron_mm.parallel import mesh as meshes
 from megatron_mm.planning.ledger import Ledger
 from megatron_mm.planning.rehearsal import RankReport, distinct_ranks, prepare, rehearse, report_of, take_step
 from megatron_mm.planning.rehearsal import micro_batch as synthetic
+from megatron_mm.training import checkpoint
+from megatron_mm.training.state import build_state
+from megatron_mm.training.step import update
 
 WIDER = ("model.hidden_size=64", "model.ffn_hidden_size=192", "training.precision=bf16")
 
@@ -51,25 +63,112 @@ def test_a_rehearsed_rank_holds_and_sends_what_the_real_one_does(text: str) -> N
 
 
 def test_a_rehearsal_fails_where_the_job_would_and_names_rank_and_module() -> None:
-    message = run_alone(failing_message)
-    assert "rank 1 of 2 (pp 1" in message and "fails in loss: RuntimeError: sizes do not match" in message
+    assert "rank 1 of 2 (pp 1" in (message := run_alone(failing_message, "loss"))
+    assert "fails in loss: RuntimeError: sizes do not match" in message
+    assert "rank 1 of 2 (pp 1" in (message := run_alone(failing_message, "forward"))
+    assert "fails in mlp of layer 4: RuntimeError: " in message
+    assert "rank 1 of 2 (pp 1" in (message := run_alone(failing_message, "backward"))
+    assert "fails in mlp of layer 4, backward: RuntimeError: " in message
 
 
-def failing_message() -> str:
+class _Misshapen(torch.autograd.Function):
+    """The identity, of which the forward or the backward pass multiplies what does not fit."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, where: str) -> torch.Tensor:
+        ctx.where = where
+        return inputs @ inputs if where == "forward" else inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        return gradient @ gradient, None
+
+
+def failing_message(where: str) -> str:
+    """Return how a rehearsal ends whose loss, or whose fourth layer's MLP, is broken."""
     from unittest import mock
 
-    from megatron_mm.model import multimodal
+    from megatron_mm.model import decoder, multimodal
+
+    swiglu, count = decoder.SwiGLU.forward, 0
+
+    def break_one(module: torch.nn.Module, gate_and_up: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        outputs = swiglu(module, gate_and_up)
+        return _Misshapen.apply(outputs, where) if count == 1 else outputs  # the first of the second stage's layers
 
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("sizes do not match")
 
     config = small_config("none", "none", *layout("pp=2"), *WIDER)
+    target = (multimodal, "vocab_parallel_cross_entropy", broken)
+    if where != "loss":
+        target = (decoder.SwiGLU, "forward", break_one)
     try:
-        with mock.patch.object(multimodal, "vocab_parallel_cross_entropy", broken):
+        with mock.patch.object(*target):
             rehearse(config, rank=1, world_size=2)
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def saved_bytes(config: Config) -> tuple[int, int]:
+    """Return the bytes that this rank plans to save, and those of all tensors in the checkpoint of all ranks."""
+    mesh = meshes.cut(config)
+    state = build_state(config, mesh)
+    update(state)
+    index = FileSystemReader(checkpoint.save(state)).read_metadata()
+    tensors = [entry for entry in index.state_dict_metadata.values() if isinstance(entry, TensorStorageMetadata)]
+    return checkpoint.planned_bytes(state), sum(one.size.numel() * one.properties.dtype.itemsize for one in tensors)
+
+
+@pytest.mark.parametrize("text", ["", "tp=2", "pp=2"])
+def test_the_checkpoint_plan_is_what_is_saved(text: str, tmp_path: Path) -> None:
+    config = small_config("none", tmp_path, *layout(text), *WIDER)
+    seen = run_ranks(2, saved_bytes, config)
+    assert sum(planned for planned, _ in seen) == seen[0][1]
+    rehearsed = run_alone(rehearsed_step, config, 0, 2, "cpu")
+    assert rehearsed.checkpoint_bytes == seen[0][0]
+
+
+def tool_says(arguments: list[str]) -> tuple[int, str, str]:
+    """Return (status, output, errors) of tools/rehearse.py."""
+    path = Path(__file__).parents[2] / "tools" / "rehearse.py"
+    spec = importlib.util.spec_from_file_location("rehearse_tool", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        return module.main(arguments), out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size", "0"], "--world-size 0: a job has 1 rank or more"),
+        (["--world-size", "4", "--ranks", "x"], "--ranks x: give distinct, stages, all, or numbers"),
+        (["--world-size", "4", "--ranks", "4"], "--ranks [4] are none of the 4 ranks. Use 0 to 3."),
+        (["--world-size", "3", "parallel.tp=2"], "3 ranks cannot be cut"),
+        (["--world-size", "4", "--json", "/nowhere/x.json"], "/nowhere does not exist. Make it first."),
+    ],
+)
+def test_a_mistake_is_told_without_a_traceback(arguments: list[str], message: str) -> None:
+    status, _, said = tool_says(["tiny", *arguments])
+    assert status == 1
+    assert said.startswith("error: ")
+    assert message in said
+
+
+def test_the_tool_writes_what_a_rank_holds(tmp_path: Path) -> None:
+    files = ["--json", str(tmp_path / "held.json"), "--html", str(tmp_path / "held.html")]
+    status, said, _ = tool_says(["tiny", "--world-size", "2", "--ranks", "1", *files])
+    assert status == 0
+    assert said.startswith("rank 1 (pp 0, dp 1")
+    (record,) = json.loads((tmp_path / "held.json").read_text())
+    assert max(sum(point["held"].values()) for point in record["history"]) == pytest.approx(
+        sum(record["peak"].values()), rel=0.01
+    )
+    assert (tmp_path / "held.html").read_text().count("<svg") == 2
 
 
 def test_ranks_are_distinct_by_stage_and_by_who_reports_the_loss() -> None:
