@@ -21,6 +21,8 @@ MIN_LENGTH, MIN_BREADTH = 36.0, 12.0
 """Points that what is drawn measures at least, one way and the other: bullets and arrows in text are smaller."""
 MIN_FIGURE = 24.0
 """Points that a figure measures at least, both ways."""
+MAX_FIGURES = 20
+"""More figures of a page are one picture."""
 MIN_AREAS = 4
 """Filled rectangles without text in them that make a figure (a bar chart) though nothing else is drawn."""
 BACKGROUND_FRACTION = 0.8
@@ -29,8 +31,8 @@ FRAME_TEXT, OUTLINE_TEXT = 0.2, 0.02
 """A shape that is covered by more text is a box around it; the second is for rectangles, rounded ones and ellipses."""
 FIGURE_TEXT, AREAS_TEXT = 0.4, 0.05
 """What is covered by more text is no figure; the second is for filled rectangles alone."""
-CELL = 3.0
-"""Points of the grid on which shapes that lie close are found."""
+CELL, MAX_CELLS = 3.0, 1_000
+"""Points of the grid on which shapes that lie close are found; it is coarser on pages of more cells a side."""
 REACH = 6.0
 """Points by which shapes are widened before those that touch are one figure; rules and frames are not."""
 HEADING_SIZE, HEADING_RULES = 4.0, 3
@@ -72,7 +74,7 @@ def shape_of(item: pdfium.PdfObject, to_screen: Callable[..., Box], page: tuple[
         return None
     left, top, right, bottom = to_screen(*box)
     left, top, right, bottom = box = max(left, 0.0), max(top, 0.0), min(right, page[0]), min(bottom, page[1])
-    if right < left or bottom < top or _area(box) > BACKGROUND_FRACTION * page[0] * page[1]:
+    if not (left <= right and top <= bottom) or _area(box) > BACKGROUND_FRACTION * page[0] * page[1]:
         return None
     if min(right - left, bottom - top) < RULE_WIDTH:
         return Shape(box, is_rule=True)
@@ -167,7 +169,8 @@ def find_figures(
         is_framed_image = any(_shared(box, image.box) > 0.8 * _area(box) for image in images)
         if not is_framed_image and _shows_something(members, coverage=_coverage(box, text)):
             found.append(_with_labels(box, lines))
-    return [box for box in _merge(found) if min(box[2] - box[0], box[3] - box[1]) >= MIN_FIGURE]
+    figures = [box for box in _merge(found) if min(box[2] - box[0], box[3] - box[1]) >= MIN_FIGURE]
+    return figures if len(figures) <= MAX_FIGURES else [_around(figures)]
 
 
 def without_figures(pieces: Sequence[Piece], figures: Sequence[Box]) -> list[Piece]:
@@ -213,12 +216,13 @@ def _is_large(boxes: Sequence[Box]) -> bool:
 
 def _clusters(shapes: Sequence[Shape], page: tuple[float, float]) -> Iterator[list[Shape]]:
     """Yield the shapes that touch one another when each, but for rules and frames, is widened by REACH."""
-    grid = np.zeros((int(page[1] / CELL) + 2, int(page[0] / CELL) + 2), bool)
+    cell = max(CELL, *(side / MAX_CELLS for side in page))
+    grid = np.zeros((int(page[1] / cell) + 2, int(page[0] / cell) + 2), bool)
     corners = []
     for shape in shapes:
         reach = REACH if shape.is_drawn or shape.is_area else 0.0
-        left, top = (int(max(edge - reach, 0.0) / CELL) for edge in shape.box[:2])
-        right, bottom = (int((edge + reach) / CELL) + 1 for edge in shape.box[2:])
+        left, top = (int(max(edge - reach, 0.0) / cell) for edge in shape.box[:2])
+        right, bottom = (int((edge + reach) / cell) + 1 for edge in shape.box[2:])
         grid[top:bottom, left:right] = True
         corners.append((top, left))
     labels = _label(grid)

@@ -105,15 +105,15 @@ class _Reader:
             if piece.image is None:
                 self._lines.append(piece)
                 continue
-            if isinstance(piece.image, Figure):
-                self._add_image(functools.partial(_render_figure, page, piece.image.box), number)
-                continue
             num_images += 1
             if num_images > MAX_IMAGES_PER_PAGE:
                 reason = f"page {number} has more than {MAX_IMAGES_PER_PAGE} images: the others are left out"
                 self.rejections.append(Rejection(f"{self.path}#page={number}", reason))
                 continue
-            self._add_image(functools.partial(_image_segment, piece.image, page.get_rotation()), number)
+            if isinstance(piece.image, Figure):
+                self._add_image(functools.partial(_render_figure, page, piece.image.box), number)
+            else:
+                self._add_image(functools.partial(_image_segment, piece.image, page.get_rotation()), number)
 
     def _add_image(self, read: Callable[[], ImageSegment | None], number: int) -> None:
         try:
@@ -153,12 +153,14 @@ def _render(page: pdfium.PdfPage) -> ImageSegment:
     return encode_pixels(page.render(scale=scale).to_pil())
 
 
-def _render_figure(page: pdfium.PdfPage, box: Box) -> ImageSegment:
-    """Return a picture of a box of the page as it is shown, with a margin for the width of its lines."""
+def _render_figure(page: pdfium.PdfPage, box: Box) -> ImageSegment | None:
+    """Return a picture of a box of the page as it is shown, None if it is too long and thin to show anything."""
     width, height = _Screen(page).size
     left, top = max(box[0] - FIGURE_MARGIN, 0.0), max(box[1] - FIGURE_MARGIN, 0.0)
     right, bottom = min(box[2] + FIGURE_MARGIN, width), min(box[3] + FIGURE_MARGIN, height)
     scale = min(FIGURE_SCALE, RENDERED_SIDE / max(right - left, bottom - top))
+    if scale * min(right - left, bottom - top) < MIN_SIDE:
+        return None
     return encode_pixels(page.render(scale=scale, crop=(left, height - bottom, width - right, top)).to_pil())
 
 

@@ -443,6 +443,33 @@ def test_tables_underlines_and_boxes_around_text_are_no_figures(tmp_path: Path) 
     assert all(text in only.text for text in ("00", "32", "heading", "rounded box"))
 
 
+def test_drawings_on_a_huge_page_cost_no_more_than_on_another(tmp_path: Path) -> None:
+    document = pdfium.PdfDocument(make_pdf(tmp_path / "a.pdf", [[("text", 60, 760, "Some text.")]]))
+    document[0].set_mediabox(0, 0, 900_000, 900_000)
+    document.save(tmp_path / "huge.pdf")
+
+    def draw_two(page: pdfium.PdfPage) -> None:
+        stroke(page, (100_000, 400_000), (500_000, 600_000), (100_000, 800_000))
+        stroke(page, (100_000, 100_000), (300_000, 100_100), (800_000, 100_000))  # too thin for a picture of it
+
+    (figure,) = (part for part in redrawn(tmp_path / "huge.pdf", draw_two) if isinstance(part, ImageSegment))
+    assert abs(np.array(pixels_of(figure).shape[:2]) - 1024).max() <= 2
+
+
+def test_more_figures_than_the_limit_are_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_mm.ingest.figures.MAX_FIGURES", 3)
+    path = make_pdf(tmp_path / "a.pdf", [[("text", 60, 760, "Some text above them all.")]])
+
+    def draw_row(page: pdfium.PdfPage, count: int) -> None:
+        for x in range(60, 60 + 100 * count, 100):
+            stroke(page, (x, 500), (x + 30 + x // 10, 520), (x, 540))
+
+    few, many = (redrawn(path, lambda page, count=count: draw_row(page, count))[1:] for count in (3, 4))
+    assert len(few) == 3
+    assert len(many) == 1
+    assert pixels_of(many[0]).shape[1] > 2 * max(pixels_of(one).shape[1] for one in few)
+
+
 def test_a_photograph_in_a_drawn_frame_keeps_its_bytes(tmp_path: Path) -> None:
     jpeg = encode_image(gradient(), "JPEG")
     page = [("text", 72, 760, "Above the photograph."), ("image", 72, 500, 200, 150, jpeg)]
