@@ -81,7 +81,9 @@ def read_html(path: Path) -> tuple[list[Segment], list[Rejection]]:
 def read_page(data: bytes, *, name: str, fetch: Fetch) -> tuple[list[Segment], list[Rejection]]:
     """Return what a reader of a page sees, and the images left out; `fetch` finds its images. Raises DataError."""
     try:
-        page = html.document_fromstring(decode_text(data).encode(), parser=html.HTMLParser(encoding="utf-8"))
+        # Without huge_tree, what follows 10 MB of text in one element or 256 levels is dropped in silence.
+        parser = html.HTMLParser(encoding="utf-8", huge_tree=True)
+        page = html.document_fromstring(decode_text(data).encode(), parser=parser)
         body = page.find("body")
         visitor = _PageReader(name, fetch)
         visitor.visit(page if body is None else body)
@@ -178,5 +180,10 @@ class _PageReader:
 
 def _is_data(row: html.HtmlElement) -> bool:
     """Tell whether the cells of a row are lines of text, and not parts of a page."""
-    tags = [[inner.tag for inner in cell.iterdescendants()] for cell in row]
-    return all(NOT_IN_DATA.isdisjoint(inner) and inner.count("p") <= 1 for inner in tags)
+    for cell in row:
+        num_paragraphs = 0
+        for inner in cell.iterdescendants():
+            num_paragraphs += inner.tag == "p"
+            if inner.tag in NOT_IN_DATA or num_paragraphs > 1:
+                return False
+    return True

@@ -116,6 +116,16 @@ def test_a_page_shows_text_and_images_in_order(tmp_path: Path) -> None:
     ]
 
 
+def test_long_and_deep_pages_are_read_whole_or_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text("<html><body><p>" + "word " * 2_200_000 + "end</p></body></html>")
+    assert read_file(path)[0][0].segments[0].text.endswith("word end\n")
+    path.write_text("<html><body>" + "<table><tr><td>" * 150 + "inner" + "</td></tr></table>" * 150 + "</body></html>")
+    assert read_file(path)[0][0].segments == [TextSegment("inner\n")]
+    path.write_text("<html><body>" + "<div>" * 100_000 + "inner")
+    assert "nested too deeply" in read_file(path)[1][0].reason
+
+
 def test_a_page_with_a_broken_image_is_kept_without_it(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"\x89PNG not really")
     (tmp_path / "page.html").write_text("<html><body><p>text</p><img src='bad.png'><img src='gone.png'></body></html>")
