@@ -7,6 +7,7 @@ through.
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from megatron_mm.ingest.encode import encode_document
 from megatron_mm.modality import Media
 from megatron_mm.parallel import device
 from megatron_mm.tokenizer import TextTokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,11 @@ class Speaker:
 def opened(path: Path, *, tokenizer_path: Path | None = None, dtype: torch.dtype | None = None):
     """Give a Speaker of the export or checkpoint at `path`; a checkpoint is exported to a temporary folder first.
 
-    Raises ConfigError if it is neither, or is a checkpoint without a tokenizer and none is named.
+    Raises ConfigError if it is neither, is an export and a tokenizer is named, or a checkpoint without one and none is.
     """
     if (path / "config.json").exists():
+        if tokenizer_path is not None:
+            raise ConfigError(f"--tokenizer {tokenizer_path}: {path} is an export, which brings its own. Leave it out.")
         yield load_export(path, dtype)
         return
     if not (path / "manifest.json").exists():
@@ -90,7 +95,9 @@ def opened(path: Path, *, tokenizer_path: Path | None = None, dtype: torch.dtype
 def load_export(folder: Path, dtype: torch.dtype | None = None) -> Speaker:
     """Return the export in `folder`, on this process's device. Raises DataError if its tensors are not its model's."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     # The package's own copy of the code that a full export carries: nothing in the folder is executed.
     from megatron_mm.hf.code.modeling_megatron_mm import MegatronMMForConditionalGeneration
 
@@ -164,6 +171,13 @@ def generate(
     """
     inputs = {name: value.to(device.current()) for name, value in model_inputs(speaker, prompts).items()}
     tokenizer, model = speaker.tokenizer, speaker.model
+    longest, trained = inputs["input_ids"].shape[1], model.config.get_text_config().max_position_embeddings
+    if longest + sampling.max_new_tokens > trained:
+        log.warning(
+            "a prompt of %d tokens and %d new ones are more than the %d of a training sequence: expect worse text. "
+            "Shorten the prompt, or lower --max-new-tokens.",
+            *(longest, sampling.max_new_tokens, trained),
+        )
     end = tokenizer.special_ids["end_of_text"]
     vocab_size = model.get_output_embeddings().weight.shape[0]
     # Neither placeholders, which stand for media, nor rows of the head behind the last id of the tokenizer.

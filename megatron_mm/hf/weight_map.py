@@ -1,5 +1,6 @@
 """Which rows of which of our tensors make up each Hugging Face tensor. One map: imports run it backwards."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -104,9 +105,10 @@ def encoder(rows: dict[str, int], *, modality: str, num_layers: int) -> Iterator
     """Yield the exported tensors of one modality's encoder and projector; `rows` are those of each tensor we hold.
 
     The modality-type embedding goes into the last bias, where training adds it too: exact to the bit in any precision.
+    Tensors come in the order of their names, layer 2 before layer 10: that of `rows` depends on who saved them.
     """
     prefix = f"embedding.{modality}."
-    for name in rows:
+    for name in sorted(rows, key=_by_number):
         if not name.startswith(prefix) or name.startswith(KEPT) or name.endswith("type_embedding"):
             continue
         is_typed = name == f"{prefix}projector.linear_2.bias"
@@ -118,6 +120,10 @@ def encoder(rows: dict[str, int], *, modality: str, num_layers: int) -> Iterator
             layer = f"model.vision_tower.encoder.layer.{number}."
             for part in NEUTRAL:
                 yield Target(layer + part, (), fill_like=like, fill=1.0)
+
+
+def _by_number(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def inverted(targets: Sequence[Target]) -> list[Target]:

@@ -190,6 +190,23 @@ def test_misuse_is_named(speaker: Speaker, saved: Path, tmp_path: Path) -> None:
         pass
 
 
+def test_a_tokenizer_for_what_brings_its_own_is_refused(exports: Path, saved: Path) -> None:
+    own = saved / "tokenizer.json"
+    with (
+        pytest.raises(ConfigError, match="is an export, which brings its own"),
+        opened(exports / "text", tokenizer_path=own),
+    ):
+        pass
+
+
+def test_more_than_a_training_sequence_is_said(speaker: Speaker, caplog: pytest.LogCaptureFixture) -> None:
+    generate(speaker, [Document([TextSegment("hill " * 300)], Source.TEXT)], sampling=Sampling(max_new_tokens=1))
+    assert "and 1 new ones are more than the 256 of a training sequence" in caplog.text
+    caplog.clear()
+    generate(speaker, prompts()[:1], sampling=Sampling(max_new_tokens=1))
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
