@@ -115,23 +115,39 @@ def memory(shape: Shape, layout: Layout, *, extra_parameters: int, stage: int = 
     own = shape.num_layers * shape.layer_weights / (layout.tp * layout.pp) + (first + last) * table
     extra = extra_parameters if first else 0
     tokens = layout.micro_batch_size * shape.seq_len / layout.cp
-    width = 4 * shape.hidden + 2 * shape.hidden + 3 * shape.ffn
-    if layout.recompute == "mlp":
-        width -= 3 * shape.ffn
-    a_layer = 2 * tokens * (width / layout.tp + 2 * shape.hidden / shape.heads * max(1, shape.groups // layout.tp))
-    if layout.recompute == "full":
-        a_layer = 2 * tokens * shape.hidden / layout.tp
     chunk = shape.num_layers / (layout.pp * layout.vpp)
-    behind = layout.pp - stage - 1
-    warm_up = 2 * behind + (layout.vpp - 1) * layout.pp if layout.vpp > 1 else behind
-    in_flight = min(warm_up + 1, layout.num_micro_batches * layout.vpp)
     logits = 2 * tokens * shape.vocab / layout.tp if last else 0.0
     return {
         "weights": (4.0 if layout.precision == "fp8" else 2.0) * own + 2.0 * extra,
         "gradients": 4.0 * own,
         "optimizer": 12.0 * own / (layout.dp * layout.cp),
-        "activations": in_flight * chunk * a_layer + max(4 * 2 * tokens * shape.ffn / layout.tp, logits),
+        "activations": chunks_in_flight(layout, stage) * chunk * kept_by_layer(shape, layout)
+        + max(4 * 2 * tokens * shape.ffn / layout.tp, logits),
     }
+
+
+def chunks_in_flight(layout: Layout, stage: int = 0) -> int:
+    """Return how many forward passes of a chunk a rank of `stage` holds at most, by 1F1B's order of passes."""
+    behind = layout.pp - stage - 1
+    warm_up = 2 * behind + (layout.vpp - 1) * layout.pp if layout.vpp > 1 else behind
+    return min(warm_up + 1, layout.num_micro_batches * layout.vpp)
+
+
+def kept_by_layer(shape: Shape, layout: Layout) -> float:
+    """Return the bytes that a layer keeps of one micro-batch for its backward pass, on one rank.
+
+    With flash attention, of this package's layers; without, of the layers with dropout of Korthikanti et al.
+    (arXiv:2205.05198, table 2).
+    """
+    tokens, tp, hidden = layout.micro_batch_size * shape.seq_len / layout.cp, layout.tp, shape.hidden
+    spread = tp if layout.sequence_parallel else 1
+    if layout.recompute == "full":
+        return 2 * tokens * hidden / spread
+    if layout.flash:
+        width = 6 * hidden + (0 if layout.recompute == "mlp" else 3 * shape.ffn)
+        return 2 * tokens * (width / tp + 2 * hidden / shape.heads * max(1, shape.groups // tp))
+    scores = 0 if layout.recompute == "selective" else 5 * shape.heads * shape.seq_len
+    return tokens * (10 * hidden / spread + (8 * hidden + 4 * shape.ffn + scores) / tp)
 
 
 def plan(config: Config, *, gpus: int, gpu: Gpu, extra_parameters: int) -> tuple[list[Planned], int]:
