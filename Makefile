@@ -21,7 +21,7 @@ test: setup lint
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu
 
-# Every layout of 2, 4 and 8 ranks with one kind of model each, or with KINDS=all (an hour and more on 2 cores).
+# Every layout of 2, 4 and 8 ranks with one kind of model each, or with KINDS=all (40 minutes on 2 cores).
 KINDS ?= each
 test-layouts: setup
 	MEGATRON_MM_KINDS=$(KINDS) $(BIN)/python -m pytest tests/ranks/test_all_layouts.py
