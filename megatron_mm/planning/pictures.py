@@ -38,7 +38,9 @@ def timeline(passes: Sequence[Pass], title: str) -> Figure:
         boxes.append([(one.start, low), (one.start, high), (one.end, high), (one.end, low)])
     colours = [_lighter(PASSES[one.backward], 0.6 * one.chunk / chunks) for one in passes]
     edges = "white" if len(passes) <= FEW else "none"
-    axes.add_collection(PolyCollection(boxes, facecolors=colours, edgecolors=edges, linewidths=0.5))
+    drawn = PolyCollection(boxes, facecolors=colours, edgecolors=edges, linewidths=0.5)
+    drawn.set_rasterized(len(passes) > FEW)
+    axes.add_collection(drawn)
     for one in passes if len(passes) <= FEW else ():
         middle = (one.start + one.end) / 2
         axes.text(middle, one.stage, str(one.micro_batch), ha="center", va="center", fontsize=6, color="white")
@@ -113,7 +115,7 @@ def as_svg(figure: Figure) -> str:
     """Return a figure as the SVG element of an HTML page; the same figure gives the same text."""
     with matplotlib.rc_context({"svg.hashsalt": "megatron_mm", "svg.fonttype": "none"}):
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", metadata={"Date": None}, dpi=200)
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
