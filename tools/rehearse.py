@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
@@ -54,10 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _record(report: RankReport) -> dict:
-    history = [{"operators": operators, "held": held} for operators, held in report.history]
-    kept = {"rank": report.rank, "place": report.place, "peak": report.peak, "additions": report.additions}
-    return {**kept, "checkpoint_bytes": report.checkpoint_bytes, "history": history}
+def _record(report: RankReport) -> dict[str, Any]:
+    """Return a report as JSON holds it; sizes are bytes."""
+    return {
+        **{key: value for key, value in vars(report).items() if isinstance(value, int | float | str)},
+        "peak": report.peak,
+        "steady": report.steady,
+        "additions": report.additions,
+        "flops_by_module": report.flops_by_module(),
+        "collectives": [{**one._asdict(), "count": count} for one, count in sorted(report.collectives.items())],
+        "history": [sample._asdict() for sample in report.history],
+    }
 
 
 def _chosen(text: str, config: Config, world_size: int) -> list[int]:
@@ -79,7 +87,7 @@ def describe(report: RankReport) -> str:
     """Return a rank's report for people."""
     lines = [
         f"rank {report.rank} ({report.place}): {report.parameters:,} parameters, {report.num_layers} layers, "
-        f"{report.num_micro_batches} micro-batches, peak {report.peak_bytes / 2**30:.2f} GiB, "
+        f"{report.num_micro_batches} micro-batches, peak {report.peak_bytes / 2**30:.2f} GiB in {report.peak_phase}, "
         f"{report.checkpoint_bytes / 2**30:.2f} GiB of checkpoint, rehearsed in {report.seconds:.0f} s"
     ]
     held = {**report.peak, **report.additions}

@@ -217,10 +217,11 @@ def failures(config: Config) -> list[str]:
 def world_failures(config: Config, world_size: int) -> list[str]:
     """Return what is wrong with running `config` on `world_size` ranks; empty if nothing is."""
     parallel, training = config.parallel, config.training
-    if world_size % parallel.ranks_per_replica:
+    if world_size < 1 or world_size % parallel.ranks_per_replica:
         return [
             f"{world_size} ranks cannot be cut into replicas of parallel.tp={parallel.tp} x cp={parallel.cp} x "
-            f"pp={parallel.pp} = {parallel.ranks_per_replica} ranks. Launch a multiple of that, or change the layout."
+            f"pp={parallel.pp} = {parallel.ranks_per_replica} ranks. Launch a positive multiple of that, or "
+            "change the layout."
         ]
     found = []
     dp_size = world_size // parallel.ranks_per_replica

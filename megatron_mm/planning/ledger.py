@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor
@@ -47,21 +46,52 @@ class Product(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Part(NamedTuple):
+    """A module as the ledger knows it."""
+
+    kind: str
+    """What counts are kept by: layers of a kind share it; "" takes that of the module around it."""
+    path: str
+    """Its own name, for messages."""
+    chunk: int | None = None
+    """Which model chunk it is, if it is a whole one: each of its forward passes is a micro-batch."""
+
+
+class Sample(NamedTuple):
+    """What was held at one moment."""
+
+    operators: int
+    """How many operators had run since counting began."""
+    phase: str
+    """Such as 'forward micro-batch 3 chunk 1'; micro-batches and chunks count from 0."""
+    held: dict[str, int]
+    """Bytes by category."""
+
+
+class _Mark(NamedTuple):
+    """Where the forward pass stood when a module was entered or left."""
+
+    kind: str
+    path: str
+    micro_batch: str
+
+
 @dataclass
 class Ledger(TorchDispatchMode):
     """Counts everything between `with` and its end.
 
-    Module names are those of `names`; an operator outside any module belongs to "". Memory is the bytes of storages
+    Modules are those of `parts`; an operator outside any module belongs to "". Memory is the bytes of storages
     that live, as an allocator without fragments would hold them.
     """
 
-    names: dict[int, str] = field(default_factory=dict)
+    parts: dict[int, Part] = field(default_factory=dict)
+    """By the id of the module."""
     held: Counter[str] = field(default_factory=Counter)
     """Bytes by category, now."""
     peak: Counter[str] = field(default_factory=Counter)
     """Bytes by category, when they were most in all."""
-    history: list[tuple[int, dict[str, int]]] = field(default_factory=list)
-    """(operators so far, bytes by category) wherever the total has moved by a two-hundredth of the peak."""
+    history: list[Sample] = field(default_factory=list)
+    """One wherever the total has moved by a two-hundredth of the peak."""
     flops: Counter[Product] = field(default_factory=Counter)
     calls: Counter[Product] = field(default_factory=Counter)
     moved: Counter[tuple[str, bool]] = field(default_factory=Counter)
@@ -72,12 +102,12 @@ class Ledger(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.stack: list[str] = []
-        self.failed: tuple[Exception, str] | None = None
-        """What the last operator that failed has raised, and where it stands."""
-        self._layer: int | None = None
+        self._stack: list[Part] = []
         self._live: dict[int, tuple[weakref.ref, int, str]] = {}
-        self._marks: tuple[list[int], list[str], list[int | None]] = ([0], [""], [None])
+        self._numbers, self._marks = [0], [_Mark("", "", "")]
+        self._mark_index, self._backward = 0, False
+        self._phase, self._micro_batch, self._begun = "", "", Counter[int]()
+        self._failed: tuple[BaseException | None, str] = None, ""
         self._operators = self._drawn = 0
         self._holds: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
@@ -95,7 +125,10 @@ class Ledger(TorchDispatchMode):
         """Start counting anew; what is held stays held."""
         for counter in (self.flops, self.calls, self.moved, self.launches, self.collectives):
             counter.clear()
-        self.peak, self.history = Counter(self.held), [(self._operators, dict(self.held))]
+        self._operators = 0
+        self._begun.clear()
+        self._peak_sample = self._sample()
+        self.peak, self.history, self._drawn = Counter(self.held), [self._peak_sample], self.held.total()
 
     def hold(self, tensors: Iterable[Tensor], category: str) -> None:
         """Say what tensors are held for; those that were made before the ledger are counted from now on."""
@@ -110,45 +143,77 @@ class Ledger(TorchDispatchMode):
                 self.held[before] -= size
                 self.held[category] += size
 
-    def where(self) -> tuple[str, bool]:
-        """Return (module that is at work, whether this is a backward pass)."""
-        node = torch._C._current_autograd_node()
-        if node is None:
-            return (self.stack[-1] if self.stack else ""), False
-        numbers, names, _ = self._marks  # autograd numbers its nodes in the order of the forward pass
-        return names[bisect_right(numbers, node._sequence_nr()) - 1], True
+    def begin_phase(self, name: str) -> None:
+        """Say what goes on until a model chunk runs, or until the next such call."""
+        self._phase, self._micro_batch, self._backward = name, "", False
 
-    def describe_place(self) -> str:
-        """Return where this is for people: module, layer of the whole model, and pass."""
+    def where(self) -> tuple[str, bool]:
+        """Return (kind of module that is at work, whether this is a backward pass)."""
         node = torch._C._current_autograd_node()
-        name, backward = self.where()
-        numbers, _, layers = self._marks
-        layer = self._layer if node is None else layers[bisect_right(numbers, node._sequence_nr()) - 1]
-        number = "" if layer is None else f" of layer {layer}"
-        return (name or "no module") + number + (", backward" if backward else "")
+        if node is None or self._stack:  # a module in a backward pass is recomputed there
+            self._mark_index, self._backward = len(self._marks) - 1, node is not None
+        elif node._sequence_nr() <= torch.autograd._get_sequence_nr():  # parameters' own nodes have no number
+            # autograd numbers its nodes in the order of the forward pass
+            self._mark_index, self._backward = bisect_right(self._numbers, node._sequence_nr()) - 1, True
+        return self._marks[self._mark_index].kind, self._backward
+
+    def phase(self) -> str:
+        """Return what goes on now: a pass of a micro-batch, or what `begin_phase` said."""
+        micro_batch = self._marks[self._mark_index].micro_batch if self._backward else self._micro_batch
+        if not micro_batch or (self._phase and not self._backward):
+            return self._phase
+        return f"{'backward' if self._backward else 'forward'} {micro_batch}"
+
+    def describe_failure(self, error: BaseException) -> str:
+        """Return 'in PHASE, in MODULE' for an error that was raised under this ledger.
+
+        An error that no operator has raised, outside any module, comes 'after' the last operator.
+        """
+        failed, place = self._failed
+        if failed is error:
+            return place
+        if self._stack:
+            return self._describe("in", self._stack[-1].path)
+        return self._describe("after", self._marks[self._mark_index].path)
+
+    def _describe(self, word: str, path: str) -> str:
+        return f"{word} {self.phase()}" + (f", {word} {path}" if path else "")
+
+    def samples(self, most: int = 400) -> list[Sample]:
+        """Return at most about `most` samples of what was held over time, the peak among them."""
+        by_time = sorted({sample.operators: sample for sample in (*self.history, self._peak_sample)}.values())
+        share = -(-len(by_time) // most)
+        groups = [by_time[first : first + 2 * share] for first in range(0, len(by_time), 2 * share)]
+        extremes = [(min(group, key=_total), max(group, key=_total)) for group in groups] if share > 1 else []
+        kept = {sample.operators: sample for pair in extremes for sample in pair} or {s.operators: s for s in by_time}
+        return sorted(kept.values())
+
+    def _sample(self) -> Sample:
+        return Sample(self._operators, self.phase(), {name: size for name, size in self.held.items() if size})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._host_value(args[0])
+        place = self.where()
         if func.namespace == "c10d" and "coalesced" in func._schema.name and isinstance(_first(args), FakeTensor):
             result = FakeWork().boxed()  # torch 2.14's fake mode knows the plain forms only
         else:
             try:
                 result = func(*args, **kwargs)
             except Exception as error:
-                self.failed = error, self.describe_place()
+                self._failed = error, self._describe("in", self._marks[self._mark_index].path)
                 raise
         self._operators += 1
         if func is torch.ops.aten.all.default and isinstance(result, FakeTensor):
             self._holds[id(result)] = result
-        place = self.where()
         if func.namespace == "c10d":
             self._count_collective(func, args)
             return result
         category = "activations" if place[0] and not place[1] else "temporary"
         made = [self._hold(tensor.untyped_storage(), category) for tensor in _tensors((result,))]
-        formula = flop_registry.get(func._overloadpacket)
+        # torch 2.14 counts all pairs of tokens in varlen attention; here it is causal.
+        formula = None if func.namespace == "torch_attn" else flop_registry.get(func._overloadpacket)
         if formula is not None or func.namespace == "torch_attn":
             self._count_product(func, place, formula, args, kwargs, result)
         elif any(made) or func._schema.is_mutable:
@@ -220,32 +285,44 @@ class Ledger(TorchDispatchMode):
         self.held[category] += size
         total = self.held.total()
         if total > self.peak.total():
-            self.peak = Counter(self.held)
+            self.peak, self._peak_sample = Counter(self.held), self._sample()
         if abs(total - self._drawn) * 200 > self.peak.total():
             self._drawn = total
-            self.history.append((self._operators, dict(self.held)))
+            self.history.append(self._sample())
         return True
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if isinstance(module, TransformerLayer):
-            self._layer = module.layer_number  # counted from 1 over all stages
-        name = self.names.get(id(module))
-        if name is not None:
-            self.stack.append(name)
-            self._mark()
+        part = self.parts.get(id(module))
+        if part is None:
+            return
+        micro_batch = self._passing()
+        if part.chunk is not None:
+            number = self._begun[part.chunk]
+            self._begun[part.chunk] += 1
+            micro_batch = self._micro_batch = f"micro-batch {number} chunk {part.chunk}"
+            self._phase = ""
+        self._stack.append(part if part.kind else part._replace(kind=self._stack[-1].kind if self._stack else ""))
+        self._mark(micro_batch)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if id(module) in self.names:
-            self.stack.pop()
-            self._mark()
-        if isinstance(module, TransformerLayer):
-            self._layer = None
+        if id(module) in self.parts:
+            micro_batch = self._passing()
+            self._stack.pop()
+            self._mark(micro_batch)
 
-    def _mark(self) -> None:
-        numbers, names, layers = self._marks
-        numbers.append(torch.autograd._get_sequence_nr())
-        names.append(self.stack[-1] if self.stack else "")
-        layers.append(self._layer)
+    def _passing(self) -> str:
+        """Return whose pass this is; a recomputed module belongs to the micro-batch of the backward pass."""
+        self.where()
+        return self._marks[self._mark_index].micro_batch if self._backward else self._micro_batch
+
+    def _mark(self, micro_batch: str) -> None:
+        kind, path, _ = self._stack[-1] if self._stack else ("", "", None)
+        self._numbers.append(torch.autograd._get_sequence_nr())
+        self._marks.append(_Mark(kind, path, micro_batch))
+
+
+def _total(sample: Sample) -> int:
+    return sum(sample.held.values())
 
 
 def _first(args: tuple) -> Tensor | None:

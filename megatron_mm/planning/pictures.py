@@ -10,6 +10,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from megatron_mm.planning.ledger import Sample
 from megatron_mm.planning.timeline import Pass, waiting
 
 PASSES = {False: "#3b6ea5", True: "#d9822b"}
@@ -87,21 +88,18 @@ def memory_by_rank(held: Mapping[str, Mapping[str, float]], title: str, *, capac
     return figure
 
 
-def memory_over_a_step(history: Sequence[tuple[int, Mapping[str, int]]], title: str) -> Figure:
-    """Draw what a rehearsed rank holds over a step, and where it is most.
-
-    `history` is that of `planning.ledger`: operators so far, and bytes by category.
-    """
+def memory_over_a_step(history: Sequence[Sample], title: str) -> Figure:
+    """Draw what a rehearsed rank holds over a step, and when it is most."""
     figure, axes = _axes(3.6, title)
-    times = [operators - history[0][0] for operators, _ in history]
-    names = _categories([categories for _, categories in history])
-    layers = [[categories.get(name, 0) / GIB for _, categories in history] for name in names]
+    times = [sample.operators - history[0].operators for sample in history]
+    names = _categories([sample.held for sample in history])
+    layers = [[sample.held.get(name, 0) / GIB for sample in history] for name in names]
     axes.stackplot(times, layers, colors=[_colour(name) for name in names], labels=names, step="post", linewidth=0)
-    totals = [sum(categories.values()) / GIB for _, categories in history]
+    totals = [sum(sample.held.values()) / GIB for sample in history]
     place = max(range(len(totals)), key=totals.__getitem__)
     axes.plot(times[place], totals[place], marker="v", color="black", markersize=6)
     side = "left" if times[place] < times[-1] / 2 else "right"
-    text = f"  peak {totals[place]:.2f} GiB  "
+    text = f"  peak {totals[place]:.2f} GiB, {history[place].phase}  "
     axes.text(times[place], totals[place], text, ha=side, va="bottom", fontsize=9)
     axes.set_xlim(0, times[-1])
     axes.set_ylim(0, 1.12 * totals[place])

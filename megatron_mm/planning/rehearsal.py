@@ -9,14 +9,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import random as mcore_random
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from megatron_mm.model.backend import Backend, local
 from megatron_mm.parallel import device
 from megatron_mm.parallel import mesh as meshes
 from megatron_mm.parallel.mesh import Mesh
-from megatron_mm.planning.ledger import Collective, Ledger, Product
+from megatron_mm.planning.ledger import Collective, Ledger, Part, Product, Sample
 from megatron_mm.training import checkpoint
 from megatron_mm.training.state import TrainState, build_state
 from megatron_mm.training.step import train_step, update
@@ -69,7 +71,10 @@ class RankReport:
     """Bytes by category when they are most in all."""
     steady: dict[str, int]
     """Bytes by category between two steps."""
-    history: list[tuple[int, dict[str, int]]]
+    peak_phase: str
+    """When that is, such as 'backward micro-batch 0 chunk 3'."""
+    history: list[Sample]
+    """A few hundred moments of the step in order, the peak among them."""
     flops: dict[Product, int]
     calls: dict[Product, int]
     moved: dict[tuple[str, bool], int]
@@ -134,12 +139,12 @@ def rehearse(config: Config, *, rank: int, world_size: int, on: str = "gpu", med
                 state = prepare(own, mesh, ledger, backend=backend)
                 count = own.num_micro_batches(mesh.dp_size)
                 take_step(state, [micro_batch(own, mesh, media=media) for _ in range(count)], ledger)
+                ledger.begin_phase("the checkpoint plan")
                 saved = checkpoint.planned_bytes(state)
         except Exception as error:
-            failed = ledger.failed
-            where = failed[1] if failed and failed[0] is error else ledger.describe_place()
             raise RehearsalFailed(
-                f"rank {rank} of {world_size} ({_place(mesh)}) fails in {where}: {type(error).__name__}: {error}"
+                f"rank {rank} of {world_size} ({_place(mesh)}) fails {ledger.describe_failure(error)}: "
+                f"{type(error).__name__}: {error}"
             ) from error
     additions = _additions(config, state) if on == "gpu" else {}
     report = report_of(state, ledger, seconds=time.perf_counter() - started)
@@ -157,7 +162,10 @@ def prepare(config: Config, mesh: Mesh, ledger: Ledger, *, backend: Backend | No
 
     Collective over all ranks.
     """
+    ledger.begin_phase("the building of the model")
     state = build_state(config, mesh, backend=backend)
+    ledger.parts = dict(_parts(state))
+    ledger.begin_phase("the first optimizer step")
     update(state)  # of no gradient: makes the moments, which the peak of every later step includes
     state.optimizer.zero_grad()
     ledger.hold_rest("optimizer")
@@ -166,28 +174,41 @@ def prepare(config: Config, mesh: Mesh, ledger: Ledger, *, backend: Backend | No
         for buffer in model.buffers + model.expert_parallel_buffers:
             ledger.hold([buffer.grad_data], "gradients")
             ledger.hold([buffer.param_data] if buffer.param_data is not None else [], "weights")
-    ledger.names = dict(_named_modules(state))
+    state.transformer.finalize_model_grads_func = _in_phases(ledger, state.transformer.finalize_model_grads_func)
     return state
+
+
+def _in_phases(ledger: Ledger, finalize: Callable[..., None]) -> Callable[..., None]:
+    """Return `finalize`, which ends the last backward pass, as a phase of its own before that of the optimizer."""
+
+    def reduce(*args: Any, **kwargs: Any) -> None:
+        ledger.begin_phase("the reduction of gradients")
+        finalize(*args, **kwargs)
+        ledger.begin_phase("the optimizer step")
+
+    return reduce
 
 
 def take_step(state: TrainState, micro_batches: list[MicroBatch], ledger: Ledger) -> None:
     """Take one training step and count it. Collective over all ranks."""
+    ledger.begin_phase("the start of the step")
     ledger.forget_counts()
     train_step(state, micro_batches)
 
 
 def report_of(state: TrainState, ledger: Ledger, *, seconds: float) -> RankReport:
     """Return what the ledger holds as a report."""
-    mesh = state.mesh
+    mesh, history = state.mesh, ledger.samples()
     return RankReport(
         rank=mesh.rank,
         place=_place(mesh),
         parameters=sum(parameter.numel() for chunk in state.chunks for parameter in chunk.parameters()),
         num_layers=sum(len(chunk.decoder.layers) for chunk in state.chunks),
         num_micro_batches=state.config.num_micro_batches(mesh.dp_size),
-        peak=dict(ledger.peak),
+        peak={name: size for name, size in ledger.peak.items() if size},
         steady={name: size for name, size in ledger.held.items() if size},
-        history=list(ledger.history),
+        peak_phase=max(history, key=lambda sample: sum(sample.held.values())).phase,
+        history=history,
         flops=dict(ledger.flops),
         calls=dict(ledger.calls),
         moved=dict(ledger.moved),
@@ -202,18 +223,27 @@ def _place(mesh: Mesh) -> str:
     return f"pp {mesh.pp_rank}, dp {mesh.dp_rank}, cp {mesh.cp_rank}, tp {mesh.tp_rank}"
 
 
-def _named_modules(state: TrainState) -> Iterator[tuple[int, str]]:
-    """Yield (id, name) of the modules that counts are kept by: layers of a kind share a name."""
-    for chunk in state.chunks:
+def _parts(state: TrainState) -> Iterator[tuple[int, Part]]:
+    """Yield (id, part) of every module; decoder layers are counted from 1, over all stages."""
+    for number, chunk in enumerate(state.chunks):
         for name, module in chunk.named_modules():
-            kind = name.removeprefix("embedding.")
-            last = name.split(".")[-1]
-            is_part = last in NAMED and not kind.startswith(NAMED_IN_EMBEDDING)
-            if kind in NAMED_IN_EMBEDDING:
-                yield id(module), kind
-            elif is_part or name in ("decoder.final_layernorm", "embedding", "decoder"):
-                yield id(module), last
-        yield id(chunk), "loss" if chunk.post_process else "chunk"
+            path, names = name, name.split(".")
+            if names[:2] == ["decoder", "layers"] and len(names) > 2:
+                number_of_layer = chunk.decoder.layers[int(names[2])].layer_number
+                inside = ".".join(names[3:])
+                path = f"{inside}{inside and ' of '}decoder layer {number_of_layer} of {state.config.model.num_layers}"
+            yield id(module), Part(_kind(name), path)
+        yield id(chunk), Part("loss", "the loss", number) if chunk.post_process else Part("chunk", "", number)
+
+
+def _kind(name: str) -> str:
+    """Return what the counts of a module are kept by: layers of a kind share it."""
+    last, inside = name.split(".")[-1], name.removeprefix("embedding.")
+    if inside in NAMED_IN_EMBEDDING:
+        return inside
+    if last in NAMED and not inside.startswith(NAMED_IN_EMBEDDING):
+        return last
+    return last if name in ("decoder.final_layernorm", "embedding", "decoder") else ""
 
 
 def micro_batch(config: Config, mesh: Mesh, *, media: int) -> MicroBatch:
@@ -286,8 +316,14 @@ def _norm_of_fakes(chunk: int, flag: Tensor, lists: list[list[Tensor]], *args: b
 
 
 def _everyone_says_the_same(everywhere: list, own: object, group: dist.ProcessGroup | None = None) -> None:
-    """Answer for ranks that do not exist."""
-    everywhere[:] = [own] * len(everywhere)
+    """Answer for ranks that do not exist: they hold what this one holds, of sharded tensors their own replica."""
+    for rank in range(len(everywhere)):
+        is_sharded = isinstance(own, list) and all(isinstance(part, ShardedTensor) for part in own)
+        everywhere[rank] = [_replica(part, rank) for part in own] if is_sharded else own
+
+
+def _replica(part: ShardedTensor, rank: int) -> ShardedTensor:
+    return replace(part, replica_id=(*part.replica_id[:-1], rank))  # the last number is that among dp_cp
 
 
 def _apply_to_fake(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

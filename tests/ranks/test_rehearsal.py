@@ -37,8 +37,8 @@ def real_step(config: Config) -> RankReport:
     return report_of(state, ledger, seconds=0.0)
 
 
-def rehearsed_step(config: Config, rank: int, world_size: int, on: str) -> RankReport:
-    return rehearse(config, rank=rank, world_size=world_size, on=on)
+def rehearsed_step(config: Config, rank: int, world_size: int, on: str, media: int = 1) -> RankReport:
+    return rehearse(config, rank=rank, world_size=world_size, on=on, media=media)
 
 
 def sent(report: RankReport) -> Counter:
@@ -51,7 +51,7 @@ def sent(report: RankReport) -> Counter:
 
 @pytest.mark.parametrize("text", ["tp=2 pp=2", "pp=2 vpp=2", "cp=2"])
 def test_a_rehearsed_rank_holds_and_sends_what_the_real_one_does(text: str) -> None:
-    world_size = 4 if text.count("2") == 2 and "vpp" not in text else 2
+    world_size = 2 if "vpp" in text else 4  # cp=2 over four ranks has two data-parallel ones
     config = small_config("none", "none", *layout(text), *WIDER)
     real = run_ranks(world_size, real_step, config)
     for rank in (0, world_size - 1):
@@ -60,15 +60,20 @@ def test_a_rehearsed_rank_holds_and_sends_what_the_real_one_does(text: str) -> N
         assert sum(rehearsed.flops.values()) == sum(real[rank].flops.values()) > 0
         assert sum(rehearsed.peak.values()) == pytest.approx(sum(real[rank].peak.values()), rel=0.02)
         assert rehearsed.parameters == real[rank].parameters
+        assert rehearsed.peak_phase == next(s.phase for s in rehearsed.history if s.held == rehearsed.peak)
+        assert rehearsed.peak_phase.startswith("backward micro-batch")
 
 
 def test_a_rehearsal_fails_where_the_job_would_and_names_rank_and_module() -> None:
     assert "rank 1 of 2 (pp 1" in (message := run_alone(failing_message, "loss"))
-    assert "fails in loss: RuntimeError: sizes do not match" in message
+    assert "fails in forward micro-batch 0 chunk 0, in the loss: RuntimeError: sizes do not match" in message
     assert "rank 1 of 2 (pp 1" in (message := run_alone(failing_message, "forward"))
-    assert "fails in mlp of layer 4: RuntimeError: " in message
+    place = "micro-batch 2 chunk 0, in mlp.activation_func of decoder layer 5 of 6: RuntimeError: "
+    assert f"fails in forward {place}" in message
     assert "rank 1 of 2 (pp 1" in (message := run_alone(failing_message, "backward"))
-    assert "fails in mlp of layer 4, backward: RuntimeError: " in message
+    assert f"fails in backward {place}" in message
+    assert "rank 1 of 2 (pp 1" in (message := run_alone(failing_message, "recomputed"))
+    assert f"fails in backward {place}" in message
 
 
 class _Misshapen(torch.autograd.Function):
@@ -77,7 +82,7 @@ class _Misshapen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, where: str) -> torch.Tensor:
         ctx.where = where
-        return inputs @ inputs if where == "forward" else inputs.clone()
+        return inputs @ inputs if where != "backward" else inputs.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
@@ -85,7 +90,7 @@ class _Misshapen(torch.autograd.Function):
 
 
 def failing_message(where: str) -> str:
-    """Return how a rehearsal ends whose loss, or whose fourth layer's MLP, is broken."""
+    """Return how a rehearsal ends whose loss, or whose fifth layer's MLP in the third micro-batch, is broken."""
     from unittest import mock
 
     from megatron_mm.model import decoder, multimodal
@@ -96,12 +101,14 @@ def failing_message(where: str) -> str:
         nonlocal count
         count += 1
         outputs = swiglu(module, gate_and_up)
-        return _Misshapen.apply(outputs, where) if count == 1 else outputs  # the first of the second stage's layers
+        # The stage has layers 4, 5 and 6; recomputed, they come twice a micro-batch, the second time from behind.
+        return _Misshapen.apply(outputs, where) if count == (17 if where == "recomputed" else 8) else outputs
 
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("sizes do not match")
 
-    config = small_config("none", "none", *layout("pp=2"), *WIDER)
+    recompute = "full" if where == "recomputed" else "none"
+    config = small_config("none", "none", *layout("pp=2"), *WIDER, f"training.recompute={recompute}")
     target = (multimodal, "vocab_parallel_cross_entropy", broken)
     if where != "loss":
         target = (decoder.SwiGLU, "forward", break_one)
@@ -128,8 +135,24 @@ def test_the_checkpoint_plan_is_what_is_saved(text: str, tmp_path: Path) -> None
     config = small_config("none", tmp_path, *layout(text), *WIDER)
     seen = run_ranks(2, saved_bytes, config)
     assert sum(planned for planned, _ in seen) == seen[0][1]
-    rehearsed = run_alone(rehearsed_step, config, 0, 2, "cpu")
-    assert rehearsed.checkpoint_bytes == seen[0][0]
+    for rank, (planned, _) in enumerate(seen):
+        assert run_alone(rehearsed_step, config, rank, 2, "cpu").checkpoint_bytes == planned
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
+def test_rehearsed_flops_are_those_of_the_formula(recompute: str) -> None:
+    config = small_config("none", "none", *WIDER, f"training.recompute={recompute}", "training.global_batch_size=2")
+    flops = run_alone(rehearsed_step, config, 0, 1, "gpu", 0).flops_by_module()
+    model, tokens = config.model, config.tokens_per_step
+    heads, groups = (count * model.head_dim for count in (model.num_attention_heads, model.num_query_groups))
+    mlp_passes, attention_passes = {"none": (3, 3), "mlp": (4, 3), "full": (4, 4)}[recompute]
+    per_layer = 2 * tokens * model.num_layers  # of a multiply and an add
+    assert flops["mlp"] == mlp_passes * per_layer * 3 * model.hidden_size * model.ffn_hidden_size
+    assert flops["self_attention"] == attention_passes * per_layer * model.hidden_size * (2 * heads + 2 * groups)
+    assert flops["output_layer"] == 3 * 2 * tokens * model.hidden_size * model.vocab_size
+    # Scores and their sum over values, causal; backward recomputes the scores and has four products more.
+    attention = tokens * model.num_layers * heads * config.data.seq_len // 2
+    assert flops["core_attention"] == (4 * (attention_passes - 2) + 10) * attention
 
 
 def tool_says(arguments: list[str]) -> tuple[int, str, str]:

@@ -17,6 +17,7 @@ from megatron_mm.errors import ConfigError
 from megatron_mm.planning import pictures
 from megatron_mm.planning.cost import GPUS, Layout, step_time
 from megatron_mm.planning.layouts import RATES, forecast, layouts, memory, overrides, plan, shape_of, with_layout
+from megatron_mm.planning.ledger import Ledger, Sample
 from megatron_mm.planning.rehearsal import rehearse
 from megatron_mm.planning.timeline import Durations, bubble, durations_of, order, schedule, waiting
 
@@ -171,10 +172,24 @@ def test_the_checkpoint_interval_wastes_least() -> None:
     assert ahead.days_with_failures == pytest.approx(ahead.days / (1 - lost))
 
 
+def test_a_long_history_is_thinned_but_keeps_its_peak_and_its_valleys() -> None:
+    ledger = Ledger()
+    ledger.forget_counts()
+    sizes = [1000 + 37 * (number % 50) for number in range(5000)]
+    sizes[1234], sizes[4321] = 9000, 1
+    ledger.history = [Sample(number, "", {"weights": size}) for number, size in enumerate(sizes, 1)]
+    kept = {sample.operators: sample.held["weights"] for sample in ledger.samples(most=400) if sample.held}
+    assert 300 < len(kept) <= 400
+    assert list(kept) == sorted(kept)
+    assert kept[1235] == 9000 and kept[4322] == 1
+
+
 def test_a_picture_of_memory_names_its_peak() -> None:
-    history = [(0, {"weights": 2**30}), (5, {"weights": 2**30, "activations": 3 * 2**30}), (9, {"weights": 2**30})]
+    held = [{"weights": 2**30}, {"weights": 2**30, "activations": 3 * 2**30}, {"weights": 2**30}]
+    phases = "forward micro-batch 0 chunk 0", "backward micro-batch 0 chunk 0", "the optimizer step"
+    history = [Sample(*one) for one in zip((0, 5, 9), phases, held)]
     drawn = pictures.as_svg(pictures.memory_over_a_step(history, "rank 0"))
-    assert "peak 4.00 GiB" in drawn and "activations" in drawn
+    assert "peak 4.00 GiB, backward micro-batch 0 chunk 0" in drawn and "activations" in drawn
     assert drawn == pictures.as_svg(pictures.memory_over_a_step(history, "rank 0"))
 
 
