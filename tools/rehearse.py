@@ -13,6 +13,7 @@ from megatron_mm.planning.rehearsal import (
     STANDS_FOR,
     RankReport,
     RehearsalFailed,
+    check_messages,
     distinct_ranks,
     rehearse_apart,
     stage_ranks,
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         for rank in _chosen(options.ranks, config, options.world_size):
             reports.append(rehearse_apart(config, rank=rank, **how))
             print(describe(reports[-1]), flush=True)
+        check_messages(reports)
     except (ConfigError, RehearsalFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -37,6 +37,23 @@ class Collective(NamedTuple):
     num_bytes: int
 
 
+class Channel(NamedTuple):
+    """Between whom messages go: all ranks of a group, or from one rank to another. The order of its messages counts."""
+
+    group: str
+    ranks: tuple[int, ...]
+    directed: bool
+
+
+class Message(NamedTuple):
+    """One message as a rank sees it."""
+
+    name: str
+    num_bytes: int
+    place: str
+    """Pass and module, such as 'in forward micro-batch 0 chunk 1, in ...'."""
+
+
 class Product(NamedTuple):
     """One kind of matrix product or attention, where it stands, and in which pass."""
 
@@ -100,6 +117,9 @@ class Ledger(TorchDispatchMode):
     """Operators that do work, by (module, backward)."""
     collectives: Counter[Collective] = field(default_factory=Counter)
 
+    messages: dict[Channel, list[Message]] = field(default_factory=dict)
+    """All messages in order, by channel."""
+
     def __post_init__(self) -> None:
         super().__init__()
         self._stack: list[Part] = []
@@ -123,7 +143,7 @@ class Ledger(TorchDispatchMode):
 
     def forget_counts(self) -> None:
         """Start counting anew; what is held stays held."""
-        for counter in (self.flops, self.calls, self.moved, self.launches, self.collectives):
+        for counter in (self.flops, self.calls, self.moved, self.launches, self.collectives, self.messages):
             counter.clear()
         self._operators = 0
         self._begun.clear()
@@ -248,6 +268,12 @@ class Ledger(TorchDispatchMode):
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
         sides = [sum(t.numel() * t.element_size() for t in _tensors((side,))) for side in args[:2]]
         self.collectives[Collective(name, group.group_desc, group.size(), max(sides))] += 1
+        ranks, is_sent = tuple(dist.get_process_group_ranks(group)), name.startswith("send")
+        if is_direct := is_sent or name.startswith("recv"):
+            peer = ranks[next(value for value in args if isinstance(value, int))]
+            ranks = (dist.get_rank(), peer) if is_sent else (peer, dist.get_rank())
+        message = Message(name, max(sides), self._describe("in", self._marks[self._mark_index].path))
+        self.messages.setdefault(Channel(group.group_desc, ranks, is_direct), []).append(message)
         if name.startswith(WRITES_FIRST):
             for tensor in _tensors(args[:1]):
                 self._retag(tensor, "communication")

@@ -7,9 +7,10 @@ aside, and `STANDS_FOR` says what is counted in its place.
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import pairwise, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from megatron_mm.model.backend import Backend, local
 from megatron_mm.parallel import device
 from megatron_mm.parallel import mesh as meshes
 from megatron_mm.parallel.mesh import Mesh
-from megatron_mm.planning.ledger import Collective, Ledger, Part, Product, Sample
+from megatron_mm.planning.ledger import Channel, Collective, Ledger, Message, Part, Product, Sample
 from megatron_mm.training import checkpoint
 from megatron_mm.training.state import TrainState, build_state
 from megatron_mm.training.step import train_step, update
@@ -80,6 +81,8 @@ class RankReport:
     moved: dict[tuple[str, bool], int]
     launches: dict[tuple[str, bool], int]
     collectives: dict[Collective, int]
+    messages: dict[Channel, list[Message]]
+    """The same one by one, in order."""
     checkpoint_bytes: int
     """Bytes of the parameters and optimizer state that this rank's checkpoint plan holds."""
     seconds: float
@@ -151,6 +154,33 @@ def rehearse(config: Config, *, rank: int, world_size: int, on: str = "gpu", med
     return RankReport(**{**vars(report), "checkpoint_bytes": saved, "additions": additions})
 
 
+def check_messages(reports: Sequence[RankReport]) -> None:
+    """Pass if rehearsed ranks that speak to one another send and expect the same, in the same order.
+
+    Raises RehearsalFailed with the first message that differs: the real job would hang there, or read something else.
+    """
+    for channel in dict.fromkeys(channel for report in reports for channel in report.messages):
+        sides = [(report.rank, report.messages.get(channel, [])) for report in reports if report.rank in channel.ranks]
+        for (rank, own), (other_rank, others) in pairwise(sides):
+            for number, (one, other) in enumerate(zip_longest(own, others)):
+                same = one and other and one.num_bytes == other.num_bytes
+                if not same or (one.name != other.name and not channel.directed):
+                    raise RehearsalFailed(
+                        f"message {number} over {channel.group} of ranks {_some(channel.ranks)} differs: "
+                        f"rank {rank} has {_tell(one)} and rank {other_rank} has {_tell(other)}"
+                    )
+
+
+def _tell(message: Message | None) -> str:
+    if message is None:
+        return "none"
+    return f"{message.name.strip('_')} of {message.num_bytes:,} bytes {message.place}"
+
+
+def _some(ranks: tuple[int, ...]) -> str:
+    return ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}, {ranks[1]}, ... {ranks[-1]}"
+
+
 def rehearse_apart(config: Config, *, rank: int, world_size: int, on: str = "gpu", media: int = 1) -> RankReport:
     """Rehearse a rank in a process of its own, as it has in the job; see `rehearse`."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -214,6 +244,7 @@ def report_of(state: TrainState, ledger: Ledger, *, seconds: float) -> RankRepor
         moved=dict(ledger.moved),
         launches=dict(ledger.launches),
         collectives=dict(ledger.collectives),
+        messages=dict(ledger.messages),
         checkpoint_bytes=0,
         seconds=seconds,
     )

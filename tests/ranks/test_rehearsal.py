@@ -18,7 +18,16 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_mm.config import Config
 from megatron_mm.parallel import mesh as meshes
 from megatron_mm.planning.ledger import Ledger
-from megatron_mm.planning.rehearsal import RankReport, distinct_ranks, prepare, rehearse, report_of, take_step
+from megatron_mm.planning.rehearsal import (
+    RankReport,
+    RehearsalFailed,
+    check_messages,
+    distinct_ranks,
+    prepare,
+    rehearse,
+    report_of,
+    take_step,
+)
 from megatron_mm.planning.rehearsal import micro_batch as synthetic
 from megatron_mm.training import checkpoint
 from megatron_mm.training.state import build_state
@@ -54,6 +63,7 @@ def test_a_rehearsed_rank_holds_and_sends_what_the_real_one_does(text: str) -> N
     world_size = 2 if "vpp" in text else 4  # cp=2 over four ranks has two data-parallel ones
     config = small_config("none", "none", *layout(text), *WIDER)
     real = run_ranks(world_size, real_step, config)
+    check_messages(real)
     for rank in (0, world_size - 1):
         rehearsed = run_alone(rehearsed_step, config, rank, world_size, "cpu")
         assert sent(rehearsed) == sent(real[rank])
@@ -87,6 +97,20 @@ class _Misshapen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         return gradient @ gradient, None
+
+
+def test_messages_that_do_not_match_are_named() -> None:
+    config = small_config("none", "none", *layout("pp=2"), *WIDER)
+    reports = [run_alone(rehearsed_step, config, rank, 2, "cpu") for rank in range(2)]
+    check_messages(reports)
+    narrow = small_config("none", "none", *layout("pp=2"), *WIDER, "model.hidden_size=32")
+    reports[1] = run_alone(rehearsed_step, narrow, 1, 2, "cpu")
+    sides = "rank 0 has send of 32,768 bytes in forward micro-batch 0 chunk 0 and rank 1 has recv of 16,384 bytes in"
+    with pytest.raises(RehearsalFailed, match=f"message 0 over .* of ranks 0, 1 differs: {sides}"):
+        check_messages(reports)
+    reports[1].messages.clear()
+    with pytest.raises(RehearsalFailed, match="rank 1 has none"):
+        check_messages(reports)
 
 
 def failing_message(where: str) -> str:
