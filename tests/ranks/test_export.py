@@ -210,7 +210,9 @@ def start_and_go_on(config: Config) -> None:
 
 
 @pytest.mark.parametrize("trained", ["ls960"], indirect=True, scope="module")
-@pytest.mark.parametrize(("text", "ranks"), [("tp=4", 4), ("pp=2 vpp=2", 2), ("tp=2 cp=2", 4), (" ", 2)])
+@pytest.mark.parametrize(
+    ("text", "ranks"), [("tp=4", 4), ("pp=2 vpp=2", 2), ("tp=2 pp=2", 4), ("tp=2 cp=2", 4), (" ", 2)]
+)
 def test_a_run_that_starts_from_an_export_holds_its_weights(
     text: str, ranks: int, trained: dict[str, Any], shards: Path, tmp_path: Path
 ) -> None:

@@ -255,3 +255,10 @@ def test_the_tool_names_what_it_cannot_do(given: list[str], said: str, monkeypat
     monkeypatch.setattr(sys, "argv", ["generate.py", "no_model", *given])
     assert runpy.run_path(str(ROOT / "tools" / "generate.py"))["main"]() == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_binary_file_called_text_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "notes.txt").write_bytes(np.random.default_rng(0).bytes(4096))
+    monkeypatch.setattr(sys, "argv", ["generate.py", "no_model", "--file", str(tmp_path / "notes.txt")])
+    assert runpy.run_path(str(ROOT / "tools" / "generate.py"))["main"]() == 2
+    assert "notes.txt: its content is application/octet-stream, which is not" in capsys.readouterr().err
