@@ -147,20 +147,25 @@ def product_seconds(m: float, n: float, k: float, *, gpu: Gpu, rate: Efficiency,
     return max(best / speed, moved / (gpu.hbm_bytes * rate.memory)) + LAUNCH_SECONDS
 
 
-def matrices(shape: Shape, layout: Layout) -> dict[str, tuple[float, float]]:
-    """Return (inputs, outputs) of each matrix of a layer as one tensor rank holds it."""
-    head_dim, tp = shape.hidden // shape.heads, layout.tp
+def matrices(shape: Shape, layout: Layout) -> dict[str, tuple[float, float, float]]:
+    """Return (tokens, inputs, outputs) of each matrix of a layer on one tensor rank, for one micro-batch.
+
+    With fewer key/value heads than tensor ranks their matrix is whole on each, which applies it to its share of tokens.
+    """
+    head_dim, tp, hidden = shape.hidden // shape.heads, layout.tp, shape.hidden
+    tokens = layout.micro_batch_size * shape.seq_len / layout.cp
+    key_value = 2 * head_dim * shape.groups
     return {
-        "query": (shape.hidden, shape.hidden / tp),
-        "key_value": (shape.hidden, 2 * head_dim * shape.groups / min(tp, shape.groups)),
-        "projection": (shape.hidden / tp, shape.hidden),
-        "fc1": (shape.hidden, (1 + shape.gated) * shape.ffn / tp),
-        "fc2": (shape.ffn / tp, shape.hidden),
+        "query": (tokens, hidden, hidden / tp),
+        "key_value": (tokens, hidden, key_value / tp) if shape.groups >= tp else (tokens / tp, hidden, key_value),
+        "projection": (tokens, hidden / tp, hidden),
+        "fc1": (tokens, hidden, (1 + shape.gated) * shape.ffn / tp),
+        "fc2": (tokens, shape.ffn / tp, hidden),
     }
 
 
 def linear_seconds(
-    inputs: float, outputs: float, tokens: float, *, gpu: Gpu, rate: Efficiency, fp8: bool = False
+    tokens: float, inputs: float, outputs: float, *, gpu: Gpu, rate: Efficiency, fp8: bool = False
 ) -> tuple[float, float]:
     """Return the seconds of a linear layer forward, and backward: the gradients of its input and of its weight."""
     own = {"gpu": gpu, "rate": rate, "fp8": fp8}
@@ -172,7 +177,7 @@ def layer_seconds(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency, *, b
     """Return the seconds that one layer computes, and communicates exposed, for one micro-batch on one rank."""
     tokens = layout.micro_batch_size * shape.seq_len / layout.cp
     linear = {
-        name: linear_seconds(*sizes, tokens, gpu=gpu, rate=rate, fp8=layout.precision == "fp8")
+        name: linear_seconds(*sizes, gpu=gpu, rate=rate, fp8=layout.precision == "fp8")
         for name, sizes in matrices(shape, layout).items()
     }
     forward, gradients = (sum(seconds) for seconds in zip(*linear.values()))
@@ -206,7 +211,7 @@ def layer_seconds(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency, *, b
 def head_seconds(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency) -> tuple[float, float]:
     """Return the seconds of the head, forward and backward, for one micro-batch on one rank of the last stage."""
     tokens = layout.micro_batch_size * shape.seq_len / layout.cp
-    return linear_seconds(shape.hidden, shape.vocab / layout.tp, tokens, gpu=gpu, rate=rate)
+    return linear_seconds(tokens, shape.hidden, shape.vocab / layout.tp, gpu=gpu, rate=rate)
 
 
 def send_seconds(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency) -> float:

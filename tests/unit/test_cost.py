@@ -40,13 +40,14 @@ def test_a_part_of_a_product_takes_more_than_its_share_of_the_time(gpu) -> None:
 
 @pytest.mark.parametrize("tp", [1, 8])
 def test_a_layers_matrices_are_its_weights(tp: int) -> None:
-    held = sum(inputs * outputs for inputs, outputs in matrices(SHAPE, layout(tp)).values())
+    held = sum(inputs * outputs for _, inputs, outputs in matrices(SHAPE, layout(tp)).values())
     assert held * tp == SHAPE.layer_weights  # eight groups are shared out over eight ranks
     one_group = Shape(**{**vars(SHAPE), "groups": 1})
-    inputs, outputs = matrices(one_group, layout(tp))["key_value"]
+    tokens, inputs, outputs = matrices(one_group, layout(tp))["key_value"]
     assert inputs * outputs == 2 * 128 * 8192  # whole on every rank
+    assert tokens == 8192 / tp
 
 
 def test_a_backward_pass_takes_two_products_of_the_forward_passs_flops() -> None:
-    forward, backward = linear_seconds(8192, 26624, 8192, gpu=GPUS["h100-80"], rate=RATE)
+    forward, backward = linear_seconds(8192, 8192, 26624, gpu=GPUS["h100-80"], rate=RATE)
     assert backward == pytest.approx(2 * forward, rel=0.05)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -15,10 +16,10 @@ from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError
 from megatron_mm.planning import pictures
-from megatron_mm.planning.cost import GPUS, Layout, step_time
+from megatron_mm.planning.cost import GPUS, Layout, matrices, step_time
 from megatron_mm.planning.layouts import RATES, forecast, layouts, memory, overrides, plan, shape_of, with_layout
 from megatron_mm.planning.ledger import Ledger, Sample
-from megatron_mm.planning.rehearsal import rehearse
+from megatron_mm.planning.rehearsal import RankReport, rehearse
 from megatron_mm.planning.timeline import Durations, bubble, durations_of, order, schedule, waiting
 
 ROOT = Path(__file__).parents[2]
@@ -136,25 +137,29 @@ def test_the_timeline_takes_what_the_step_time_says() -> None:
     assert max(one.end for one in passes) == pytest.approx(time.total - outside, rel=0.03)
 
 
-def test_memory_is_what_a_rehearsal_counts() -> None:
+def test_memory_and_flops_are_what_a_rehearsal_counts() -> None:
     config = configs.load("mm_1b", ["parallel.tp=2", "parallel.pp=2", "training.global_batch_size=16"])
-    peaks = run_alone(rehearsed_peaks, config, 4)
-    layout = Layout(2, 2, 1, 1, 1, config.training.micro_batch_size, 16, "bf16")
-    shape, (encoders, *peaks) = shape_of(config), peaks
-    for stage, peak in enumerate(peaks):
+    encoders, reports = run_alone(rehearsed_stages, config, 4)
+    layout, shape = Layout(2, 2, 1, 1, 1, config.training.micro_batch_size, 16, "bf16"), shape_of(config)
+    products = matrices(shape, layout)
+    for stage, report in enumerate(reports):
         held = memory(shape, layout, extra_parameters=encoders, stage=stage)
-        assert sum(held.values()) == pytest.approx(peak, rel=0.1)
+        assert sum(held.values()) == pytest.approx(report.peak_bytes, rel=0.1)
+        passes = 3 * report.num_layers * report.num_micro_batches
+        for module, names in (("self_attention", ("query", "key_value", "projection")), ("mlp", ("fc1", "fc2"))):
+            expected = passes * sum(2 * math.prod(products[name]) for name in names)
+            assert report.flops_by_module()[module] == expected
 
 
-def rehearsed_peaks(config: Config, world_size: int) -> tuple[int, ...]:
-    """Return the encoders' parameters and the peak of a rank of both stages."""
+def rehearsed_stages(config: Config, world_size: int) -> tuple[int, list[RankReport]]:
+    """Return the encoders' parameters and the reports of a rank of both stages."""
     reports = [rehearse(config, rank=rank, world_size=world_size, media=0) for rank in (0, world_size // 2)]
     whole = configs.load("mm_1b", [])
     from megatron_mm.model.accounting import build_on_meta, count_parameters
 
     counts = count_parameters(build_on_meta(whole))
     media = sum(count for name, count in counts.items() if name.startswith(("vision", "audio")))
-    return media, *(report.peak_bytes for report in reports)
+    return media, reports
 
 
 def test_the_checkpoint_interval_wastes_least() -> None:
