@@ -9,14 +9,16 @@ from pathlib import Path
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+CAPTION = "A photograph of"
 exports, image = Path(sys.argv[1]), Path(sys.argv[2])
 text = sys.argv[3] if len(sys.argv) > 3 else "It was"
 
 processor = AutoProcessor.from_pretrained(exports / "image")
 model = AutoModelForImageTextToText.from_pretrained(exports / "image")
-inputs = processor(images=[Image.open(image).convert("RGB")], text=["<|image|>"], return_tensors="pt")
+inputs = processor(images=[Image.open(image).convert("RGB")], text=[f"<|image|>{CAPTION}"], return_tensors="pt")
 caption = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-print(f"{type(model).__name__} | {image.name} |{processor.tokenizer.decode(caption, skip_special_tokens=True)!r}")
+caption = CAPTION + processor.tokenizer.decode(caption, skip_special_tokens=True)
+print(f"{type(model).__name__} | {image.name} | {caption!r}")
 
 tokenizer = AutoTokenizer.from_pretrained(exports / "text")
 model = AutoModelForCausalLM.from_pretrained(exports / "text")
