@@ -11,7 +11,7 @@ from megatron_mm.errors import ConfigError
 from megatron_mm.planning import pictures
 from megatron_mm.planning.cost import GPUS, Gpu
 from megatron_mm.planning.layouts import USABLE, Planned, forecast, passes, plan, with_layout
-from megatron_mm.planning.rehearsal import RankReport, RehearsalFailed, rehearse_apart, stage_ranks
+from megatron_mm.planning.rehearsal import RankReport, RehearsalFailed, check_messages, rehearse_apart, stage_ranks
 from megatron_mm.planning.report import check_folders, explain, page
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -71,6 +71,7 @@ def _rehearsed(
         cut = with_layout(config, one.layout)
         ranks = stage_ranks(cut, gpus)
         reports = [rehearse_apart(cut, rank=rank, world_size=gpus) for rank in sorted({ranks[0], ranks[-1]})]
+        check_messages(reports)
         for report, stage in zip(reports, (0, -1)):
             formula, counted = sum(one.memory[stage].values()), report.peak_bytes
             print(
