@@ -25,7 +25,7 @@ CATEGORIES = {
 }
 """Colours of what memory is held for."""
 FEW = 400
-"""Passes of which each is drawn with its number."""
+"""Passes of which each is drawn with its number; more are drawn as pixels, as are half as many moments of memory."""
 GIB = 2**30
 
 
@@ -94,7 +94,9 @@ def memory_over_a_step(history: Sequence[Sample], title: str) -> Figure:
     times = [sample.operators - history[0].operators for sample in history]
     names = _categories([sample.held for sample in history])
     layers = [[sample.held.get(name, 0) / GIB for sample in history] for name in names]
-    axes.stackplot(times, layers, colors=[_colour(name) for name in names], labels=names, step="post", linewidth=0)
+    colours = [_colour(name) for name in names]
+    for layer in axes.stackplot(times, layers, colors=colours, labels=names, step="post", linewidth=0):
+        layer.set_rasterized(len(history) > FEW // 2)
     totals = [sum(sample.held.values()) / GIB for sample in history]
     place = max(range(len(totals)), key=totals.__getitem__)
     axes.plot(times[place], totals[place], marker="v", color="black", markersize=6)

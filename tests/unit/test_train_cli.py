@@ -7,6 +7,8 @@ import pytest
 from launch import run_command
 
 from megatron_mm import config as configs
+from megatron_mm import train
+from megatron_mm.training.saver import SaveFailed
 
 
 def test_help_explains_every_field() -> None:
@@ -35,3 +37,15 @@ def test_a_mistake_is_told_without_a_traceback(arguments: list[str], message: st
     assert failed.status == 2
     assert failed.stderr.startswith("error: ")
     assert message in failed.stderr
+
+
+def test_a_run_that_stops_by_choice_says_why_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stop(config: configs.Config) -> None:
+        raise SaveFailed("3 saves in a row failed")
+
+    monkeypatch.setattr(train, "_train", stop)
+    monkeypatch.setenv("RANK", "3")
+    assert train.main(["tiny"]) == 1
+    assert capsys.readouterr().err == "[rank 3] SaveFailed: 3 saves in a row failed\n"
