@@ -22,8 +22,8 @@ from verdict import finish
 
 from megatron_mm.parallel import device
 
-ROUNDS = 15
-WARM_UP = 2
+ROUNDS = 31
+WARM_UP = 5
 BAR = 1.0
 LR = 1e-4
 

@@ -6,6 +6,7 @@ which attention, is decided once, by `choose`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError
 from megatron_mm.kernels import ops
-from megatron_mm.model.core_attention import DocumentAttention, VarlenAttention, flash_attn_varlen, torch_varlen
+from megatron_mm.model.core_attention import (
+    DocumentAttention,
+    VarlenAttention,
+    flash_attn_varlen,
+    stacked,
+    torch_sdpa,
+    torch_varlen,
+)
 from megatron_mm.parallel import device
 
 FP8_CAPABILITY = {"current": (8, 9), "delayed": (8, 9), "blockwise": (9, 0)}
@@ -127,13 +135,13 @@ def choose(config: Config) -> Backend:
 
 def local(attention: str = "sdpa") -> Backend:
     """Return the backend of megatron-core's linear layers with the named form of attention."""
-    if attention == "flash_attn":
-        attend = flash_attn_varlen()
-    elif attention == "varlen":
-        attend = torch_varlen
+    if attention in ("varlen", "flash_attn"):
+        build = partial(VarlenAttention, flash_attn_varlen() if attention == "flash_attn" else torch_varlen)
+    else:
+        build = partial(DocumentAttention, stacked if attention == "stacked" else torch_sdpa)
 
     def core_attention(config: TransformerConfig, layer_number: int, tp_group: dist.ProcessGroup) -> nn.Module:
-        return DocumentAttention() if attention == "sdpa" else VarlenAttention(attend)
+        return build()
 
     return Backend(
         name="local",
@@ -180,7 +188,9 @@ def _refuse(config: Config, *, kind: str, missing: str | None) -> None:
                 "(A100: 8.0). Use training.precision=bf16."
             )
     if kind == "cpu" and training.attention in ("varlen", "flash_attn"):
-        failures.append(f"training.attention={training.attention} runs on GPUs, and this rank is on the CPU. Use sdpa.")
+        failures.append(f"training.attention={training.attention} runs on GPUs, and this rank is on the CPU. Use auto.")
+    elif kind == "cuda" and training.attention == "stacked":
+        failures.append("training.attention=stacked runs on CPUs, and this rank is on a GPU. Use auto.")
     elif training.attention == "flash_attn" and not _has_flash_attn():
         failures.append("training.attention=flash_attn, but flash-attn is not installed. Use varlen, or auto.")
     if failures:
@@ -190,7 +200,7 @@ def _refuse(config: Config, *, kind: str, missing: str | None) -> None:
 def _attention_form(config: Config, *, kind: str) -> str:
     wanted = config.training.attention
     if kind != "cuda":
-        return "sdpa"
+        return "sdpa" if wanted == "sdpa" else "stacked"
     if wanted != "auto":
         return wanted
     if config.training.precision == "fp32":  # flash kernels take 16-bit operands

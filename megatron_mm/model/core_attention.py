@@ -13,29 +13,18 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_mm.batch import AttentionSpan
+from megatron_mm.kernels import stacked_attention
 
 Attend = Callable[..., Tensor]
 """(query, key, value, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv) to the context, causal, aligned at the
 end of each document."""
 
 
-class DocumentAttention(nn.Module):
-    """Attention document by document, by torch's scaled_dot_product_attention: the reference, on any device."""
+def torch_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend causally from the last positions of one document by torch's scaled_dot_product_attention.
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, spans: tuple[AttentionSpan, ...]) -> Tensor:
-        """Return the context of each position."""
-        queries = query.split([length for span in spans for length in span.query_lengths])
-        keys, values = ([piece for span in spans for piece in _pieces(part, span)] for part in (key, value))
-        return torch.cat([_attend(*piece) for piece in zip(queries, keys, values)])
-
-
-def _pieces(row: Tensor, span: AttentionSpan) -> tuple[Tensor, ...]:
-    """Return the keys, or values, of each piece of a span."""
-    return span.keys_of(row).split(span.key_lengths)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend causally from the last positions of one document: (num_queries, heads, head_dim), as the query has it."""
+    Shapes: query (num_queries, heads, head_dim); key and value (num_keys, groups, head_dim); returns the query's.
+    """
     whole = query.shape[0] == key.shape[0]
     heads = query.shape[1]
     # Expanded by hand: on the CPU torch 2.14 runs the backward pass of enable_gqa on one thread a key/value head.
@@ -46,6 +35,31 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         is_causal=whole,
     )
     return context.squeeze(0).transpose(0, 1)
+
+
+def stacked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same by `kernels.stacked_attention` where that is the faster one: on a CPU, with shared keys."""
+    attend = stacked_attention.attend if stacked_attention.pays(query, key) else torch_sdpa
+    return attend(query, key, value)
+
+
+class DocumentAttention(nn.Module):
+    """Attention document by document: by `torch_sdpa` the reference, on any device."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor] = torch_sdpa) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, spans: tuple[AttentionSpan, ...]) -> Tensor:
+        """Return the context of each position."""
+        queries = query.split([length for span in spans for length in span.query_lengths])
+        keys, values = ([piece for span in spans for piece in _pieces(part, span)] for part in (key, value))
+        return torch.cat([self.attend(*piece) for piece in zip(queries, keys, values)])
+
+
+def _pieces(row: Tensor, span: AttentionSpan) -> tuple[Tensor, ...]:
+    """Return the keys, or values, of each piece of a span."""
+    return span.keys_of(row).split(span.key_lengths)
 
 
 def _aligned_at_end(num_queries: int, num_keys: int, *, device: torch.device) -> Tensor:

@@ -27,9 +27,9 @@ def small(*overrides: str) -> Config:
     return configs.load("tiny", [*SMALL, *overrides])
 
 
-def test_a_cpu_takes_local_layers_and_the_reference_attention() -> None:
+def test_a_cpu_takes_local_layers_and_its_own_attention() -> None:
     chosen = backends.choose(small())
-    assert (chosen.name, chosen.attention) == ("local", "sdpa")
+    assert (chosen.name, chosen.attention) == ("local", "stacked")
     assert isinstance(chosen.core_attention(None, 1, None), DocumentAttention)
 
 

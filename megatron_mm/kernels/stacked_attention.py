@@ -1,0 +1,115 @@
+"""Causal attention on a CPU in which the query heads that share a key head are rows of one matrix.
+
+torch's CPU kernel multiplies the queries of each head with the keys on their own. Where heads share their keys (Shazeer
+2019), a block of positions needs one product for all of them, large enough to run at the processor's speed.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SCRATCH_ELEMENTS = 2**18
+"""Scores that are held at a time: they and their softmax stay in the caches of a core or two."""
+MAX_POSITIONS = 64
+"""Positions of a block: of larger ones, causality hides more of what is computed."""
+MAX_KEYS = 512
+"""Beyond it a block that fits the scratch has fewer than 512 rows, and torch's kernel, whose blocks grow, wins."""
+MIN_WORK = 3 * 2**16
+"""Products of a position with all keys, below which the calls of this form cost more than they save."""
+
+
+def pays(query: Tensor, key: Tensor) -> bool:
+    """Return whether `attend` takes these operands and is faster with them than torch's kernel, as measured by
+    `benchmarks/stacked_attention.py`. Shapes as of `attend`."""
+    shared = query.shape[1] // key.shape[1]
+    worth = key.shape[0] <= MAX_KEYS and shared * query.shape[2] * key.shape[0] >= MIN_WORK
+    return query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and worth
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attend causally from the last positions of one document; keeps only its operands for the backward pass.
+
+    Shapes: query (num_queries, heads, head_dim); key and value (num_keys, groups, head_dim), num_keys >= num_queries;
+    returns the shape of the query.
+    """
+    return _StackedAttention.apply(query, key, value)
+
+
+class _Block(NamedTuple):
+    """Consecutive positions of a document, in all heads of one group: `rows` = positions x heads that share a key."""
+
+    own: tuple[int, slice]
+    """Its place in a tensor (groups, num_queries, shared, head_dim)."""
+    seen: slice
+    """The keys that its last position may read."""
+    probabilities: Tensor
+    """(rows, seen keys): softmax of the scores."""
+    free: Tensor
+    """Uninitialized, of the same shape."""
+
+
+class _StackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        queries = _by_group(query, key.shape[1])
+        context = torch.empty_like(queries)
+        for block in _blocks(queries, key):
+            torch.mm(block.probabilities, value[block.seen, block.own[0]], out=_rows(context[block.own]))
+        return _by_position(context)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = ctx.saved_tensors
+        queries, gradients = (_by_group(part, key.shape[1]) for part in (query, gradient))
+        scale = query.shape[-1] ** -0.5
+        grad_queries = torch.empty_like(queries)
+        grad_key, grad_value = (torch.zeros(key.transpose(0, 1).shape, dtype=key.dtype) for _ in range(2))
+        for group, positions, seen, probabilities, scores in (
+            (*block.own, *block[1:]) for block in _blocks(queries, key)
+        ):
+            own, above = _rows(queries[group, positions]), _rows(gradients[group, positions])
+            grad_value[group, seen].addmm_(probabilities.t(), above)
+            torch.mm(above, value[seen, group].t(), out=scores)
+            torch.ops.aten._softmax_backward_data.out(scores, probabilities, -1, scores.dtype, grad_input=scores)
+            grad_key[group, seen].addmm_(scores.t(), own, alpha=scale)
+            through = _rows(grad_queries[group, positions])
+            torch.addmm(through, scores, key[seen, group], beta=0, alpha=scale, out=through)
+        return _by_position(grad_queries), grad_key.transpose(0, 1), grad_value.transpose(0, 1)
+
+
+def _blocks(queries: Tensor, key: Tensor) -> Iterator[_Block]:
+    """Yield every block of (groups, num_queries, shared, head_dim) queries; the next one overwrites its tensors."""
+    groups, num_queries, shared, head_dim = queries.shape
+    num_keys = key.shape[0]
+    most = max(1, min(MAX_POSITIONS, SCRATCH_ELEMENTS // (shared * num_keys)))
+    scratch = queries.new_empty(2, min(most, num_queries) * shared * num_keys)
+    hidden = torch.ones(most, most, dtype=torch.bool).triu(1).unsqueeze(1)
+    for group in range(groups):
+        for start in range(0, num_queries, most):
+            stop = min(start + most, num_queries)
+            length, last = stop - start, num_keys - num_queries + stop
+            scores, probabilities = (part[: length * shared * last].view(-1, last) for part in scratch)
+            own, seen = _rows(queries[group, start:stop]), slice(0, last)
+            torch.addmm(scores, own, key[seen, group].t(), beta=0, alpha=head_dim**-0.5, out=scores)
+            later = scores.view(length, shared, last)[:, :, last - length :]
+            later.masked_fill_(hidden[:length, :, :length], float("-inf"))
+            torch.softmax(scores, dim=-1, out=probabilities)
+            yield _Block((group, slice(start, stop)), seen, probabilities, scores)
+
+
+def _by_group(heads: Tensor, groups: int) -> Tensor:
+    """(positions, heads, head_dim) to contiguous (groups, positions, heads that share a key, head_dim)."""
+    return heads.unflatten(1, (groups, -1)).transpose(0, 1).contiguous()
+
+
+def _by_position(heads: Tensor) -> Tensor:
+    """The inverse of `_by_group`."""
+    return heads.transpose(0, 1).flatten(1, 2)
+
+
+def _rows(block: Tensor) -> Tensor:
+    """(positions, shared, head_dim) to (rows, head_dim), without a copy."""
+    return block.view(-1, block.shape[-1])
