@@ -179,8 +179,8 @@ class TrainingConfig(Section):
     """What decoder layers are built of: megatron-core's linear layers (local) or TransformerEngine's; auto takes the
     latter on a GPU where it is installed. A checkpoint of one is a checkpoint of the other."""
     attention: Literal["auto", "sdpa", "stacked", "varlen", "flash_attn"] = "auto"
-    """Attention of the local backend: torch's scaled_dot_product_attention document by document, or on a CPU our own
-    for heads that share keys where it is faster (stacked), torch's flash kernels over all documents at once (varlen),
+    """Attention of the local backend: torch's scaled_dot_product_attention document by document, our own for heads that
+    share keys where it is faster (stacked: on a CPU in FP32), torch's flash kernels over all documents (varlen),
     or those of the flash-attn package; auto takes the last that can run."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the penalty log(Z)^2 of the softmax's denominator Z, which keeps logits near zero; 1e-4 is usual."""

@@ -38,16 +38,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class _Block(NamedTuple):
-    """Consecutive positions of a document, in all heads of one group: `rows` = positions x heads that share a key."""
+    """Consecutive positions of a document, in all heads of one group: a row for each position and head."""
 
-    own: tuple[int, slice]
-    """Its place in a tensor (groups, num_queries, shared, head_dim)."""
+    group: int
+    positions: slice
     seen: slice
     """The keys that its last position may read."""
     probabilities: Tensor
     """(rows, seen keys): softmax of the scores."""
-    free: Tensor
-    """Uninitialized, of the same shape."""
+    scratch: Tensor
+    """(rows, seen keys), to write to: the scores are no longer needed."""
 
 
 class _StackedAttention(torch.autograd.Function):
@@ -56,8 +56,8 @@ class _StackedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         queries = _by_group(query, key.shape[1])
         context = torch.empty_like(queries)
-        for block in _blocks(queries, key):
-            torch.mm(block.probabilities, value[block.seen, block.own[0]], out=_rows(context[block.own]))
+        for group, positions, seen, probabilities, _ in _blocks(queries, key):
+            torch.mm(probabilities, value[seen, group], out=_rows(context[group, positions]))
         return _by_position(context)
 
     @staticmethod
@@ -66,10 +66,8 @@ class _StackedAttention(torch.autograd.Function):
         queries, gradients = (_by_group(part, key.shape[1]) for part in (query, gradient))
         scale = query.shape[-1] ** -0.5
         grad_queries = torch.empty_like(queries)
-        grad_key, grad_value = (torch.zeros(key.transpose(0, 1).shape, dtype=key.dtype) for _ in range(2))
-        for group, positions, seen, probabilities, scores in (
-            (*block.own, *block[1:]) for block in _blocks(queries, key)
-        ):
+        grad_key, grad_value = (key.new_zeros(key.shape[1], key.shape[0], key.shape[2]) for _ in range(2))
+        for group, positions, seen, probabilities, scores in _blocks(queries, key):
             own, above = _rows(queries[group, positions]), _rows(gradients[group, positions])
             grad_value[group, seen].addmm_(probabilities.t(), above)
             torch.mm(above, value[seen, group].t(), out=scores)
@@ -97,7 +95,7 @@ def _blocks(queries: Tensor, key: Tensor) -> Iterator[_Block]:
             later = scores.view(length, shared, last)[:, :, last - length :]
             later.masked_fill_(hidden[:length, :, :length], float("-inf"))
             torch.softmax(scores, dim=-1, out=probabilities)
-            yield _Block((group, slice(start, stop)), seen, probabilities, scores)
+            yield _Block(group, slice(start, stop), seen, probabilities, scores)
 
 
 def _by_group(heads: Tensor, groups: int) -> Tensor:

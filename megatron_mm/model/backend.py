@@ -189,8 +189,11 @@ def _refuse(config: Config, *, kind: str, missing: str | None) -> None:
             )
     if kind == "cpu" and training.attention in ("varlen", "flash_attn"):
         failures.append(f"training.attention={training.attention} runs on GPUs, and this rank is on the CPU. Use auto.")
-    elif kind == "cuda" and training.attention == "stacked":
-        failures.append("training.attention=stacked runs on CPUs, and this rank is on a GPU. Use auto.")
+    elif training.attention == "stacked" and (kind != "cpu" or training.precision != "fp32"):
+        failures.append(
+            f"training.attention=stacked runs on CPUs in FP32, and this rank is on {kind} with training.precision="
+            f"{training.precision}. Use auto."
+        )
     elif training.attention == "flash_attn" and not _has_flash_attn():
         failures.append("training.attention=flash_attn, but flash-attn is not installed. Use varlen, or auto.")
     if failures:
@@ -200,7 +203,7 @@ def _refuse(config: Config, *, kind: str, missing: str | None) -> None:
 def _attention_form(config: Config, *, kind: str) -> str:
     wanted = config.training.attention
     if kind != "cuda":
-        return "sdpa" if wanted == "sdpa" else "stacked"
+        return "stacked" if kind == "cpu" and wanted != "sdpa" and config.training.precision == "fp32" else "sdpa"
     if wanted != "auto":
         return wanted
     if config.training.precision == "fp32":  # flash kernels take 16-bit operands

@@ -17,7 +17,7 @@ from megatron_mm.batch import attention_spans
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError
 from megatron_mm.model import backend as backends
-from megatron_mm.model.core_attention import DocumentAttention, VarlenAttention, flash_attn_varlen
+from megatron_mm.model.core_attention import DocumentAttention, VarlenAttention, flash_attn_varlen, stacked, torch_sdpa
 from megatron_mm.model.multimodal import build_chunks
 from megatron_mm.parallel import device, mesh
 from megatron_mm.training.start import load_weights
@@ -31,6 +31,9 @@ def test_a_cpu_takes_local_layers_and_its_own_attention() -> None:
     chosen = backends.choose(small())
     assert (chosen.name, chosen.attention) == ("local", "stacked")
     assert isinstance(chosen.core_attention(None, 1, None), DocumentAttention)
+    assert chosen.core_attention(None, 1, None).attend is stacked
+    for override in ("training.attention=sdpa", "training.precision=bf16"):
+        assert backends.choose(small(override)).core_attention(None, 1, None).attend is torch_sdpa
 
 
 @pytest.mark.parametrize(
@@ -41,12 +44,13 @@ def test_a_cpu_takes_local_layers_and_its_own_attention() -> None:
         ("parallel.tp_comm_overlap=true", "parallel.tp_comm_overlap=true need TransformerEngine"),
         ("training.attention=varlen", "training.attention=varlen runs on GPUs"),
         ("training.attention=flash_attn", "training.attention=flash_attn runs on GPUs"),
+        ("training.precision=bf16 training.attention=stacked", "runs on CPUs in FP32, .* on cpu with .*precision=bf16"),
     ],
 )
 def test_what_a_cpu_cannot_do_is_refused(override: str, said: str) -> None:
     tensor_parallel = ["parallel.tp=2"] if "tp_comm" in override else []
     with pytest.raises(ConfigError, match=said):
-        backends.choose(small(override, *tensor_parallel))
+        backends.choose(small(*override.split(), *tensor_parallel))
 
 
 @pytest.fixture
@@ -90,6 +94,8 @@ def test_a_gpu_takes_what_is_installed(gpu: Callable) -> None:
     assert backends.choose(small()).attention == "sdpa"  # FP32
     with pytest.raises(ConfigError, match="flash-attn is not installed"):
         backends.choose(small("training.attention=flash_attn"))
+    with pytest.raises(ConfigError, match="attention=stacked runs on CPUs in FP32, and this rank is on cuda"):
+        backends.choose(small("training.attention=stacked"))
     with pytest.raises(ConfigError, match="need TransformerEngine, but it is not installed"):
         backends.choose(configs.load("mm_88b_fp8"))
     assert backends.choose(small("training.precision=bf16", "training.attention=sdpa")).attention == "sdpa"
