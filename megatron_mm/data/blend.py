@@ -19,18 +19,24 @@ class Blend:
     """A blend of datasets: the weights of `stretches`, each from a position on.
 
     A dataset that is drawn from again goes on where it was, so neither a new dataset nor new weights repeat anything.
+    Each stretch deals among the datasets that it names and no others: what is added later does not move the past.
     """
 
-    def __init__(self, stretches: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+    def __init__(
+        self, stretches: Sequence[tuple[int, Mapping[str, float]]], *, datasets: Sequence[str] | None = None
+    ) -> None:
         assert stretches[0][0] == 0 and all(before[0] < after[0] for before, after in pairwise(stretches))
-        self.datasets = list(dict.fromkeys(name for _, weights in stretches for name in weights))
-        """In the order in which they first appear."""
+        self.datasets = list(datasets or dict.fromkeys(name for _, weights in stretches for name in weights))
+        """In the order given, or in which they first appear."""
         self._starts = np.asarray([start for start, _ in stretches], np.int64)
-        self._weights = [self._whole(weights) for _, weights in stretches]
+        number = {name: place for place, name in enumerate(self.datasets)}
+        self._named = [np.asarray([number[name] for name in weights], np.int64) for _, weights in stretches]
+        self._weights = [_whole(weights) for _, weights in stretches]
         drawn = np.zeros(len(self.datasets), np.int64)
         self._drawn_before = [drawn]
-        for weights, start, stop in zip(self._weights, self._starts, self._starts[1:]):
-            drawn = drawn + _counts(weights, int(stop - start))
+        for named, weights, start, stop in zip(self._named, self._weights, self._starts, self._starts[1:]):
+            drawn = drawn.copy()
+            drawn[named] += _counts(weights, int(stop - start))
             self._drawn_before.append(drawn)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -41,15 +47,16 @@ class Blend:
         stretches = np.searchsorted(self._starts, positions, "right") - 1
         for stretch in np.unique(stretches):
             own = stretches == stretch
-            dataset, index = _deal(self._weights[stretch], positions[own] - self._starts[stretch])
+            place, index = _deal(self._weights[stretch], positions[own] - self._starts[stretch])
+            dataset = self._named[stretch][place]
             datasets[own], indexes[own] = dataset, index + self._drawn_before[stretch][dataset]
         return datasets, indexes
 
-    def _whole(self, weights: Mapping[str, float]) -> np.ndarray:
-        """Return the weight of every dataset as a whole number: (num_datasets,) int64."""
-        total = sum(weights.values())
-        shares = [weights.get(name, 0.0) / total for name in self.datasets]
-        return np.asarray([max(1, round(share * RESOLUTION)) if share else 0 for share in shares], np.int64)
+
+def _whole(weights: Mapping[str, float]) -> np.ndarray:
+    """Return the weight of every dataset that is named as a whole number: (num_named,) int64."""
+    total = sum(weights.values())
+    return np.asarray([max(1, round(weight / total * RESOLUTION)) for weight in weights.values()], np.int64)
 
 
 def _deal(weights: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
