@@ -11,16 +11,13 @@ from torch import Tensor
 from megatron_mm.batch import MediaUnits, MicroBatch, attention_spans, context_spans
 from megatron_mm.config import Config
 from megatron_mm.config.schema import BlendChange
-from megatron_mm.data.blend import Blend
 from megatron_mm.data.decode import blank_pixels, blank_waveform, cut_chunks, make_decoder
-from megatron_mm.data.order import SampleOrder
-from megatron_mm.data.packing import Plan, plan_packing
 from megatron_mm.data.row import TextRow
+from megatron_mm.data.samples import Samples
 from megatron_mm.errors import DataError
 from megatron_mm.modality import CHUNK_SAMPLES, Media, audio_frames
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
-from megatron_mm.shards import ShardReader, check_tokenizers, open_shards
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +41,7 @@ class Unit:
 class Loader:
     """Reads packed samples of one dataset, or of a blend of several, for one rank.
 
-    Samples are numbered dataset after dataset. Every rank reads tokens by itself; media only where the encoders are,
-    and there only the units dealt to this rank.
+    Every rank reads tokens by itself; media only where the encoders are, and there only the units dealt to this rank.
     """
 
     def __init__(
@@ -57,14 +53,8 @@ class Loader:
         changes: Sequence[BlendChange] = (),
     ) -> None:
         self.config, self.mesh = config, mesh
-        size = config.training.global_batch_size
-        weights = datasets if isinstance(datasets, Mapping) else {",".join(datasets): 1.0}
-        self.blend = Blend([(0, weights), *((change.from_step * size, change.train) for change in changes)])
-        self.shards: list[ShardReader] = []
-        self.plans = [self._plan(name.split(",")) for name in self.blend.datasets]
-        self.orders = [SampleOrder(plan.num_samples, seed=config.data.seed) for plan in self.plans]
-        self.first_sample = np.cumsum([0, *(plan.num_samples for plan in self.plans)])
-        """Where the samples of each dataset begin: (num_datasets + 1,) int64."""
+        self.samples = Samples(datasets, config=config, changes=changes)
+        self.shards = self.samples.shards
         self.special_ids = self.shards[0].tokenizer.special_ids
         self._encodes = mesh.is_first_chunk(0)
         self.renew_decoder()
@@ -75,47 +65,14 @@ class Loader:
         """Take a new decoder: a thread that hangs may hold the old one."""
         self.decoder = make_decoder(self.config.data.decoder, has_gpu=device.has_gpu())
 
-    def _plan(self, prefixes: Sequence[str]) -> Plan:
-        """Open the shards of one dataset. Raises DataError if they do not fit the model or the other datasets."""
-        shards = open_shards(prefixes)
-        tokenizer = shards[0].tokenizer
-        if tokenizer.vocab_size > self.config.model.vocab_size:
-            raise DataError(
-                f"{prefixes[0]} uses {tokenizer.vocab_size} ids, model.vocab_size={self.config.model.vocab_size} has "
-                "fewer. Use model.vocab_size of at least that, a multiple of parallel.tp."
-            )
-        check_tokenizers([*self.shards, *shards])
-        data = self.config.data
-        plan = plan_packing(shards, seq_len=data.seq_len, packing=data.packing, first_shard=len(self.shards))
-        self.shards += shards
-        return plan
-
     @property
     def num_samples(self) -> int:
         """Samples of all datasets."""
-        return int(self.first_sample[-1])
-
-    def describe(self) -> list[str]:
-        """Return what each dataset holds and what packing it costs, for people."""
-        return [
-            f"{name}: {plan.num_samples} samples of {plan.seq_len} tokens an epoch, {plan.describe()}"
-            for name, plan in zip(self.blend.datasets, self.plans)
-        ]
+        return self.samples.num_samples
 
     def step_samples(self, step: int) -> np.ndarray:
-        """Return the samples of optimizer step `step`, counted from 0, in global order: (global_batch_size,) int64."""
-        size = self.config.training.global_batch_size
-        datasets, positions = self.blend.locate(np.arange(step * size, (step + 1) * size))
-        samples = np.empty_like(positions)
-        for dataset in np.unique(datasets):
-            own = datasets == dataset
-            samples[own] = self.first_sample[dataset] + self.orders[dataset].samples(positions[own])
-        return samples
-
-    def pieces(self, sample: int) -> np.ndarray:
-        """Return the PIECE records of one sample."""
-        dataset = int(self.first_sample.searchsorted(sample, "right")) - 1
-        return self.plans[dataset].sample(sample - int(self.first_sample[dataset]))
+        """Return the samples of optimizer step `step`, counted from 0, in global order: (batch_size,) int64."""
+        return self.samples.of_step(step)
 
     def step(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of optimizer step `step`."""
@@ -139,7 +96,7 @@ class Loader:
         for number, sample in enumerate(samples):
             text.position = number * seq_len
             if sample >= 0:
-                self._add_pieces(self.pieces(int(sample)), text, units)
+                self._add_pieces(self.samples.pieces(int(sample)), text, units)
             text.end_sample((number + 1) * seq_len)
         if any(units.values()):
             text.mask_labels([self.special_ids["image"], self.special_ids["audio"]])

@@ -141,7 +141,7 @@ def _choose(loader: Loader, num_samples: int) -> list[int]:
 
 def _documents(loader: Loader, sample: int) -> Iterator[tuple[np.void, np.ndarray, list[Media]]]:
     """Yield (PIECE record, ITEM records, their kinds) of each document of a sample."""
-    for piece in loader.pieces(sample):
+    for piece in loader.samples.pieces(sample):
         start, length = int(piece["start"]), int(piece["length"])
         items = loader.shards[piece["shard"]].media(int(piece["document"]))
         inside = [item for item in items if 0 <= int(item["token_offset"]) - start < length]

@@ -226,7 +226,7 @@ def _announce(state: TrainState, loader: Loader, chosen: str, parameters: int) -
         chosen,
         config.num_micro_batches(state.mesh.dp_size),
     )
-    for line in loader.describe():
+    for line in loader.samples.describe():
         log.info("data %s", line)
     log.info("%d tokens a step", config.tokens_per_step)
     log.info("start at step %d of %d", state.step, config.training.steps)

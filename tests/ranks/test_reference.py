@@ -117,7 +117,7 @@ def obvious_losses(config: Config, samples: list[int]) -> tuple[np.ndarray, np.n
     placeholders = [shard.tokenizer.special_ids["image"], shard.tokenizer.special_ids["audio"]]
     for number, sample in enumerate(samples):
         position = number * length
-        for piece in loader.pieces(sample):
+        for piece in loader.samples.pieces(sample):
             document, start, size = int(piece["document"]), int(piece["start"]), int(piece["length"])
             with torch.no_grad():
                 inputs = obvious_embedding(model, llama, loader, document)[start : start + size]

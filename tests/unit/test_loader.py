@@ -333,9 +333,9 @@ def blend_of(weights: dict[str, float], *changes: str) -> Loader:
 def test_a_blend_draws_by_weight_and_sees_every_sample_of_an_epoch_once(blended: list[str]) -> None:
     loader = blend_of({blended[0]: 3, blended[1]: 1})
     samples = np.concatenate([loader.step_samples(step) for step in range(40)])
-    is_first = samples < loader.first_sample[1]
+    is_first = samples < loader.samples.first_sample[1]
     assert is_first.sum() == 240
-    for own, plan in ((samples[is_first], loader.plans[0]), (samples[~is_first], loader.plans[1])):
+    for own, plan in ((samples[is_first], loader.samples.plans[0]), (samples[~is_first], loader.samples.plans[1])):
         epoch = own[: plan.num_samples]
         assert len(set(epoch.tolist())) == len(epoch)
 
@@ -348,9 +348,9 @@ def test_a_dataset_added_later_leaves_the_past_and_repeats_nothing(blended: list
         for ours, theirs in zip(before.step(step), after.step(step), strict=True):
             assert_same(ours, theirs)
     drawn = np.concatenate([after.step_samples(step) for step in range(5)])
-    first = drawn[drawn < after.first_sample[1]]
-    assert len(set(first.tolist())) == min(len(first), after.plans[0].num_samples), "it goes on where it was"
-    assert (drawn[24:] >= after.first_sample[2]).sum() == 8
+    first = drawn[drawn < after.samples.first_sample[1]]
+    assert len(set(first.tolist())) == min(len(first), after.samples.plans[0].num_samples), "it goes on where it was"
+    assert (drawn[24:] >= after.samples.first_sample[2]).sum() == 8
 
 
 def test_datasets_of_different_tokenizers_are_not_blended(blended: list[str], tmp_path: Path) -> None:
