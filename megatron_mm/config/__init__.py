@@ -1,6 +1,7 @@
 """Settings: schema, presets, loading, and the rules that span several of them."""
 
-from megatron_mm.config.load import changes, describe_fields, differences, load, preset_names, save, to_yaml
+from megatron_mm.config.load import changes, describe_fields, differences, load, load_saved, preset_names, save, to_yaml
+from megatron_mm.config.resume import check_resume
 from megatron_mm.config.rules import check_world, divisors
 from megatron_mm.config.schema import (
     AudioConfig,
@@ -21,11 +22,13 @@ __all__ = [
     "TrainingConfig",
     "VisionConfig",
     "changes",
+    "check_resume",
     "check_world",
     "describe_fields",
     "differences",
     "divisors",
     "load",
+    "load_saved",
     "preset_names",
     "save",
     "to_yaml",

@@ -24,24 +24,40 @@ def load(preset: str, overrides: Sequence[str] = ()) -> Config:
     """Return the checked configuration of `preset` with `section.key=value` overrides applied.
 
     `preset` is a name from `preset_names()` or the path of a YAML file, such as the config.yaml of an earlier run. A
-    file may start from another preset with `extends: PRESET`.
+    file may start from another preset with `extends: PRESET`: a name, or a path that is looked up beside the file.
     Raises ConfigError with every unknown key, ill-typed value and broken rule at once.
     """
+    config, problems = _build(preset, overrides)
+    problems += rules.failures(config) if config is not None else []
+    if config is None or problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration in a config.yaml that a run has saved: it ran, so today's rules are not held against it.
+
+    Raises ConfigError if it cannot be read, or has settings that this version does not know.
+    """
+    config, problems = _build(str(path), overrides)
+    if config is None or problems:
+        raise ConfigError(f"{path}:\n" + "\n".join(problems))
+    return config
+
+
+def _build(preset: str, overrides: Sequence[str]) -> tuple[Config | None, list[str]]:
+    """Return the configuration, None if it cannot be built, and what is wrong with its keys and values."""
     settings = _read(preset)
     problems = _apply(settings, overrides)
     problems += _take_out_unknown(settings)
     try:
-        config = Config(**{"preset": preset, **settings})
+        return Config(**{"preset": preset, **settings}), problems
     except ValidationError as error:
         problems += [
             f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']} (found {detail['input']!r})"
             for detail in error.errors()
         ]
-    else:
-        problems += rules.failures(config)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config
+    return None, problems
 
 
 def to_yaml(config: Config) -> str:
@@ -64,8 +80,18 @@ def differences(before: Config, after: Config) -> dict[str, str]:
 
 
 def changes(config: Config) -> list[str]:
-    """Return how `config` differs from its preset, one line a setting."""
-    return list(differences(load(config.preset), config).values())
+    """Return how `config` differs from its preset, one line a setting.
+
+    A run goes on without the file that it was started from, so a preset that has moved, or no longer loads, is said to
+    be gone and not compared.
+    """
+    try:
+        preset, _ = _build(config.preset, ())
+    except ConfigError:
+        preset = None
+    if preset is None:
+        return ["the file of this preset is gone, or was changed so that it does not load: nothing to compare with"]
+    return list(differences(preset, config).values())
 
 
 def describe_fields() -> Iterator[tuple[str, str, str, str]]:
@@ -77,22 +103,37 @@ def describe_fields() -> Iterator[tuple[str, str, str, str]]:
         yield path, kind, default, " ".join((info.description or "").split())
 
 
-def _read(preset: str) -> dict[str, Any]:
-    path = PRESET_DIR / f"{preset}.yaml"
-    if not path.exists():
-        path = Path(preset)
-    if not path.is_file():
-        near = difflib.get_close_matches(preset, preset_names(), n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"no preset and no file is called {preset!r}: the presets are {preset_names()}.{hint}")
+def _read(preset: str, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the settings of a preset, with those that it extends; `extended_by` are the files that led here."""
+    path = _find(preset, beside=extended_by[-1].parent if extended_by else None)
+    if path in extended_by:
+        loop = " extends ".join(str(one) for one in (*extended_by[extended_by.index(path) :], path))
+        raise ConfigError(f"{loop}: a preset cannot extend itself. Take one `extends` out.")
     try:
         settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds {type(settings).__name__}, not sections of settings.")
     base = settings.pop("extends", None)
-    return settings if base is None else _merged(_read(base), settings)
+    if base is None:
+        return settings
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends is {base!r}. Write the name of one preset, or the path of one file.")
+    return _merged(_read(base, extended_by=(*extended_by, path)), settings)
+
+
+def _find(preset: str, *, beside: Path | None) -> Path:
+    """Return the file of a preset: one of the package's, one `beside` the file that extends it, or a path."""
+    candidates = [PRESET_DIR / f"{preset}.yaml", *([beside / preset] if beside else []), Path(preset)]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        near = difflib.get_close_matches(preset, preset_names(), n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"no preset and no file is called {preset!r}: the presets are {preset_names()}.{hint}")
+    return found.resolve()
 
 
 def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _prepare(checkpoint: Path, tokenizer_path: Path | None, options: Options) ->
     if checkpoint.name.endswith(".partial"):
         raise DataError(f"{checkpoint} is half written: use the newest step_N folder beside it.")
     source = CheckpointReader(checkpoint)
-    config = configs.load(str(checkpoint / "config.yaml"))
+    config = configs.load_saved(checkpoint / "config.yaml")
     if tokenizer_path is None and not (checkpoint / "tokenizer.json").exists():
         raise ConfigError(f"{checkpoint} has no tokenizer.json: name that of the run's shards with --tokenizer.")
     tokenizer = TextTokenizer(tokenizer_path or checkpoint / "tokenizer.json")

@@ -60,10 +60,10 @@ class Gate:
     """
 
     def __init__(self, checkpoint: Path, *, shards: str | None = None, num_samples: int = 4) -> None:
-        saved = configs.load(str(checkpoint / "config.yaml"))
+        saved = configs.load_saved(checkpoint / "config.yaml")
         data = [f"data.seq_len={min(saved.data.seq_len, SEQ_LEN)}", "data.validation=[]", "data.changes=[]"]
         data += [f"data.train=[{shards}]"] if shards else []
-        self._config = configs.load(str(checkpoint / "config.yaml"), [*WHOLE, *data])
+        self._config = configs.load_saved(checkpoint / "config.yaml", [*WHOLE, *data])
         self.answers = _ask_training_model(self._config, checkpoint, num_samples)
 
     def compare(self, folder: Path) -> dict[str, str]:

@@ -1,0 +1,109 @@
+"""What may change when a run goes on from a checkpoint: never, by a rule, or freely. The one place that says so.
+
+docs/resume.md shows these lists, and a test compares it with them.
+"""
+
+from collections.abc import Mapping
+
+from megatron_mm.config.load import differences
+from megatron_mm.config.schema import Config
+from megatron_mm.errors import ConfigError
+
+NEVER = {
+    "model.": "the weights are those of this decoder",
+    "vision.": "the weights and optimizer state are those of this encoder, trained or frozen",
+    "audio.": "the weights and optimizer state are those of this encoder, trained or frozen",
+    "data.seq_len": "it says which samples there are",
+    "data.packing": "it says which samples there are",
+    "data.seed": "it says in which order samples are seen",
+    "training.seed": "it is the key of weights that were made long ago",
+}
+"""Settings, or sections, and why: a start with another value is refused."""
+
+BY_RULE = {
+    "data.train": "paths and names may move: the shards behind them are compared by their checksums, and must be the "
+    "same in the same order; so must the weights",
+    "data.changes": "changes from the step at which the run goes on may be added, altered or dropped; earlier ones not",
+    "data.validation": "other held-out shards may be named; other contents under the same path are refused",
+    "training.global_batch_size": "from the step at which the run goes on; samples are counted as they were consumed, "
+    "so none is seen twice",
+    "training.precision": "bf16 and fp8 may take each other's place: both keep FP32 master weights; fp32 may not",
+    "training.start_from": "not read again: the path may move or be gone, other contents are refused",
+    "vision.pretrained": "not read again: the path may move or be gone, other contents are refused",
+    "audio.pretrained": "not read again: the path may move or be gone, other contents are refused",
+}
+"""Settings that may change so far, and how far."""
+
+FREELY = {
+    "preset": "a name",
+    "run_dir": "the folder may move",
+    "parallel.": "checkpoints hold whole tensors, which any layout can cut",
+    "checkpoint.": "",
+    "evaluation.": "",
+    "guard.": "",
+    "logging.": "",
+    "optimizer.": "from the next step on; the values of the checkpoint do not come back",
+    "schedule.": "from the next step on, as if it had been so from the start",
+    "data.decoder": "",
+    "data.prefetch_steps": "",
+    "data.stall_seconds": "",
+    "training.steps": "",
+    "training.stop_after": "",
+    "training.micro_batch_size": "the global batch is the same",
+    "training.fp8_recipe": "",
+    "training.bf16_end_layers": "",
+    "training.backend": "",
+    "training.attention": "",
+    "training.kernels": "",
+    "training.recompute": "",
+    "training.z_loss": "from the next step on",
+    "training.loss_chunk_tokens": "",
+    "training.check_replicas_interval": "",
+}
+"""Settings, or sections, that may change at any start; what changed is logged and recorded with its step."""
+
+SHIFTS_LOSS = (
+    *("optimizer.", "schedule.", "data.train", "data.changes", "training.global_batch_size", "training.z_loss"),
+    *("training.precision", "training.fp8_recipe", "training.bf16_end_layers"),
+)
+"""Settings that may move the training loss: after a change of one, the guard learns anew what is usual."""
+
+
+def verdict(key: str) -> str:
+    """Return 'never', 'by rule' or 'freely' for a setting: the longest entry that names it decides."""
+    lists: dict[str, Mapping[str, str]] = {"never": NEVER, "by rule": BY_RULE, "freely": FREELY}
+    found = [
+        (len(entry), name)
+        for name, entries in lists.items()
+        for entry in entries
+        if key == entry or (entry.endswith(".") and key.startswith(entry))
+    ]
+    assert found, f"{key} is on none of the lists of what may change on a resume"
+    return max(found)[1]
+
+
+def check_resume(saved: Config, now: Config, *, step: int, source: str) -> dict[str, str]:
+    """Return a line for each setting that has changed since step `step` was saved, by its key, all of them allowed.
+
+    `source` names the checkpoint in messages. What lies behind paths is compared elsewhere, by content. Raises
+    ConfigError with every setting that a resumed run cannot change.
+    """
+    changed = differences(saved, now)
+    refused = [line for key, line in changed.items() if verdict(key) == "never"]
+    past = [[change for change in config.data.changes if change.from_step < step] for config in (saved, now)]
+    if [change.from_step for change in past[0]] != [change.from_step for change in past[1]]:
+        refused.append(f"{changed['data.changes']} (only changes from step {step} on can differ)")
+    if {saved.training.precision, now.training.precision} not in ({"bf16", "fp8"}, {saved.training.precision}):
+        refused.append(f"{changed['training.precision']} ({BY_RULE['training.precision']})")
+    if refused:
+        raise ConfigError(
+            f"{source} was saved with other settings, which a resumed run cannot change:\n  "
+            + "\n  ".join(refused)
+            + "\nSet them back, or start anew: another run_dir, with training.start_from for the weights."
+        )
+    return changed
+
+
+def shifts_loss(changed: Mapping[str, str]) -> bool:
+    """Return whether one of the settings that have changed may move the training loss."""
+    return any(key.startswith(SHIFTS_LOSS) for key in changed)
