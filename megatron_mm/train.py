@@ -15,12 +15,14 @@ log = logging.getLogger("megatron_mm")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status: 2 for a mistake that the user can mend, 1 for a stopped run."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     _set_up_logging()
     try:
         config = configs.load(options.preset, options.overrides)
         if options.describe:
             print(json.dumps(_describe(config, options.world_size)))
+        elif options.check:
+            _check(config, options.world_size)
         else:
             _train(config)
     except (ConfigError, DataError) as error:
@@ -55,6 +57,14 @@ def _describe(config: configs.Config, world_size: int | None) -> dict:
     return accounting.describe(config, size)
 
 
+def _check(config: configs.Config, world_size: int | None) -> None:
+    from megatron_mm.training.check import check
+
+    for line in check(config, world_size or config.parallel.ranks_per_replica):
+        print(line)
+    print("everything that can be checked on one CPU fits")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_mm.train",
@@ -68,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--describe", action="store_true", help="print what the preset amounts to, as JSON, and exit")
     parser.add_argument(
-        "--world-size", type=int, metavar="N", help="ranks to describe the run for (default: one replica, tp x cp x pp)"
+        "--check", action="store_true", help="check all that a start would, on one CPU, writing nothing, and exit"
+    )
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks of the run to describe or check (default: tp x cp x pp)"
     )
     return parser
 

@@ -1,6 +1,16 @@
 """Settings: schema, presets, loading, and the rules that span several of them."""
 
-from megatron_mm.config.load import changes, describe_fields, differences, load, load_saved, preset_names, save, to_yaml
+from megatron_mm.config.load import (
+    changes,
+    describe_fields,
+    differences,
+    flat,
+    load,
+    load_saved,
+    preset_names,
+    save,
+    to_yaml,
+)
 from megatron_mm.config.resume import check_resume
 from megatron_mm.config.rules import check_world, divisors
 from megatron_mm.config.schema import (
@@ -27,6 +37,7 @@ __all__ = [
     "describe_fields",
     "differences",
     "divisors",
+    "flat",
     "load",
     "load_saved",
     "preset_names",

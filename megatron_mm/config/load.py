@@ -75,7 +75,7 @@ def save(config: Config) -> Path:
 
 def differences(before: Config, after: Config) -> dict[str, str]:
     """Return a line 'section.key: value before -> value after' for every setting that differs, by its key."""
-    old, new = _flat(before), _flat(after)
+    old, new = flat(before), flat(after)
     return {key: f"{key}: {old[key]} -> {value}" for key, value in new.items() if old[key] != value}
 
 
@@ -212,12 +212,13 @@ def _take_out_unknown(settings: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def flat(config: Config) -> dict[str, Any]:
+    """Return every setting by its key, 'section.key', as plain values."""
     dump = config.model_dump(mode="json")
-    flat = {}
+    values = {}
     for path, _ in _fields(Config):
         value: Any = dump
         for part in path.split("."):
             value = value[part]
-        flat[path] = value
-    return flat
+        values[path] = value
+    return values

@@ -175,21 +175,13 @@ def _schedule(config: Config) -> Iterator[str]:
         yield f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}."
 
 
-def _evaluation(config: Config) -> Iterator[str]:
-    trained = {prefix for name in config.data.train_datasets for prefix in name.split(",")}
-    shared = sorted(trained & set(config.data.validation))
-    if shared:
-        yield f"data.validation holds {shared}, which data.train trains on: held-out documents must not be trained on."
-
-
 def _blend(config: Config) -> Iterator[str]:
-    prefixes = [prefix for name in config.data.train_datasets for prefix in name.split(",")]
-    twice = sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1})
-    if twice:
-        yield (
-            f"data.train and data.changes hold {twice} in more than one dataset, which would repeat its tokens. Name a "
-            'dataset the same way everywhere: one prefix, or "a,b" for a list that is one dataset.'
-        )
+    for where, names in (
+        ("data.train", config.data.train),
+        *((f"data.changes from step {change.from_step}", change.train) for change in config.data.changes),
+    ):
+        if not names or not all(prefix for name in names for prefix in name.split(",")):
+            yield f"{where} is {names!r}, which names no shards. Write [prefix, ...], or {{prefix: weight, ...}}."
     steps = [change.from_step for change in config.data.changes]
     if steps != sorted(set(steps)):
         yield f"data.changes begin at steps {steps}. Put them in ascending order, one a step."
@@ -205,7 +197,6 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _fp8,
     _schedule,
     _blend,
-    _evaluation,
 )
 
 

@@ -85,7 +85,7 @@ class BlendChange(Section):
     """Other weights from a step on."""
 
     from_step: PositiveInt
-    """First step with these weights, counted from 0."""
+    """First optimizer step with these weights, counted from 0; batches that were left out do not move it."""
     train: dict[str, PositiveFloat]
     """Datasets and weights, as data.train; what is not named is not drawn from."""
 
@@ -254,6 +254,9 @@ class GuardConfig(Section):
     """Steps whose losses say what is usual; nothing is a spike before half of them are done. 0 looks for none."""
     spike_deviations: PositiveFloat = 10.0
     """A loss stands out that is this many standard deviations (of the window, by its median) above the median."""
+    spike_nats: NonNegativeFloat = 0.2
+    """But none that is less than this above it, in nats a token, however steady the losses of the window are. After a
+    planned change (data.changes, another batch size, settings changed on a resume) what is usual is learned anew."""
     spike_steps: PositiveInt = 5
     """Steps in a row that stand out after which the run goes back to its last checkpoint, without their batches."""
     max_rollbacks: NonNegativeInt = 3

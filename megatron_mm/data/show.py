@@ -60,6 +60,13 @@ def cut_document(document: EncodedDocument, start: int, stop: int) -> EncodedDoc
     return EncodedDocument(document.tokens[start:stop], document.source, media)
 
 
+def piece_of(shards: Sequence[ShardReader], piece: np.ndarray) -> EncodedDocument:
+    """Return what a PIECE record of a packed sample holds; `shards` are those of its plan, by their numbers."""
+    start, length = int(piece["start"]), int(piece["length"])
+    document = stored_document(shards[int(piece["shard"])], int(piece["document"]))
+    return cut_document(document, start, start + length)
+
+
 def runs(document: EncodedDocument, tokenizer: TextTokenizer) -> Iterator[Run]:
     """Yield the runs of a document in order; tokens that share a character are one run."""
     special = set(tokenizer.special_ids.values())

@@ -102,15 +102,20 @@ def load_audio(tower: nn.Module, path: Path) -> None:
     _fill(tower, weights, path, hint="audio.form, num_layers, hidden_size, ffn_hidden_size")
 
 
+def find_weights(path: Path) -> Path:
+    """Return the file of weights that `path` is, or holds if it is a Hugging Face folder. Raises DataError."""
+    candidates = [path / name for name in ("model.safetensors", "pytorch_model.bin")] if path.is_dir() else [path]
+    found = next((file for file in candidates if file.is_file()), None)
+    if found is None:
+        raise DataError(f"{path} does not exist, or holds neither model.safetensors nor pytorch_model.bin.")
+    return found
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file, or of a Hugging Face folder. Nothing in it is executed."""
     from safetensors.torch import load_file
 
-    candidates = [path / name for name in ("model.safetensors", "pytorch_model.bin")] if path.is_dir() else [path]
-    found = [file for file in candidates if file.is_file()]
-    if not found:
-        raise DataError(f"{path} does not exist, or holds neither model.safetensors nor pytorch_model.bin.")
-    file = found[0]
+    file = find_weights(path)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

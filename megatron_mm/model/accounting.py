@@ -12,6 +12,7 @@ from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_SIZE, IMAGE_TOKENS, audio_
 from megatron_mm.model.decoder import layers_of_chunk, transformer_config
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
 from megatron_mm.parallel import mesh as meshes
+from megatron_mm.parallel.mesh import Mesh
 
 COMPONENTS = {
     "decoder": "decoder.",
@@ -31,10 +32,14 @@ def build_on_meta(config: Config) -> MultimodalModel:
 
     Raises RuntimeError in a process that is a rank of a run.
     """
-    mesh = meshes.alone(config)
+    return build_whole(config, meshes.alone(config))
+
+
+def build_whole(config: Config, alone: Mesh) -> MultimodalModel:
+    """Return the whole model of `config` as one chunk without memory; `alone` is the mesh of `meshes.alone`."""
     layout = config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": 1, "cp": 1})
     with torch.device("meta"):
-        (model,) = build_chunks(config.model_copy(update={"parallel": layout}), mesh)
+        (model,) = build_chunks(config.model_copy(update={"parallel": layout}), alone)
     return model
 
 

@@ -1,5 +1,6 @@
 """The ranks of a run and the groups that they speak in: the only reader of megatron-core's `parallel_state`."""
 
+import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,8 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
-from megatron_mm.config import Config, check_world
-from megatron_mm.parallel import device
+from megatron_mm.config import Config, check_world, flat
+from megatron_mm.parallel import device, rendezvous
+from megatron_mm.parallel.agreement import check_alike
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for a rank that is late, before it fails."""
@@ -76,17 +78,26 @@ def world_size() -> int:
 def initialize(config: Config) -> Mesh:
     """Join the ranks of this run and cut them into groups. Collective over all ranks.
 
-    Without a launcher the run has one rank. Raises ConfigError if the layout does not fit the number of ranks.
+    Without a launcher the run has one rank. Raises ConfigError if the layout does not fit the number of ranks or a rank
+    has other settings than most; RanksMissing if some do not come.
     """
     size = world_size()
     check_world(config, size)
     device.prepare(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if not dist.is_initialized():
         if size > 1:
-            dist.init_process_group(device.backend(), timeout=TIMEOUT)
+            store = rendezvous.meet(size, timeout=TIMEOUT)
+            rank = int(os.environ["RANK"])
+            dist.init_process_group(device.backend(), store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         else:
             dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    check_alike(settings_by_key(config), what="settings")  # before groups are cut as they say
     return cut(config)
+
+
+def settings_by_key(config: Config) -> dict[str, str]:
+    """Return every setting as text by its key, to be compared between ranks."""
+    return {key: json.dumps(value) for key, value in flat(config).items()}
 
 
 def cut(config: Config) -> Mesh:

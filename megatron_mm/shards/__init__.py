@@ -19,7 +19,14 @@ from megatron_mm.shards.format import (
     MediaItem,
     TokenizerInfo,
 )
-from megatron_mm.shards.reader import ShardReader, check_tokenizers, merge, open_shards, stored_tokenizer
+from megatron_mm.shards.reader import (
+    ShardReader,
+    check_tokenizers,
+    fingerprints,
+    merge,
+    open_shards,
+    stored_tokenizer,
+)
 from megatron_mm.shards.writer import ShardWriter
 
 __all__ = [
@@ -31,6 +38,7 @@ __all__ = [
     "ShardWriter",
     "TokenizerInfo",
     "check_tokenizers",
+    "fingerprints",
     "merge",
     "open_shards",
     "stored_tokenizer",

@@ -251,6 +251,22 @@ def stored_tokenizer(prefix: str) -> bytes | None:
     return content
 
 
+def fingerprints(prefix: str) -> dict[str, str]:
+    """Return what identifies the contents of each set of shards that `prefix` stands for, by its own prefix.
+
+    A SHA-256 over the checksums of all files and of the tokenizer: names, paths and merging do not change it, any other
+    document, order or tokenizer does. Parts without documents, which hold nothing, are left out. Raises DataError if
+    there are no finished shards.
+    """
+    found = {}
+    for part in _parts(prefix):
+        manifest = _read_manifest(part)
+        if manifest["documents"]:
+            content = {"tokenizer": manifest["tokenizer"]["sha256"], "files": manifest["files"]}
+            found[part] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return found
+
+
 def merge(prefix: str | Path, parts: Sequence[str]) -> dict[str, Any]:
     """Make `prefix` name all of `parts`, in their order, without copying data; return its manifest.
 
@@ -285,6 +301,8 @@ def _read_manifest(prefix: str) -> dict[str, Any]:
             f"{path} is missing: {prefix} is not a finished set of shards. Make it with "
             f"`python tools/preprocess_data.py --output-prefix {prefix} ...`."
         ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}). Preprocess the inputs again.") from error
     if not isinstance(manifest, dict) or manifest.get("version") != 1:

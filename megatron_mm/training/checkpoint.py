@@ -8,6 +8,9 @@ import functools
 import json
 import logging
 import os
+import time
+from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +26,21 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
+from megatron_mm.data.consumption import Consumption, LeftOut
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.pickles import only_plain_pickles
 from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.shards import stored_tokenizer
 from megatron_mm.training import manifest
+from megatron_mm.training.inputs import TOKENIZER
 from megatron_mm.training.manifest import Fence
-from megatron_mm.training.optimizer import build_scheduler
+from megatron_mm.training.optimizer import build_scheduler, load_optimizer
 from megatron_mm.training.optimizer_shards import LOADED_AS, describe_shards
 from megatron_mm.training.saver import Saved, SaveFailed, Saver
 from megatron_mm.training.state import TrainState, settle_parameters
+from megatron_mm.training.watch import forget_heartbeats
 
 log = logging.getLogger(__name__)
-
-TOKENIZER = "tokenizer.json"
-MAY_CHANGE = (
-    *("preset", "run_dir", "parallel.", "checkpoint.", "evaluation.", "logging.", "schedule.", "guard."),
-    *("training.start_from", "vision.pretrained", "audio.pretrained"),
-    *("training.steps", "training.stop_after", "training.micro_batch_size", "training.recompute", "training.kernels"),
-    *("training.backend", "training.attention", "training.check_replicas_interval"),
-    *("data.validation", "data.prefetch_steps", "data.stall_seconds", "data.changes"),
-)
-"""Settings that a resumed run may have different from the one that was saved."""
 
 
 def folder(config: Config) -> Path:
@@ -72,6 +68,7 @@ def take_over(config: Config, mesh: Mesh) -> Fence:
     if mesh.speaks:
         try:
             taken = [Fence.take(folder(config))]
+            forget_heartbeats(config.run_dir)
         except OSError as error:
             taken = [f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(taken, src=0)
@@ -92,7 +89,7 @@ def begin_save(state: TrainState, saver: Saver) -> Saved | None:
         state.step,
         lambda: _sharded_state(state, metadata, loading=False),
         metadata=content,
-        facts={"skipped_batches": state.skipped_batches},
+        facts=_facts(state),
         texts={"config.yaml": configs.to_yaml(state.config), **(_tokenizer(state.config) if state.mesh.speaks else {})},
     )
     return before if state.config.checkpoint.background else saver.finish()
@@ -162,14 +159,16 @@ def find_damage(mesh: Mesh, path: Path) -> list[str]:
 def load(state: TrainState, path: Path, *, verify: bool = True) -> None:
     """Bring `state`, in whatever layout, to what was saved at `path`. Collective over all ranks.
 
-    Raises DataError if a file is missing, cut short or has other bytes than were written, ConfigError if a setting that
-    must not change has changed.
+    Settings are those of `state`, the optimizer's too: what the checkpoint has of them does not come back. Raises
+    DataError if a file is missing, cut short or has other bytes than were written, ConfigError if a setting that must
+    not change has changed.
     """
     problems = find_damage(state.mesh, path) if verify else []
     if problems:
         raise DataError("the checkpoint is damaged:\n  " + "\n  ".join(problems))
-    _check_settings(path, state.config)
     facts = manifest.read_manifest(path)
+    saved = configs.load_saved(path / "config.yaml")
+    changed = configs.check_resume(saved, state.config, step=int(facts["step"]), source=str(path))
     metadata = _metadata(state)
     with only_plain_pickles(path):
         loaded = dist_checkpointing.load(
@@ -177,29 +176,96 @@ def load(state: TrainState, path: Path, *, verify: bool = True) -> None:
         )
     for chunk, key in zip(state.chunks, _chunk_keys(state)):
         chunk.load_state_dict(loaded[key])
-    state.optimizer.load_state_dict(loaded["optimizer"])
-    state.step = int(facts["step"])
-    path = _skipped(state.config)
-    skipped = json.loads(path.read_text()) if path.exists() else facts["skipped_batches"]
-    state.skipped_batches = [(int(first), int(count)) for first, count in skipped]
+    load_optimizer(state.optimizer, loaded["optimizer"])
+    _take_facts(state, path, facts, changed)
     state.scheduler = build_scheduler(state.config, state.optimizer, step=state.step)
 
 
-def skip_batches(state: TrainState, step: int, count: int) -> None:
-    """Leave out `count` batches before step `step`, counted from 0, also after a restart. Collective over all ranks."""
-    state.skipped_batches.append((step, count))
-    dist.barrier()  # all have read the file: a rank that loads late would take these for skipped twice
+def _facts(state: TrainState) -> dict[str, Any]:
+    """Return what a manifest records of a run beside its files."""
+    consumption = state.consumption
+    return {
+        "run": state.run,
+        "batch_sizes": consumption.batch_sizes,
+        "left_out": [astuple(part) for part in consumption.left_out],
+        "changes": state.changes,
+        "inputs": None if state.inputs is None else state.inputs.as_json(),
+    }
+
+
+def _take_facts(state: TrainState, path: Path, facts: dict[str, Any], changed: dict[str, str]) -> None:
+    """Let `state` know what the run has done, and record what is different from now on. Collective over all ranks."""
+    state.step, state.run = int(facts["step"]), facts.get("run", "")
+    consumed = [consumption_of(state.config, path) if state.mesh.speaks else None]
+    dist.broadcast_object_list(consumed, src=0)
+    assert consumed[0] is not None
+    state.consumption = consumed[0]
+    state.changes = [*facts.get("changes", []), *([{"step": state.step, "settings": changed}] if changed else [])]
     if state.mesh.speaks:
-        path = _skipped(state.config)
+        for line in changed.values():
+            log.info("changed since the checkpoint: %s", line)
+
+
+def consumption_of(config: Config, path: Path | None) -> Consumption:
+    """Return what a run of `config` consumes that goes on from the checkpoint `path`, or starts anew without one.
+
+    Raises DataError if the checkpoint is too old to tell.
+    """
+    if path is None:
+        return Consumption(((0, config.training.global_batch_size),))
+    facts = manifest.read_manifest(path)
+    if facts.get("skipped_batches"):
+        raise DataError(
+            f"{path} counts what it left out in batches, as an older version did. Go on with that version, or start "
+            "anew from its weights with training.start_from."
+        )
+    saved = configs.load_saved(path / "config.yaml")
+    sizes = facts.get("batch_sizes", [(0, saved.training.global_batch_size)])
+    left_out = _read_left_out(config, run=facts.get("run", "")) or facts.get("left_out", [])
+    parts = tuple(LeftOut(*map(int, part)) for part in left_out)
+    consumption = Consumption(tuple((int(step), int(size)) for step, size in sizes), parts)
+    return consumption.resize(config.training.global_batch_size, step=int(facts["step"]))
+
+
+def leave_out(state: TrainState, steps: range) -> None:
+    """Leave out what `steps`, counted from 0, have consumed, also after a restart. Collective over all ranks."""
+    state.consumption = state.consumption.leave_out(steps)
+    dist.barrier()  # all have read the file: a rank that loads late would take these for left out twice
+    if state.mesh.speaks:
+        path = _left_out_file(state.config)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(state.skipped_batches))
+        parts = [astuple(part) for part in state.consumption.left_out]
+        partial.write_text(json.dumps({"run": state.run, "left_out": parts}))
         os.replace(partial, path)
     dist.barrier()
 
 
-def _skipped(config: Config) -> Path:
-    """Return the file of the run's skipped batches: a crash before the next checkpoint must not forget them."""
-    return Path(config.run_dir) / "skipped_batches.json"
+def _left_out_file(config: Config) -> Path:
+    """Return the file of what the run has left out: a crash before the next checkpoint must not forget it."""
+    return Path(config.run_dir) / "left_out.json"
+
+
+def _read_left_out(config: Config, *, run: str) -> list[Sequence[int]] | None:
+    """Return what that file says of the run; None if there is none, or it is another run's."""
+    path = _left_out_file(config)
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    if content["run"] != run:
+        log.warning("%s is of another run than the checkpoint, and is not heeded", path)
+        return None
+    return content["left_out"]
+
+
+def forget_former_run(config: Config) -> None:
+    """Set aside what an earlier run has left in run_dir: a new one starts from nothing. One rank calls it."""
+    folder_ = Path(config.run_dir)
+    aside = folder_ / f"former-{time.strftime('%Y%m%dT%H%M%S')}"
+    for name in ("metrics.jsonl", "left_out.json", "DONE", "tensorboard", "loss.png"):
+        if (folder_ / name).exists():
+            aside.mkdir(exist_ok=True)
+            os.replace(folder_ / name, aside / name)
+            log.warning("run_dir holds %s of an earlier run without checkpoints: it is now in %s", name, aside)
 
 
 def _chunk_keys(state: TrainState) -> list[str]:
@@ -224,25 +290,6 @@ def _sharded_state(state: TrainState, metadata: dict[str, Any], *, loading: bool
     else:
         optimizer = describe_shards(state.optimizer, model)
     return {**chunks, "optimizer": optimizer}
-
-
-def _check_settings(path: Path, config: Config) -> None:
-    """Raise ConfigError if `config` would not go on with the run that was saved."""
-    saved = configs.load(str(path / "config.yaml"))
-    changed = configs.differences(saved, config)
-    refused = [line for key, line in changed.items() if not key.startswith(MAY_CHANGE)]
-    step = int(path.name.removeprefix("step_"))
-    past = [[change for change in data.changes if change.from_step < step] for data in (saved.data, config.data)]
-    if past[0] != past[1]:
-        refused.append(f"{changed['data.changes']} (only changes from step {step} on can differ)")
-    if refused:
-        raise ConfigError(
-            f"{path} was saved with other settings, which a resumed run cannot change:\n"
-            + "\n".join(refused)
-            + "\nSet them back, or start anew with another run_dir."
-        )
-    for line in changed.values():
-        log.info("changed since the checkpoint: %s", line)
 
 
 def planned_bytes(state: TrainState) -> int:

@@ -12,9 +12,6 @@ from megatron_mm.training.step import StepResult
 
 log = logging.getLogger(__name__)
 
-MIN_DEVIATION_FRACTION = 0.005
-"""Of the median loss: a window that happens to be flat does not make an ordinary step a spike."""
-
 NAMED = 4
 """Ranks, and parameters of each, that a warning names."""
 
@@ -23,12 +20,20 @@ class TrainingDiverged(RunStopped):
     """The run cannot heal itself: it must be resumed from a checkpoint, with other settings or data."""
 
 
-class LossSpike(Exception):
-    """The loss left its course with the batch of step `first`, counted from 1, and has not come back."""
+class BadSteps(Exception):
+    """What steps `first` to `last`, counted from 1, have done to the run is not to be kept: the message says why."""
+
+    def __init__(self, first: int, last: int, reason: str) -> None:
+        super().__init__(reason)
+        self.first, self.last = first, last
+
+
+class LossSpike(BadSteps):
+    """The loss left its course with the batch of step `first`, and has not come back."""
 
     def __init__(self, first: int, last: int, loss: float, usual: float) -> None:
-        super().__init__(f"the loss of steps {first} to {last} is up to {loss:.4f}; it was {usual:.4f} before")
-        self.first, self.last = first, last
+        reason = f"the loss of steps {first} to {last} is up to {loss:.4f}; it was {usual:.4f} before"
+        super().__init__(first, last, reason)
 
 
 class Guard:
@@ -37,8 +42,8 @@ class Guard:
     def __init__(self, settings: GuardConfig) -> None:
         self._settings = settings
         self._skipped = 0
-        self._losses: deque[float] = deque(maxlen=max(1, settings.spike_window))
-        self._above: list[float] = []
+        self._losses: deque[tuple[int, float]] = deque(maxlen=max(1, settings.spike_window))
+        self._above: list[tuple[int, float]] = []
         self._rollbacks = 0
 
     @property
@@ -46,12 +51,14 @@ class Guard:
         """Whether what the last step left may be saved as good."""
         return not self._skipped and not self._above
 
-    def check(self, result: StepResult, *, step: int) -> None:
-        """Warn of a step that was skipped.
+    def check(self, result: StepResult, *, step: int, since: int = 0) -> None:
+        """Warn of a step that was skipped; `step` is counted from 1.
 
+        Losses of steps up to `since`, before a planned change of data or settings, say nothing about what is usual now.
         Raises TrainingDiverged after guard.max_skipped_steps in a row, LossSpike after guard.spike_steps in a row whose
         loss stands out.
         """
+        self._forget_until(since)
         if not result.updated:
             self._skip(result, step)
             return
@@ -68,42 +75,62 @@ class Guard:
         )
         if self._skipped >= self._settings.max_skipped_steps:
             raise TrainingDiverged(
-                f"the last {self._skipped} steps, up to {step}, had no finite gradient. Nothing was saved of them: "
-                "resume from the last checkpoint with a lower optimizer.lr, or look at the samples of these steps. "
+                f"the last {self._skipped} steps, up to {step}, had no finite gradient. Nothing was saved of them: go "
+                "on from the last checkpoint with a lower optimizer.lr, or look at the samples of these steps with "
+                "tools/inspect_data.py --run RUN_DIR --step N. "
                 f"In the last of them: {found}."
             )
 
     def _watch(self, loss: float, step: int) -> None:
         """Compare `loss` with those of the window: robustly, so that a spike does not hide itself."""
-        limit = self._limit()
-        if loss <= limit:
-            self._losses.extend([*self._above, loss])
+        if loss <= self._limit():
+            self._losses.extend([*self._above, (step, loss)])
             self._above = []
             return
-        self._above.append(loss)
+        self._above.append((step, loss))
         if len(self._above) >= self._settings.spike_steps:
-            raise LossSpike(step - len(self._above) + 1, step, max(self._above), median(self._losses))
+            raise self._spike()
+
+    def _spike(self) -> LossSpike:
+        highest = max(loss for _, loss in self._above)
+        return LossSpike(self._above[0][0], self._above[-1][0], highest, self._usual())
+
+    def _usual(self) -> float:
+        return median(loss for _, loss in self._losses)
 
     def _limit(self) -> float:
         if len(self._losses) < max(2, self._settings.spike_window // 2):
             return float("inf")
-        usual = median(self._losses)
-        deviation = 1.4826 * median(abs(loss - usual) for loss in self._losses)  # of a normal distribution
-        return usual + self._settings.spike_deviations * max(deviation, MIN_DEVIATION_FRACTION * usual)
+        usual = self._usual()
+        deviation = 1.4826 * median(abs(loss - usual) for _, loss in self._losses)  # of a normal distribution
+        return usual + max(self._settings.spike_deviations * deviation, self._settings.spike_nats)
 
-    def remember(self, losses: list[float]) -> None:
-        """Take the losses that led to where the run goes on as the usual ones: it was healthy there."""
+    def _forget_until(self, step: int) -> None:
+        while self._losses and self._losses[0][0] <= step:
+            self._losses.popleft()
+        self._above = [(number, loss) for number, loss in self._above if number > step]
+
+    def remember(self, losses: list[tuple[int, float]]) -> None:
+        """Take the losses (step, loss) that led to where the run goes on as the usual ones: it was healthy there."""
         self._losses.clear()
         self._losses.extend(losses)
 
-    def roll_back(self, spike: LossSpike) -> None:
+    def unsettled(self, step: int) -> BadSteps | None:
+        """Return what stands in the way of keeping the state after `step` for good; None if nothing does."""
+        if self._skipped:
+            first = step - self._skipped + 1
+            return BadSteps(first, step, f"steps {first} to {step}, the last of the run, had no finite gradient")
+        return self._spike() if self._above else None
+
+    def roll_back(self, bad: BadSteps) -> None:
         """Take note that the run goes back. Raises TrainingDiverged after guard.max_rollbacks times."""
         self._rollbacks += 1
-        self._above = []
+        self._above, self._skipped = [], 0
         if self._rollbacks > self._settings.max_rollbacks:
             raise TrainingDiverged(
-                f"{spike}, after {self._settings.max_rollbacks} roll-backs: resume from a checkpoint with a lower "
-                "optimizer.lr, or look at the samples of these steps."
+                f"{bad}, after {self._settings.max_rollbacks} roll-backs (guard.max_rollbacks): go on from the last "
+                "checkpoint with a lower optimizer.lr, or look at the samples of these steps with "
+                "tools/inspect_data.py --run RUN_DIR --step N."
             )
 
 

@@ -2,25 +2,27 @@
 
 import logging
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megatron_mm import config as configs
 from megatron_mm.batch import MicroBatch
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.data.prefetch import Prefetcher
-from megatron_mm.errors import ConfigError
 from megatron_mm.kernels import ops
 from megatron_mm.model.backend import choose
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
-from megatron_mm.parallel.software import check_same_software
-from megatron_mm.training import checkpoint
+from megatron_mm.training import checkpoint, manifest
 from megatron_mm.training.evaluate import evaluate
-from megatron_mm.training.guard import Guard, LossSpike, TrainingDiverged
+from megatron_mm.training.guard import BadSteps, Guard, LossSpike, TrainingDiverged
 from megatron_mm.training.metrics import Metrics
+from megatron_mm.training.preflight import Ready, prepare
 from megatron_mm.training.replicas import check_replicas
 from megatron_mm.training.report import plot_losses
 from megatron_mm.training.saver import Saved, Saver
@@ -50,56 +52,58 @@ class Run:
 def train(config: Config, mesh: Mesh) -> TrainState:
     """Train to the last step, from the newest checkpoint if there is one. Collective over all ranks.
 
-    Ends before, with a checkpoint, when it is asked to stop. Raises TrainingDiverged, ReplicasDiffer, SaveFailed or
-    TakenOver when going on would do harm.
+    Ends before, with a checkpoint, when it is asked to stop. Raises ConfigError or DataError, before anything is
+    touched, for what does not fit; TrainingDiverged, ReplicasDiffer, SaveFailed or TakenOver when going on would do
+    harm.
     """
-    check_same_software(mesh)
-    _check_run_dir(config)
-    fence = checkpoint.take_over(config, mesh)
+    ready = prepare(config, mesh)
     kernels, backend = ops.select(config.training.kernels, device.current()), choose(config)
+    fence = checkpoint.take_over(config, mesh)
     with Watch(config.guard, mesh, config.run_dir) as watch, StopRequest(mesh) as stop:
-        loader = Loader(config.data.train, config=config, mesh=mesh, changes=config.data.changes)
-        heldout = Loader(config.data.validation, config=config, mesh=mesh) if config.data.validation else None
         state = build_state(config, mesh)
+        state.inputs = ready.inputs
         saver = checkpoint.make_saver(state, fence)
-        _resume(state)
+        _begin(state, ready)
         parameters = total_parameters(state)
         chosen = f"{kernels} kernels | {backend.name} layers | {backend.attention} attention"
-        _announce(state, loader, chosen, parameters)
+        _announce(state, ready.loader, chosen, parameters)
         with Metrics(config, mesh, first_step=state.step) as metrics:
-            metrics.start(step=state.step, layout=mesh.describe(), parameters=parameters)
-            guard = Guard(config.guard)
-            guard.remember(metrics.losses(config.guard.spike_window))
-            run = Run(state, loader, heldout, metrics, guard, saver, watch, stop)
+            changed = [line for one in state.changes if one["step"] == state.step for line in one["settings"].values()]
+            metrics.start(step=state.step, layout=mesh.describe(), parameters=parameters, changed=changed)
+            run = Run(state, ready.loader, ready.heldout, metrics, Guard(config.guard), saver, watch, stop)
+            run.guard.remember(metrics.losses(config.guard.spike_window))
             if state.step == 0 and config.evaluation.interval:
                 _evaluate(run)
             while not _train_on(run):
                 pass
     if mesh.speaks:
-        if state.step >= config.last_step:
-            done_marker(config).write_text(f"{state.step}\n")
-        log.info("plot %s", plot_losses(config.run_dir))
+        _finish(state)
     return state
 
 
 def done_marker(config: Config) -> Path:
-    """Return the file that says that a run has done the steps it was to do: a status of 0 can also be an early stop."""
+    """Return the file that says that a run has done its steps, and that the weights after the last one are saved."""
     return Path(config.run_dir) / "DONE"
 
 
+def _finish(state: TrainState) -> None:
+    """Mark the run as done if its final weights are saved, and draw its losses."""
+    newest = checkpoint.newest(state.config)
+    if newest is not None and manifest.step_of(newest) == state.step >= state.config.last_step:
+        done_marker(state.config).write_text(f"{state.step}\n")
+    elif state.step >= state.config.last_step:
+        log.warning("the weights after step %d, the last, are not saved: checkpoint.interval is 0", state.step)
+    log.info("plot %s", plot_losses(state.config.run_dir))
+
+
 def _train_on(run: Run) -> bool:
-    """Train to the end, or to where the loss leaves its course; return whether that was the end."""
+    """Train to the end, or to where the run has to go back; return whether that was the end."""
     state, watch = run.state, run.watch
-    config, save_wanted = state.config, False
+    config, save_wanted, stopping = state.config, False, False
+    run.loader.samples.follow(state.consumption)
     steps = range(state.step, config.last_step)
-    batches = iter(
-        Prefetcher(
-            run.loader,
-            steps=[state.batch_of(step) for step in steps],
-            ahead=config.data.prefetch_steps,
-            stall_seconds=config.data.stall_seconds,
-        )
-    )
+    ahead, stall_seconds = config.data.prefetch_steps, config.data.stall_seconds
+    batches = iter(Prefetcher(run.loader, steps=steps, ahead=ahead, stall_seconds=stall_seconds))
     for _ in steps:
         micro_batches = _next(batches, run)
         watch.beat("step", step=state.step + 1)
@@ -108,27 +112,26 @@ def _train_on(run: Run) -> bool:
         run.metrics.step(result, step=state.step, seconds=time.perf_counter() - started)
         watch.started()
         try:
-            run.guard.check(result, step=state.step)
+            run.guard.check(result, step=state.step, since=state.last_shift())
         except LossSpike as spike:
-            _go_back(run, spike)
-            return False
+            return _go_back(run, spike)
         _check_ranks(run)
         if _is_due(state, config.evaluation.interval):
             _evaluate(run)
-        stopped = run.stop.agreed()
-        save_wanted |= _is_due(state, config.checkpoint.interval) or (stopped and bool(config.checkpoint.interval))
+        stopping |= run.stop.agreed()
+        save_wanted |= bool(config.checkpoint.interval) and (stopping or _is_due(state, config.checkpoint.interval))
         if save_wanted and run.guard.healthy:
             watch.beat("save", step=state.step)
             _record(run, checkpoint.begin_save(state, run.saver))
             save_wanted = False
         _record(run, run.saver.poll())
-        if stopped:
+        if stopping and not save_wanted:
             break
+    if bad := run.guard.unsettled(state.step):
+        return _go_back(run, bad)
     watch.beat("save", step=state.step)
     _record(run, run.saver.finish())
     run.saver.check_last()
-    if state.mesh.speaks and save_wanted:
-        log.warning("step %d is not saved: it had no finite gradient, or its loss stands out", state.step)
     if state.mesh.speaks and state.step < config.last_step:
         log.info("stopped after step %d: %s", state.step, run.stop.reason() or "another rank was asked to")
     return True
@@ -173,38 +176,36 @@ def _record(run: Run, saved: Saved | None) -> None:
         )
 
 
-def _go_back(run: Run, spike: LossSpike) -> None:
-    """Bring the run to its last checkpoint and leave out the batches of the spike."""
+def _go_back(run: Run, bad: BadSteps) -> bool:
+    """Bring the run to its last checkpoint and leave out the batches of the bad steps; return that it is not over."""
     state = run.state
-    run.guard.roll_back(spike)
+    run.guard.roll_back(bad)
     _record(run, run.saver.finish())
     path = checkpoint.resume(state)
     if path is None:
-        raise TrainingDiverged(f"{spike}, and there is no checkpoint to go back to.")
-    checkpoint.skip_batches(state, spike.first - 1, spike.last - spike.first + 1)
-    run.metrics.go_back(step=state.step, reason=str(spike))
+        raise TrainingDiverged(f"{bad}, and there is no checkpoint to go back to.")
+    checkpoint.leave_out(state, range(bad.first - 1, bad.last))
+    run.metrics.go_back(step=state.step, reason=str(bad))
     run.guard.remember(run.metrics.losses(state.config.guard.spike_window))
     if state.mesh.speaks:
-        log.warning("%s: going back to %s, without the batches of these steps", spike, path)
+        log.warning("%s: going back to %s, without the batches of these steps", bad, path)
+    return False
 
 
 def _is_due(state: TrainState, interval: int) -> bool:
     return bool(interval) and (state.step % interval == 0 or state.step == state.config.last_step)
 
 
-def _check_run_dir(config: Config) -> None:
-    """Raise ConfigError if the run_dir holds a run that is not to be gone on with."""
-    path = checkpoint.newest(config)
-    if path is not None and not config.checkpoint.resume:
-        raise ConfigError(
-            f"checkpoint.resume=false, but run_dir={config.run_dir} holds {path.name}. Use another run_dir, or "
-            "remove that one."
-        )
-
-
-def _resume(state: TrainState) -> None:
-    """Go on from the newest whole checkpoint of the run if there is one; otherwise start a new run."""
-    if checkpoint.resume(state) is None:
+def _begin(state: TrainState, ready: Ready) -> None:
+    """Go on from the newest whole checkpoint of the run if there is one; otherwise start a new run from nothing."""
+    if ready.goes_on_from is not None:
+        checkpoint.resume(state)
+    else:
+        names = [uuid.uuid4().hex[:16]]
+        dist.broadcast_object_list(names, src=0)
+        state.run = names[0]
+        if state.mesh.speaks:
+            checkpoint.forget_former_run(state.config)
         start(state)
     if state.mesh.speaks and state.step < state.config.last_step:
         done_marker(state.config).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +86,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_damage(path: Path, *, share: int = 0, of: int = 1) -> list[str]:
+def find_damage(path: Path, *, share: int = 0, of: int = 1, names: Sequence[str] | None = None) -> list[str]:
     """Return what is wrong with a checkpoint, a line for each file; of the files' hashes, check the share-th part.
 
-    Each of `of` readers hashes its own files; sizes are checked by the first alone.
+    Each of `of` readers hashes its own files; sizes are checked by the first alone. With `names`, only those files are
+    looked at.
     """
     try:
         manifest = read_manifest(path)
     except DataError as error:
         return [str(error)] if share == 0 else []
     problems = []
-    for number, (name, size) in enumerate(sorted(manifest["bytes"].items())):
+    looked_at = {name: size for name, size in manifest["bytes"].items() if names is None or name in names}
+    for number, (name, size) in enumerate(sorted(looked_at.items())):
         file = path / name
         try:
             found = file.stat().st_size

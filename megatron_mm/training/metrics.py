@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any, Self
@@ -70,11 +70,15 @@ class Metrics:
             self._lines.close()
             self._plot(lambda board: board.close())
 
-    def start(self, *, step: int, layout: str, parameters: int) -> None:
-        """Record that the run starts, or goes on, after step `step`, and what it lost by having been cut off."""
+    def start(self, *, step: int, layout: str, parameters: int, changed: Sequence[str] = ()) -> None:
+        """Record that the run starts, or goes on, after step `step`, and what it lost by having been cut off.
+
+        `changed` are lines about the settings that it goes on with and did not have before.
+        """
         if self._speaks:
             seconds = time.time() - psutil.Process().create_time()
             values = {"layout": layout, "parameters": parameters, "start_seconds": seconds, **self._lost}
+            values |= {"changed": list(changed)} if changed else {}
             self._write(step, values, plot=False)
 
     def go_back(self, *, step: int, reason: str) -> None:
@@ -84,12 +88,15 @@ class Metrics:
         if self._speaks:
             self._write(step, {"went_back": reason, **self._lost}, plot=False)
 
-    def losses(self, count: int) -> list[float]:
-        """Return the finite losses of the last `count` steps that changed the weights. Collective over all ranks."""
-        found: list[list[float]] = [[]]
+    def losses(self, count: int) -> list[tuple[int, float]]:
+        """Return (step, loss) of the last `count` steps that changed the weights and had a finite loss.
+
+        Collective over all ranks.
+        """
+        found: list[list[tuple[int, float]]] = [[]]
         if self._speaks:
             records = [one for one in read_metrics(self.config.run_dir) if one.get("updated") and isfinite(one["loss"])]
-            found = [[one["loss"] for one in records][max(0, len(records) - count) :]]
+            found = [[(one["step"], one["loss"]) for one in records][max(0, len(records) - count) :]]
         dist.broadcast_object_list(found, src=0)
         return found[0]
 

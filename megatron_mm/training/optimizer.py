@@ -1,5 +1,7 @@
 """AdamW over megatron-core's distributed optimizer, and which parameters it treats how."""
 
+from typing import Any
+
 import megatron.core.optimizer as mcore_optimizer
 import torch
 import torch.distributed as dist
@@ -128,6 +130,20 @@ def build_optimizer(config: Config, models: list[DistributedDataParallel]) -> Me
         config_overrides=overrides,
         use_gloo_process_groups=dist.get_backend() != "fake",
     )
+
+
+def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
+    """Bring moments and step count to those of a checkpoint; every other setting stays as it is now.
+
+    megatron-core 0.19.2 brings learning rates and weight decay back with the state, and finds no parameter group where
+    one of them has changed.
+    """
+    (distributed,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    steps = {group["step"] for group in saved["optimizer"]["param_groups"] if "step" in group}
+    assert len(steps) <= 1, f"parameter groups of one checkpoint have done {steps} steps"
+    counted = dict.fromkeys(("step",), *steps) if steps else {}
+    groups = [{**group, **counted} for group in distributed.optimizer.state_dict()["param_groups"]]
+    optimizer.load_state_dict({**saved, "optimizer": {**saved["optimizer"], "param_groups": groups}})
 
 
 def _where(name: str, predicate) -> ParamKey:

@@ -1,6 +1,7 @@
 """What a run holds between two steps."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,11 +12,14 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config import Config
+from megatron_mm.config.resume import shifts_loss
+from megatron_mm.data.consumption import Consumption
 from megatron_mm.model.backend import Backend
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.training.gradients import OwnGradients
+from megatron_mm.training.inputs import Inputs
 from megatron_mm.training.optimizer import build_optimizer, build_scheduler
 
 
@@ -33,14 +37,28 @@ class TrainState:
     scheduler: OptimizerParamScheduler
     own_gradients: OwnGradients
     """What this rank's gradients were before they were summed over ranks."""
+    consumption: Consumption
+    """Which samples each step takes, as batch sizes and batches that were left out have it."""
     step: int = 0
     """Optimizer steps done."""
-    skipped_batches: list[tuple[int, int]] = field(default_factory=list)
-    """(step, number of batches that were left out before it) of each time the run stepped over data."""
+    run: str = ""
+    """Names this run among all that ever had its run_dir: what files of another one say is not about this one."""
+    inputs: Inputs | None = None
+    """What the run is trained on, by content; None where nobody recorded it."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """{"step": S, "settings": {key: line}} for each time that the run went on, after step S, with other settings."""
 
-    def batch_of(self, step: int) -> int:
-        """Return which batch of the order is that of optimizer step `step`, counted from 0."""
-        return step + sum(count for first, count in self.skipped_batches if first <= step)
+    def last_shift(self) -> int:
+        """Return the step, counted from 0, at which a planned change has last moved the loss: 0 if none has.
+
+        Other weights of the datasets, another batch size, or settings that were changed on a resume.
+        """
+        planned = [
+            *(change.from_step for change in self.config.data.changes),
+            *(step for step, _ in self.consumption.batch_sizes),
+            *(change["step"] for change in self.changes if shifts_loss(change["settings"])),
+        ]
+        return max(step for step in planned if step <= max(0, self.step - 1))
 
     @property
     def transformer(self) -> TransformerConfig:
@@ -70,7 +88,8 @@ def build_state(config: Config, mesh: Mesh, *, backend: Backend | None = None) -
         holds = [model.no_sync for model in models]
         transformer.no_sync_func = holds if len(holds) > 1 else holds[0]
     scheduler = build_scheduler(config, optimizer, step=0)
-    return TrainState(config, mesh, chunks, models, optimizer, scheduler, OwnGradients(chunks, models))
+    consumption = Consumption(((0, config.training.global_batch_size),))
+    return TrainState(config, mesh, chunks, models, optimizer, scheduler, OwnGradients(chunks, models), consumption)
 
 
 def _exchange_nothing(models: list[DistributedDataParallel]) -> None:

@@ -17,6 +17,7 @@ from statistics import median_low
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
@@ -43,7 +44,8 @@ class Watch:
 
     def __init__(self, settings: GuardConfig, mesh: Mesh, run_dir: str | Path) -> None:
         self._settings, self._mesh, self._folder = settings, mesh, Path(run_dir) / "health"
-        self._host = socket.gethostname()
+        self._path = self._folder / f"rank_{mesh.rank}.json"
+        self._host, self._process_started = socket.gethostname(), psutil.Process().create_time()
         self._step, self._phase, self._since = 0, "start", time.time()
         self._patience = settings.hang_seconds * START_FACTOR
         self._data_seconds: list[float] = []
@@ -53,13 +55,13 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "hang.txt").unlink(missing_ok=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        self._path.unlink(missing_ok=True)
 
     def beat(self, phase: str, *, step: int) -> None:
         """Say that this rank has reached `phase` of step `step`: it is alive."""
@@ -113,6 +115,8 @@ class Watch:
             "rank": self._mesh.rank,
             "host": self._host,
             "pid": os.getpid(),
+            "process_started": self._process_started,
+            "job": os.environ.get("SLURM_JOB_ID"),
             "step": self._step,
             "phase": self._phase,
             "since": self._since,
@@ -120,13 +124,12 @@ class Watch:
             "waits_in": current_collective() if looks else None,
             "at": _place(sys._current_frames().get(self._main)) if looks else None,
         }
-        path = self._folder / f"rank_{self._mesh.rank}.json"
-        partial = path.with_suffix(".partial")
+        partial = self._path.with_suffix(".partial")
         try:
             partial.write_text(json.dumps(record))
-            os.replace(partial, path)
+            os.replace(partial, self._path)
         except OSError as error:
-            log.warning("%s cannot be written: %s", path, error)
+            log.warning("%s cannot be written: %s", self._path, error)
 
     def _end(self, still: float) -> None:
         """Report the hang, once for all ranks, and end this process: its main thread will not."""
@@ -147,6 +150,13 @@ class Watch:
             log.error("nothing has moved for %.0f s (and hang.txt cannot be written: %s):\n%s", still, error, report)
         sys.stderr.flush()
         os._exit(HUNG)
+
+
+def forget_heartbeats(run_dir: str | Path) -> None:
+    """Remove what the ranks of an earlier life have written: a run of fewer ranks would wait for the others."""
+    for path in (Path(run_dir) / "health").glob("*"):
+        if path.name == "hang.txt" or path.name.startswith("rank_"):
+            path.unlink(missing_ok=True)
 
 
 def read_health(folder: Path) -> list[dict[str, Any]]:

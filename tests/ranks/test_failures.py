@@ -25,11 +25,12 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_mm.config import Config
+from megatron_mm.data.consumption import LeftOut
 from megatron_mm.data.loader import Loader
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.pickles import only_plain_pickles
 from megatron_mm.parallel import mesh as meshes
-from megatron_mm.parallel import software
+from megatron_mm.parallel.agreement import check_alike, describe_software
 from megatron_mm.training import checkpoint, loop, manifest, saver, watch
 from megatron_mm.training.manifest import Fence, TakenOver
 from megatron_mm.training.metrics import read_metrics
@@ -68,7 +69,7 @@ def train(config: Config, plant: Plant | None = None, patch: Callable[[int], Non
     finally:
         os.seteuid(os.getuid())
     weights = {name: value.clone() for chunk in state.chunks for name, value in chunk.named_parameters()}
-    return {"step": state.step, "weights": weights, "said": "\n".join(said), "skipped": state.skipped_batches}
+    return {"step": state.step, "weights": weights, "said": "\n".join(said), "left_out": state.consumption.left_out}
 
 
 def assert_same_weights(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -150,8 +151,8 @@ def set_stop_file(path: str, _: int) -> None:
 
 
 def poison(state: TrainState, result: StepResult) -> StepResult | None:
-    """Let the batches 6 and 7 of the order have a loss far above the others."""
-    if state.batch_of(state.step - 1) in (6, 7):
+    """Let the batches 6 and 7 of the order, two samples each, have a loss far above the others."""
+    if state.consumption.positions(state.step - 1)[0] in (12, 14):
         return StepResult(result.losses * torch.tensor([40.0, 1.0]), result.grad_norm, result.lr, result.updated)
     return None
 
@@ -159,23 +160,24 @@ def poison(state: TrainState, result: StepResult) -> StepResult | None:
 def test_a_spike_takes_the_run_back_and_leaves_its_batches_out(shards: Path, tmp_path: Path) -> None:
     spikes = ("training.steps=9", "guard.spike_window=8", "guard.spike_steps=2", "checkpoint.interval=5")
     (seen,) = run_ranks(1, train, run_of(shards, tmp_path / "spike", *spikes), poison)
-    assert seen["skipped"] == [(6, 2)]
+    assert seen["left_out"] == (LeftOut(12, 2, 6), LeftOut(14, 2, 7))
     assert "going back to" in seen["said"]
     records = read_metrics(tmp_path / "spike")
     assert [record["step"] for record in records if "grad_norm" in record] == list(range(1, 10))
     (back,) = [record for record in records if "went_back" in record]
     assert (back["step"], back["lost_steps"]) == (5, 3)
-    (tmp_path / "without").mkdir()
-    (tmp_path / "without" / "skipped_batches.json").write_text("[[6, 2]]")
     run_ranks(1, train, run_of(shards, tmp_path / "without", *spikes, "training.stop_after=5"))
+    newest = checkpoint.newest(run_of(shards, tmp_path / "without"))
+    left_out = {"run": manifest.read_manifest(newest)["run"], "left_out": [[12, 2, 6], [14, 2, 7]]}
+    (tmp_path / "without" / "left_out.json").write_text(json.dumps(left_out))
     (without,) = run_ranks(1, train, run_of(shards, tmp_path / "without", *spikes))  # reads the file as it goes on
-    assert without["skipped"] == [(6, 2)]
+    assert without["left_out"] == seen["left_out"]
     assert_same_weights(seen, without)
 
 
 def spike_early(state: TrainState, result: StepResult) -> StepResult | None:
     """Let the two batches after a restart at step 5 have a loss far above the others."""
-    if state.batch_of(state.step - 1) in (5, 6):
+    if state.consumption.positions(state.step - 1)[0] in (10, 12):
         return StepResult(result.losses * torch.tensor([40.0, 1.0]), result.grad_norm, result.lr, result.updated)
     return None
 
@@ -184,7 +186,7 @@ def test_a_spike_right_after_a_restart_is_seen(shards: Path, tmp_path: Path) -> 
     spikes = ("training.steps=7", "guard.spike_window=8", "guard.spike_steps=2", "checkpoint.interval=5")
     run_ranks(2, train, run_of(shards, tmp_path, *spikes, "training.stop_after=5"))
     for seen in run_ranks(2, train, run_of(shards, tmp_path, *spikes), spike_early):
-        assert seen["skipped"] == [(5, 2)], seen["said"]
+        assert seen["left_out"] == (LeftOut(10, 2, 5), LeftOut(12, 2, 6)), seen["said"]
         assert seen["step"] == 7
 
 
@@ -290,16 +292,16 @@ def test_a_slow_rank_is_named(shards: Path, tmp_path: Path) -> None:
 
 def compare_software(config: Config) -> str:
     mesh = meshes.cut(config)
-    own = software.describe_software()
-    software.check_same_software(mesh)
+    own = describe_software()
+    check_alike(own, what="software")
     with pytest.raises(ConfigError) as failure:
-        software.check_same_software(mesh, {**own, "torch": "1.0"} if mesh.rank == 2 else own)
+        check_alike({**own, "torch": "1.0"} if mesh.rank == 2 else own, what="software")
     return str(failure.value)
 
 
 def test_a_rank_with_other_versions_is_named(shards: Path, tmp_path: Path) -> None:
     for message in run_ranks(3, compare_software, run_of(shards, tmp_path)):
-        assert f"torch 1.0, most ranks have {software.describe_software()['torch']}: rank 2 on" in message
+        assert f"torch 1.0, most ranks have {describe_software()['torch']}: rank 2 on" in message
 
 
 class Payload:

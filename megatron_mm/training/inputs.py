@@ -1,0 +1,243 @@
+"""What a run depends on beside its settings, by content: names and paths stand for it, and contents behind them change.
+
+Recorded with every checkpoint, compared between ranks at the start and with the checkpoint at a resume.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_mm.config import Config, flat
+from megatron_mm.data.samples import Samples
+from megatron_mm.errors import ConfigError
+from megatron_mm.hf.encoders import find_weights
+from megatron_mm.shards import fingerprints, stored_tokenizer
+from megatron_mm.training import manifest
+
+log = logging.getLogger(__name__)
+
+FILES = ("training.start_from", "vision.pretrained", "audio.pretrained")
+"""Settings that name what a new run's weights come from."""
+GONE = "gone"
+"""Stands for a file that is not there any more: a resumed run does not read it."""
+EDGE_BYTES = 1 << 20
+TOKENIZER = "tokenizer.json"
+"""Beside the tensors of a checkpoint."""
+SHORT = 12
+"""Digits of a hash that messages show."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The contents that a run was given."""
+
+    datasets: dict[str, list[str]]
+    """Fingerprints of the shards of each dataset in data.train and data.changes, by its name."""
+    validation: dict[str, list[str]]
+    """Fingerprints of the held-out shards of each prefix."""
+    tokenizer: str
+    """SHA-256 of the tokenizer.json that the ids come from."""
+    files: dict[str, str]
+    """Hash of what each setting of FILES names; 'random' or 'none' as they say, GONE if it is not there."""
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any] | None) -> Self | None:
+        """Return the inputs that a checkpoint's manifest records, None if it is older than this record."""
+        return None if facts is None else cls(**facts)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what a manifest records."""
+        return asdict(self)
+
+    def by_name(self) -> dict[str, str]:
+        """Return every content as text by what it is, to be compared between ranks."""
+        found = {"tokenizer": self.tokenizer[:SHORT], **{key: _short(value) for key, value in self.files.items()}}
+        found |= {f"data.train {name}": _short_all(prints) for name, prints in self.datasets.items()}
+        return found | {f"data.validation {name}": _short_all(prints) for name, prints in self.validation.items()}
+
+
+def read_inputs(config: Config, tokenizer: str, *, hash_files: bool) -> Inputs:
+    """Return what `config` names, as it lies on the disk. `tokenizer` is the hash that the shards record.
+
+    Files of weights, a gigabyte or two, are read only with `hash_files`. Raises DataError if shards are missing.
+    """
+    datasets = {
+        name: [one for prefix in name.split(",") for one in fingerprints(prefix).values()]
+        for name in config.data.train_datasets
+    }
+    validation = {prefix: list(fingerprints(prefix).values()) for prefix in config.data.validation}
+    named = {
+        "training.start_from": config.training.start_from,
+        "vision.pretrained": config.vision.pretrained,
+        "audio.pretrained": config.audio.pretrained,
+    }
+    files = {key: _hash(value) for key, value in named.items()} if hash_files else {}
+    return Inputs(datasets, validation, tokenizer, files)
+
+
+def _hash(value: str | None) -> str:
+    """Return the hash of a file of weights, of the one in a Hugging Face folder, or of a checkpoint."""
+    if value is None or value == "random":
+        return value or "none"
+    path = Path(value)
+    if not path.exists():
+        return GONE
+    return _hash_checkpoint(path) if (path / manifest.MANIFEST).exists() else manifest.hash_file(find_weights(path))
+
+
+def _hash_checkpoint(path: Path) -> str:
+    """Return a hash that identifies a checkpoint: of its manifest where that holds the files' own.
+
+    An import's does not: of its files count names, sizes, and the first and last megabyte.
+    """
+    data = (path / manifest.MANIFEST).read_bytes()
+    if b'"sha256"' in data:
+        return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(data)
+    for file in sorted(file for file in path.iterdir() if file.is_file()):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(EDGE_BYTES))
+            stream.seek(max(0, file.stat().st_size - EDGE_BYTES))
+            digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def check_held_out(config: Config) -> None:
+    """Pass if nothing is trained on twice, or held out and trained on: shards count by content, however they are named.
+
+    Raises ConfigError with both names of the shards that are.
+    """
+    trained: dict[str, str] = {}
+    problems = []
+    for prefix in [prefix for name in config.data.train_datasets for prefix in name.split(",")]:
+        for part, print_ in fingerprints(prefix).items():
+            if print_ in trained:
+                problems.append(f"data.train holds the same shards twice, {_named(trained[print_], part)}")
+            trained[print_] = part
+    for prefix in config.data.validation:
+        for part, print_ in fingerprints(prefix).items():
+            if print_ in trained:
+                problems.append(
+                    f"data.validation={prefix} is trained on: {_named(trained[print_], part)} of data.train holds the "
+                    "same documents"
+                )
+    if problems:
+        raise ConfigError(
+            ";\n".join(problems) + ".\nTake one of the two out: held-out documents must not be trained on, and tokens "
+            "not be repeated in silence."
+        )
+
+
+def _named(first: str, second: str) -> str:
+    return first if first == second else f"{first} (also {second})"
+
+
+def check_same_inputs(saved: Inputs, now: Inputs, *, configs: tuple[Config, Config], step: int) -> list[str]:
+    """Return what has changed, of what may, since a checkpoint of step `step` was saved, a line each.
+
+    `configs` are the settings then and now. Raises ConfigError with every content that a resumed run cannot change,
+    under its name then and its name now.
+    """
+    refused, changed = [], []
+    if saved.tokenizer != now.tokenizer:
+        refused.append(
+            f"the shards come from tokenizer {now.tokenizer[:SHORT]}, the run's from {saved.tokenizer[:SHORT]}"
+        )
+    refused += list(_other_datasets(saved, now, configs=configs, step=step))
+    for prefix in now.validation:
+        if prefix not in saved.validation:
+            changed.append(f"data.validation: {prefix} is held out since step {step}")
+        elif saved.validation[prefix] != now.validation[prefix]:
+            refused.append(_other("data.validation", prefix, now.validation[prefix], prefix, saved.validation[prefix]))
+    for key, found in now.files.items():
+        then, own = saved.files.get(key, "none"), flat(configs[1])[key]
+        if found not in (then, GONE, "none"):
+            refused.append(
+                f"{key}={own} is {_short(found)}, and the run started from {flat(configs[0])[key]} ({_short(then)}): "
+                "a resumed run does not read it again"
+            )
+    if refused:
+        raise ConfigError(
+            "what this run was trained on is not what its settings name now:\n  " + "\n  ".join(refused) + "\nPut back "
+            "what was there (paths may move), or start anew: another run_dir, with training.start_from for the weights."
+        )
+    return changed
+
+
+def _other_datasets(saved: Inputs, now: Inputs, *, configs: tuple[Config, Config], step: int) -> Iterator[str]:
+    """Yield how the datasets, or their weights, of steps up to `step` differ from what was trained on."""
+    before, after = (_drawn(config, inputs, step) for config, inputs in zip(configs, (saved, now)))
+    for (what, then), (_, found) in zip(before, after):
+        if [one[1] for one in then] != [one[1] for one in found]:
+            own = ", ".join(f"{name} ({_short_all(prints)})" for name, prints, _ in found)
+            theirs = ", ".join(f"{name} ({_short_all(prints)})" for name, prints, _ in then)
+            yield f"{what} is {own}; the run was trained on {theirs}"
+        elif any(abs(one[2] - other[2]) > 1e-9 for one, other in zip(then, found)):
+            shares = [{name: round(share, 6) for name, _, share in drawn} for drawn in (found, then)]
+            yield f"the weights of {what} are {shares[0]}, the run's {shares[1]}"
+
+
+def _drawn(config: Config, inputs: Inputs, step: int) -> list[tuple[str, list[tuple[str, list[str], float]]]]:
+    """Return, of data.train and each past change, (name, fingerprints, share) of every dataset, in order."""
+    train = config.data.train
+    first = dict(train) if isinstance(train, dict) else {",".join(train): 1.0}
+    changes = {
+        f"data.changes from step {one.from_step}": one.train for one in config.data.changes if one.from_step < step
+    }
+    return [
+        (what, [(name, inputs.datasets[name], weight / sum(weights.values())) for name, weight in weights.items()])
+        for what, weights in {"data.train": first, **changes}.items()
+    ]
+
+
+def _other(what: str, name: str, prints: list[str], before: str, saved: list[str]) -> str:
+    return f"{what}: {name} holds {_short_all(prints)}, the run's {before} held {_short_all(saved)}"
+
+
+def check_tokenizers(config: Config, samples: Samples, heldout: Samples | None) -> None:
+    """Pass if the held-out shards, and the checkpoint that the run starts from, speak of the same ids.
+
+    Raises ConfigError that names both sides.
+    """
+    own = samples.shards[0]
+    if heldout is not None and heldout.shards[0].tokenizer != own.tokenizer:
+        raise ConfigError(
+            f"data.validation={heldout.shards[0].prefix} comes from another tokenizer than {own.prefix} of data.train: "
+            "the same id means different text. Preprocess it again with the tokenizer of the training data."
+        )
+    stored = Path(config.training.start_from or "") / TOKENIZER
+    if not config.training.start_from:
+        return
+    content = stored_tokenizer(own.prefix)
+    if not stored.exists() or content is None:
+        log.warning(
+            "whether the ids of training.start_from=%s mean what those of %s do cannot be told: one has no tokenizer",
+            *(config.training.start_from, own.prefix),
+        )
+    elif not _extends(json.loads(content), json.loads(stored.read_bytes())):
+        raise ConfigError(
+            f"training.start_from={config.training.start_from} was trained with another tokenizer "
+            f"({manifest.hash_file(stored)[:SHORT]}) than the shards {own.prefix} come from "
+            f"({own.tokenizer.sha256[:SHORT]}): its embeddings mean other text. Preprocess the data with {stored}."
+        )
+
+
+def _extends(tokenizer: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Return whether a tokenizer.json is `base`, or `base` with more added tokens."""
+    parts = ("model", "normalizer", "pre_tokenizer")
+    ids = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
+    same = all(ids.get(token["id"]) == token["content"] for token in base.get("added_tokens", []))
+    return same and all(tokenizer.get(part) == base.get(part) for part in parts)
+
+
+def _short(value: str) -> str:
+    return value[:SHORT]
+
+
+def _short_all(prints: list[str]) -> str:
+    """Return one short name for the shards of a dataset."""
+    return _short(prints[0] if len(prints) == 1 else hashlib.sha256("".join(prints).encode()).hexdigest())

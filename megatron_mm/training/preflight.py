@@ -1,0 +1,124 @@
+"""Everything that a start checks, before it touches anything: a mistake costs a minute, not a run that was healthy."""
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_mm import config as configs
+from megatron_mm.config import Config
+from megatron_mm.data.loader import Loader
+from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.parallel.agreement import check_alike, describe_software, together
+from megatron_mm.parallel.mesh import Mesh, settings_by_key
+from megatron_mm.training import checkpoint, manifest
+from megatron_mm.training.inputs import Inputs, check_held_out, check_same_inputs, check_tokenizers, read_inputs
+from megatron_mm.training.living import check_nobody_lives
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the checks have opened and found."""
+
+    loader: Loader
+    heldout: Loader | None
+    inputs: Inputs
+    goes_on_from: Path | None
+    """The newest committed checkpoint of the run, None if this start is its first."""
+
+
+def prepare(config: Config, mesh: Mesh) -> Ready:
+    """Return what a run needs, once everything is checked; nothing on the disk is changed. Collective over all ranks.
+
+    Raises ConfigError or DataError, on all ranks alike, for settings, software, shards, tokenizers or files that differ
+    between ranks or do not fit one another, the model, or the checkpoint that the run goes on from; for a run_dir that
+    cannot be written, or in which another run lives.
+    """
+    check_alike(describe_software(), what="software")
+    check_alike(settings_by_key(config), what="settings")
+    together(lambda: check_run_dir(config) if mesh.speaks else None)
+    ready = together(lambda: examine(config, mesh))
+    check_alike({**ready.inputs.by_name(), **_checkpoints(config)}, what="data and checkpoints")
+    if ready.goes_on_from is None:
+        return ready
+    return replace(ready, inputs=together(lambda: compare(ready, config, looks=mesh.speaks)))
+
+
+def examine(config: Config, mesh: Mesh) -> Ready:
+    """Open and check on this rank all that a start needs. No communication."""
+    path = newest_checkpoint(config)
+    if path is not None:
+        saved = configs.load_saved(path / "config.yaml")
+        configs.check_resume(saved, config, step=manifest.step_of(path), source=str(path))
+    check_held_out(config)
+    loader = Loader(config.data.train, config=config, mesh=mesh, changes=config.data.changes)
+    heldout = Loader(config.data.validation, config=config, mesh=mesh) if config.data.validation else None
+    check_tokenizers(config, loader.samples, heldout.samples if heldout else None)
+    inputs = read_inputs(config, loader.shards[0].tokenizer.sha256, hash_files=path is None)
+    return Ready(loader, heldout, inputs, path)
+
+
+def newest_checkpoint(config: Config) -> Path | None:
+    """Return the newest checkpoint of the run whose settings can be read, None if the run has none at all.
+
+    Raises ConfigError if there is one and the run is not to go on, or if all that there were have been set aside;
+    DataError if none can be read.
+    """
+    folder = checkpoint.folder(config)
+    paths = manifest.whole_ones(folder)
+    if paths and not config.checkpoint.resume:
+        raise ConfigError(
+            f"checkpoint.resume=false, but run_dir={config.run_dir} holds {paths[-1].name}. Use another run_dir, or "
+            "remove that one."
+        )
+    problems = {path: manifest.find_damage(path, names=("config.yaml",)) for path in reversed(paths)}
+    whole = next((path for path, found in problems.items() if not found), None)
+    damaged = sorted(path.name for path in folder.glob("step_*.damaged"))
+    if whole is None and (paths or damaged):
+        reasons = "".join(f"\n  {line}" for found in problems.values() for line in found)
+        names = ", ".join([*(path.name for path in paths), *damaged])
+        raise DataError(
+            f"no checkpoint of {folder} is whole: {names} are damaged.{reasons}\nRestore one (its name without "
+            ".damaged), or give another run_dir to start anew."
+        )
+    return whole
+
+
+def _checkpoints(config: Config) -> dict[str, str]:
+    """Return what this rank sees of the run's checkpoints: a run_dir that is not the same folder on all nodes shows."""
+    found = {}
+    for path in manifest.whole_ones(checkpoint.folder(config)):
+        try:
+            found[f"run_dir {path.name}"] = (path / manifest.COMMITTED).read_text()[:12]
+        except (OSError, ValueError):
+            found[f"run_dir {path.name}"] = "unreadable"
+    return found
+
+
+def compare(ready: Ready, config: Config, *, looks: bool) -> Inputs:
+    """Return the inputs of the run that goes on, once they are known to be those that it had; one rank reads files."""
+    assert ready.goes_on_from is not None
+    path = ready.goes_on_from
+    saved = Inputs.of(manifest.read_manifest(path).get("inputs"))
+    if saved is None:
+        if looks:
+            log.warning("%s does not record what it was trained on: shards and files are not compared", path)
+        return ready.inputs
+    if looks:
+        now = read_inputs(config, ready.inputs.tokenizer, hash_files=True)
+        then = configs.load_saved(path / "config.yaml")
+        for line in check_same_inputs(saved, now, configs=(then, config), step=manifest.step_of(path)):
+            log.info("changed since the checkpoint: %s", line)
+    return replace(ready.inputs, files=saved.files)
+
+
+def check_run_dir(config: Config) -> None:
+    """Raise ConfigError if the run_dir cannot be written, or another run is at work in it."""
+    folder = Path(config.run_dir)
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+        what = f"{there} is not a folder" if not there.is_dir() else f"PermissionError: {there} is closed to this user"
+        raise ConfigError(f"run_dir={config.run_dir} cannot be written: {what}. Give one that can.")
+    check_nobody_lives(config.run_dir, heartbeat_seconds=config.guard.heartbeat_seconds)
