@@ -1,43 +1,62 @@
-"""Show what the model will see of a file, of a stored document, or of a packed sample: tokens, pixels and sound.
+"""Show what the model will see of a file, a stored document, a packed sample, or a step of a run: text, pixels, sound.
 
 python tools/inspect_data.py --tokenizer tokenizer.json --input report.pdf --html report.html
 python tools/inspect_data.py --tokenizer tokenizer.json --shards data/train --document 12
 python tools/inspect_data.py --tokenizer tokenizer.json --shards data/train --sample 0 --seq-len 8192 --html s.html
+python tools/inspect_data.py --run runs/mine --step 120               which samples of which datasets the step sees
+python tools/inspect_data.py --run tiny --step 1 --html step.html     and what is in them, before there is a run
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from megatron_mm import config as configs
 from megatron_mm.data.packing import plan_packing
-from megatron_mm.data.show import cut_document, render_page, render_text, stored_document
-from megatron_mm.errors import DataError
+from megatron_mm.data.samples import Samples
+from megatron_mm.data.show import piece_of, render_page, render_text, stored_document
+from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.ingest.encode import encode_document
 from megatron_mm.ingest.work import DEFAULTS, Work, read_all
 from megatron_mm.shards import EncodedDocument, open_shards
+from megatron_mm.shards.format import TOKENIZER_SUFFIX
 from megatron_mm.tokenizer import TextTokenizer
+from megatron_mm.training import checkpoint
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="T", help="the tokenizer.json that the shards were made with"
-    )
+    parser.add_argument("--tokenizer", metavar="T", help="the tokenizer.json of --input and --shards")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--input", type=Path, metavar="FILE", help="a file, read and encoded now")
     what.add_argument("--shards", metavar="P", help="the prefix of shards")
+    what.add_argument("--run", metavar="R", help="a run_dir, a preset or a YAML file: with --step")
+    parser.add_argument("--step", type=int, metavar="N", help="which step of the run, counted from 1 as in its log")
     parser.add_argument("--document", type=int, default=0, metavar="N", help="which of their documents (default 0)")
     parser.add_argument("--sample", type=int, metavar="N", help="which of their packed samples, instead of a document")
     parser.add_argument("--seq-len", type=int, default=8192, metavar="L", help="tokens of a sample (default 8192)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows media, instead of printing")
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of --run that differ")
+    arguments = parser.parse_intermixed_args()
+    if (arguments.run is None) == (arguments.tokenizer is None) or (arguments.run is None) != (arguments.step is None):
+        parser.error("--input and --shards go with --tokenizer, --run with --step")
     try:
-        tokenizer = TextTokenizer(arguments.tokenizer)
-        documents = list(_file(arguments.input, tokenizer) if arguments.input else _stored(arguments, tokenizer))
-    except DataError as error:
+        if arguments.run:
+            samples, batch = _step(arguments.run, arguments.step, arguments.overrides)
+            if arguments.html is None:
+                print("\n".join(_order(samples, batch)))
+                return 0
+            tokenizer = TextTokenizer(samples.shards[0].prefix + TOKENIZER_SUFFIX)
+            documents = list(_batch(samples, batch))
+        else:
+            tokenizer = TextTokenizer(arguments.tokenizer)
+            documents = list(_file(arguments.input, tokenizer) if arguments.input else _stored(arguments, tokenizer))
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     if arguments.html:
         arguments.html.write_text(render_page(documents, tokenizer), encoding="utf-8")
         print(f"{len(documents)} documents: {arguments.html}")
@@ -72,9 +91,44 @@ def _stored(arguments: argparse.Namespace, tokenizer: TextTokenizer) -> Iterator
     if not 0 <= arguments.sample < plan.num_samples:
         raise DataError(f"{arguments.shards} has {plan.num_samples} samples of {arguments.seq_len} tokens")
     for piece in plan.sample(arguments.sample):
-        number, start, length = int(piece["document"]), int(piece["start"]), int(piece["length"])
-        title = f"sample {arguments.sample}: tokens {start:,} to {start + length:,} of document {number}"
-        yield title, cut_document(stored_document(shards[int(piece["shard"])], number), start, start + length)
+        yield f"sample {arguments.sample}: {_describe(piece)}", piece_of(shards, piece)
+
+
+def _describe(piece: np.void) -> str:
+    start, length = int(piece["start"]), int(piece["length"])
+    return f"tokens {start:,} to {start + length:,} of document {piece['document']}"
+
+
+def _step(run: str, step: int, overrides: Sequence[str]) -> tuple[Samples, np.ndarray]:
+    """Return the samples of a run and those of one step, as the run goes on from its newest checkpoint."""
+    saved = Path(run) / "config.yaml"
+    config = configs.load_saved(saved, overrides) if saved.is_file() else configs.load(run, overrides)
+    if not 1 <= step <= config.training.steps:
+        raise ConfigError(f"--step {step} is not one of the {config.training.steps} steps of {run}, counted from 1.")
+    samples = Samples(config.data.train, config=config, changes=config.data.changes)
+    samples.follow(checkpoint.consumption_of(config, checkpoint.newest(config)))
+    return samples, samples.of_step(step - 1)
+
+
+def _order(samples: Samples, batch: np.ndarray) -> Iterator[str]:
+    """Yield a line for each sample of a batch, and one for each document in it."""
+    for number, sample in enumerate(batch.tolist()):
+        dataset = samples.dataset_of(sample)
+        own = sample - int(samples.first_sample[dataset])
+        yield f"{number}: sample {own:,} of {samples.plans[dataset].num_samples:,} of {samples.datasets[dataset]}"
+        for piece in samples.pieces(sample):
+            shard = samples.shards[int(piece["shard"])]
+            source = shard.source(int(piece["document"])).name.lower()
+            yield f"    {source:<6} {_describe(piece)} of {shard.prefix}"
+
+
+def _batch(samples: Samples, batch: np.ndarray) -> Iterator[tuple[str, EncodedDocument]]:
+    for number, sample in enumerate(batch.tolist()):
+        for piece in samples.pieces(sample):
+            yield (
+                f"{number}: {_describe(piece)} of {samples.shards[int(piece['shard'])].prefix}",
+                piece_of(samples.shards, piece),
+            )
 
 
 if __name__ == "__main__":

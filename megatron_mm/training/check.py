@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_mm import config as configs
@@ -42,7 +43,7 @@ def check(config: Config, world_size: int) -> Iterator[str]:
     yield f"model       {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
     ready = examine(config, mesh)
     if ready.goes_on_from is not None:
-        ready = compare(ready, config, looks=True)
+        ready = replace(ready, inputs=compare(ready, config, looks=True))
     samples = ready.loader.samples
     yield from (f"data        {line}" for line in samples.describe())
     yield from (f"held out    {line}" for line in (ready.heldout.samples.describe() if ready.heldout else ["nothing"]))
@@ -81,21 +82,27 @@ def _disk_lines(config: Config, model: MultimodalModel) -> Iterator[str]:
     more = max(1, config.checkpoint.keep + 1 - kept)  # one is written before the oldest goes
     if free < one:
         raise ConfigError(
-            f"run_dir={config.run_dir}: a checkpoint takes {one / 1e9:,.1f} GB, and {there} has {free / 1e9:,.1f} GB "
-            "free. Make room, or give a run_dir on another disk."
+            f"run_dir={config.run_dir}: a checkpoint takes {_size(one)}, and {there} has {_size(free)} free. Make room, "
+            "or give a run_dir on another disk."
         )
-    line = (
-        f"checkpoints {one / 1e9:,.1f} GB each, {kept} there, {more} more to come; {free / 1e9:,.1f} GB free in {there}"
-    )
+    line = f"checkpoints {_size(one)} each, {kept} there, {more} more to come; {_size(free)} free in {there}"
     yield line if free >= more * one else f"{line}: TOO LITTLE for checkpoint.keep={config.checkpoint.keep}"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def _first_batch(samples: Samples, *, step: int) -> Iterator[str]:
     """Yield what the first sample of the next step holds, as the model will see it."""
     batch = samples.of_step(step)
-    tokenizer = TextTokenizer(Path(samples.shards[0].prefix + TOKENIZER_SUFFIX))
     pieces = samples.pieces(int(batch[0]))
     yield f"first batch step {step + 1}: {len(batch)} samples, the first of {len(pieces)} documents:"
+    stored = Path(samples.shards[0].prefix + TOKENIZER_SUFFIX)
+    if not stored.exists():
+        yield f"            which cannot be shown: {stored} is missing, and exports will lack it too"
+        return
+    tokenizer = TextTokenizer(stored)
     for piece in pieces[:SHOWN_DOCUMENTS]:
         text = " ".join(render_text(piece_of(samples.shards, piece), tokenizer).split())
         yield f"            {text[:SHOWN_CHARACTERS]}{' ...' * (len(text) > SHOWN_CHARACTERS)}"

@@ -145,6 +145,45 @@ def test_the_guard_calls_it_a_spike_when_the_loss_stays_up() -> None:
         guard.roll_back(spike.value)
 
 
+def test_a_planned_change_is_no_spike_and_what_is_usual_is_learned_anew() -> None:
+    """Harder data from step 41 on: with its past the guard would go back again and again."""
+    guard = Guard(GuardConfig(spike_window=20, spike_steps=3))
+    for step in range(1, 41):
+        guard.check(result(loss=2.0 + 0.001 * (step % 3)), step=step)
+    for step in range(41, 61):
+        guard.check(result(loss=3.5 + 0.001 * (step % 3)), step=step, since=40)
+        assert guard.healthy
+    with pytest.raises(LossSpike):
+        for step in range(61, 64):
+            guard.check(result(loss=4.5), step=step, since=40)
+    guard.remember([(step, 2.0) for step in range(31, 41)])
+    guard.check(result(loss=3.5), step=41, since=40)
+    assert guard.healthy
+
+
+def test_the_limit_of_a_steady_loss_has_a_floor_in_nats() -> None:
+    """A loss of 0.01 that becomes 0.06 is fifty deviations above, and nothing to go back for."""
+    guard = Guard(GuardConfig(spike_window=20, spike_steps=3))
+    for step in range(1, 21):
+        guard.check(result(loss=0.01), step=step)
+    guard.check(result(loss=0.06), step=21)
+    assert guard.healthy
+    guard.check(result(loss=0.3), step=22)
+    assert not guard.healthy
+
+
+def test_the_guard_names_what_keeps_the_last_state_from_being_kept() -> None:
+    guard = Guard(GuardConfig(spike_window=4, spike_steps=3))
+    for step in range(1, 5):
+        guard.check(result(loss=2.0), step=step)
+    assert guard.unsettled(4) is None
+    guard.check(result(loss=9.0), step=5)
+    assert (guard.unsettled(5).first, guard.unsettled(5).last) == (5, 5)
+    guard.check(result(loss=2.0), step=6)
+    guard.check(result(False), step=7)
+    assert "steps 7 to 7, the last of the run, had no finite gradient" in str(guard.unsettled(7))
+
+
 def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
