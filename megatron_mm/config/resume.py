@@ -90,8 +90,11 @@ def check_resume(saved: Config, now: Config, *, step: int, source: str) -> dict[
     """
     changed = differences(saved, now)
     refused = [line for key, line in changed.items() if verdict(key) == "never"]
+    if _shares(saved.data.train) != _shares(now.data.train):
+        refused.append(f"{changed['data.train']} ({BY_RULE['data.train']})")
     past = [[change for change in config.data.changes if change.from_step < step] for config in (saved, now)]
-    if [change.from_step for change in past[0]] != [change.from_step for change in past[1]]:
+    drawn = [[(change.from_step, _shares(change.train)) for change in changes] for changes in past]
+    if drawn[0] != drawn[1]:
         refused.append(f"{changed['data.changes']} (only changes from step {step} on can differ)")
     if {saved.training.precision, now.training.precision} not in ({"bf16", "fp8"}, {saved.training.precision}):
         refused.append(f"{changed['training.precision']} ({BY_RULE['training.precision']})")
@@ -102,6 +105,13 @@ def check_resume(saved: Config, now: Config, *, step: int, source: str) -> dict[
             + "\nSet them back, or start anew: another run_dir, with training.start_from for the weights."
         )
     return changed
+
+
+def _shares(train: tuple[str, ...] | Mapping[str, float]) -> list[float]:
+    """Return how much is drawn of each dataset, in order, whatever they are called."""
+    if not isinstance(train, Mapping):
+        return [1.0]
+    return [round(weight / sum(train.values()), 9) for weight in train.values()]
 
 
 def shifts_loss(changed: Mapping[str, str]) -> bool:

@@ -82,8 +82,8 @@ def _disk_lines(config: Config, model: MultimodalModel) -> Iterator[str]:
     more = max(1, config.checkpoint.keep + 1 - kept)  # one is written before the oldest goes
     if free < one:
         raise ConfigError(
-            f"run_dir={config.run_dir}: a checkpoint takes {_size(one)}, and {there} has {_size(free)} free. Make room, "
-            "or give a run_dir on another disk."
+            f"run_dir={config.run_dir}: a checkpoint takes {_size(one)}, and {there} has {_size(free)} free. Make "
+            "room, or give a run_dir on another disk."
         )
     line = f"checkpoints {_size(one)} each, {kept} there, {more} more to come; {_size(free)} free in {there}"
     yield line if free >= more * one else f"{line}: TOO LITTLE for checkpoint.keep={config.checkpoint.keep}"

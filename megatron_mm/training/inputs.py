@@ -169,29 +169,27 @@ def check_same_inputs(saved: Inputs, now: Inputs, *, configs: tuple[Config, Conf
 
 
 def _other_datasets(saved: Inputs, now: Inputs, *, configs: tuple[Config, Config], step: int) -> Iterator[str]:
-    """Yield how the datasets, or their weights, of steps up to `step` differ from what was trained on."""
+    """Yield which datasets, of those that steps up to `step` drew from, are not what was trained on.
+
+    Their number and weights are compared with the settings.
+    """
     before, after = (_drawn(config, inputs, step) for config, inputs in zip(configs, (saved, now)))
-    for (what, then), (_, found) in zip(before, after):
-        if [one[1] for one in then] != [one[1] for one in found]:
-            own = ", ".join(f"{name} ({_short_all(prints)})" for name, prints, _ in found)
-            theirs = ", ".join(f"{name} ({_short_all(prints)})" for name, prints, _ in then)
+    for (what, then), (_, found) in zip(before, after, strict=True):
+        if list(then.values()) != list(found.values()):
+            own, theirs = (
+                ", ".join(f"{name} ({_short_all(prints)})" for name, prints in datasets.items())
+                for datasets in (found, then)
+            )
             yield f"{what} is {own}; the run was trained on {theirs}"
-        elif any(abs(one[2] - other[2]) > 1e-9 for one, other in zip(then, found)):
-            shares = [{name: round(share, 6) for name, _, share in drawn} for drawn in (found, then)]
-            yield f"the weights of {what} are {shares[0]}, the run's {shares[1]}"
 
 
-def _drawn(config: Config, inputs: Inputs, step: int) -> list[tuple[str, list[tuple[str, list[str], float]]]]:
-    """Return, of data.train and each past change, (name, fingerprints, share) of every dataset, in order."""
+def _drawn(config: Config, inputs: Inputs, step: int) -> list[tuple[str, dict[str, list[str]]]]:
+    """Return, of data.train and of each past change, the fingerprints of every dataset, in order."""
     train = config.data.train
-    first = dict(train) if isinstance(train, dict) else {",".join(train): 1.0}
-    changes = {
-        f"data.changes from step {one.from_step}": one.train for one in config.data.changes if one.from_step < step
-    }
-    return [
-        (what, [(name, inputs.datasets[name], weight / sum(weights.values())) for name, weight in weights.items()])
-        for what, weights in {"data.train": first, **changes}.items()
-    ]
+    named = {"data.train": list(train) if isinstance(train, dict) else [",".join(train)]}
+    past = [change for change in config.data.changes if change.from_step < step]
+    named |= {f"data.changes from step {change.from_step}": list(change.train) for change in past}
+    return [(what, {name: inputs.datasets[name] for name in names}) for what, names in named.items()]
 
 
 def _other(what: str, name: str, prints: list[str], before: str, saved: list[str]) -> str:

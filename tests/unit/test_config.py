@@ -171,5 +171,3 @@ def test_a_blend_is_weights_by_dataset_and_may_change_on_the_way() -> None:
         configs.load(
             "tiny", ["data.train=[a]", "data.changes=[{from_step: 3, train: {b: 1}}, {from_step: 3, train: {c: 1}}]"]
         )
-    with pytest.raises(ConfigError, match=r"data\.validation holds \['c'\]"):
-        configs.load("tiny", ["data.train=[a]", "data.changes=[{from_step: 3, train: {c: 1}}]", "data.validation=[c]"])
