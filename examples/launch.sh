@@ -7,8 +7,9 @@
 #   MAX_STALLS=3               tries in a row without a new checkpoint after which the job fails
 #   START_SECONDS=1800, SILENT_SECONDS=180   how long ranks may take to start, and be without a heartbeat later
 #   MARGIN_SECONDS=900         how long before the time limit the run saves and is queued again
-# DRY_RUN=1, or running it outside of SLURM, prints what would run, and the model and layout as counted from the built
-# modules, and starts nothing; DRY_RUN=brief leaves out the model.
+# Outside of SLURM it checks all that a start would (--check), prints what would run, and starts nothing; with SUBMIT=1 it
+# then hands the script to sbatch, so that nothing that is wrong asks for nodes. DRY_RUN=1 prints the model and layout as
+# counted from the built modules instead of the check, DRY_RUN=brief neither.
 set -uo pipefail
 say() { echo "$(date +%FT%T) [${SLURM_JOB_ID:-dry}.${SLURM_RESTART_COUNT:-0}] $*"; }
 fail() { say "error: $*"; exit 1; }
@@ -40,20 +41,38 @@ if [ -n "${IMAGE:-}" ]; then
     --no-container-mount-home)  # a home folder brings packages that the image does not know
 fi
 
+container_of_one=()
+[ -z "${IMAGE:-}" ] || container_of_one=(srun --overlap --mpi=none --nodes=1 --ntasks=1 "${container[@]}")
+
 world=$((TRAIN_NODES * TASKS))
 train=("$python" -m megatron_mm.train "$PRESET" "run_dir=$RUN_DIR" "${SETTINGS[@]}")
 steps_of() { # NODES TASKS-A-NODE [OPTION...]: srun's arguments for one step
   echo --overlap --mpi=none --nodes="$1" --ntasks=$(($1 * $2)) --ntasks-per-node="$2" --distribution=block:block; }
 
+check=("${PYTHON:-$PWD/.venv/bin/python}" "${train[@]:1}" --check --world-size "$world")
+
 if [ -n "${DRY_RUN:-}" ] || [ -z "${SLURM_JOB_ID:-}" ]; then
+  if [ -n "${SUBMIT:-}" ]; then
+    CUDA_VISIBLE_DEVICES= "${check[@]}" || fail "nothing was submitted"
+    exec sbatch "examples/$(basename "$0")" "${ARGUMENTS[@]}"
+  fi
   echo "# $TRAIN_NODES nodes x $TASKS ranks = $world ranks; logs in $RUN_DIR/logs/JOB.LIFE/tryN/rank_N.log"
   printf 'export %s\n' "${environment[@]}"
   echo "srun $(steps_of "$TRAIN_NODES" 1) ${container[*]} examples/check_node.sh $GPUS"
   echo "srun $(steps_of "$TRAIN_NODES" "$TASKS") --kill-on-bad-exit=1 --wait=60 ${container[*]} ${train[*]}"
-  [ "${DRY_RUN:-}" = brief ] || "${PYTHON:-$PWD/.venv/bin/python}" -m megatron_mm.train "$PRESET" "run_dir=$RUN_DIR" "${SETTINGS[@]}" --describe \
-    --world-size "$world" || exit 1
+  case "${DRY_RUN:-}" in
+    brief) ;;
+    "") CUDA_VISIBLE_DEVICES= "${check[@]}" || exit 1 ;;
+    *) "${check[0]}" "${train[@]:1}" --describe --world-size "$world" || exit 1 ;;
+  esac
   exit 0
 fi
+
+saved_step() { # of the newest committed checkpoint
+  local newest; newest=$(cd "$RUN_DIR/checkpoints" 2>/dev/null && ls -d step_*/COMMITTED 2>/dev/null | grep -E '^step_[0-9]+/' | tail -1)
+  newest=${newest#step_} newest=${newest%%/*}; echo $((10#${newest:-0})); }
+is_done() { # DONE is of this run if the weights that it speaks of are there: another one may have left it
+  [ -e "$RUN_DIR/DONE" ] && [ "$(cat "$RUN_DIR/DONE")" = "$(saved_step)" ]; }
 
 if [ -n "${IMAGE:-}" ]; then
   srun --help 2>&1 | grep -q -- --container-image || fail "IMAGE=$IMAGE is set, but this SLURM has no pyxis: unset IMAGE to run in $PWD/.venv"
@@ -62,7 +81,7 @@ else
 fi
 life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} logs=$RUN_DIR/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 mkdir -p "$logs" || fail "$RUN_DIR cannot be written"
-[ ! -e "$RUN_DIR/DONE" ] || { say "done already: remove $RUN_DIR/DONE to train for longer"; exit 0; }
+! is_done || { say "done already: remove $RUN_DIR/DONE to train for longer"; exit 0; }
 scontrol show job "$SLURM_JOB_ID" >"$logs/job.txt" 2>&1
 { git rev-parse HEAD 2>/dev/null; printf '%s\n' "${environment[@]}" "${train[*]}"; } >"$logs/launch.txt"
 
@@ -74,9 +93,6 @@ trap 'time_is_up=1; : >"$MEGATRON_MM_STOP_FILE"; say "time is nearly up: the ran
 trap 'over=1; say "TERM: the job was cancelled, requeued or preempted, or a node failed"' TERM
 await() { local status; while :; do wait "$1"; status=$?; kill -0 "$1" 2>/dev/null || return $status; done; }
 live_nodes() { scontrol show hostnames "$(squeue -h -j "$SLURM_JOB_ID" -o %N)"; }  # SLURM_JOB_NODELIST keeps dead ones
-saved_step() { # of the newest committed checkpoint
-  local newest; newest=$(cd "$RUN_DIR/checkpoints" 2>/dev/null && ls -d step_*/COMMITTED 2>/dev/null | grep -E '^step_[0-9]+/' | tail -1)
-  newest=${newest#step_} newest=${newest%%/*}; echo $((10#${newest:-0})); }
 seconds_left() { # until the time limit; nothing if there is none
   local left days=0 h=0 m=0 s=0; left=$(squeue -h -j "$SLURM_JOB_ID" -o %L)
   [[ $left =~ ^[0-9:-]+$ ]] || return 0
@@ -138,6 +154,11 @@ train_once() { # on the first TRAIN_NODES of good
   after=$(saved_step); say "try $try: srun ended with $status; saved steps $before -> $after"
   if ((after > before)); then stalls=0; else stalls=$((stalls + 1)); fi; }
 
+# All that a start would check, on this host's CPU, before any rank runs: a mistake ends the job in a minute.
+"${container_of_one[@]}" env CUDA_VISIBLE_DEVICES= timeout "${CHECK_SECONDS:-300}" "$python" "${train[@]:1}" --check --world-size "$world" >"$logs/check.txt" 2>&1 & await $!; status=$?
+if ((status == 2)); then fail "$(grep -v '^media are' "$logs/check.txt" | tail -12)"; fi
+((status == 0)) || say "the check before the start ended with $status (see $logs/check.txt); the ranks check again"
+
 stalls=0 try=0 first_step=$(saved_step)
 while :; do
   try=$((try + 1)) try_logs=$logs/try$try; mkdir -p "$try_logs"
@@ -147,7 +168,7 @@ while :; do
   ((${#good[@]} >= TRAIN_NODES)) || requeue "$(joined "${bad[@]}")"
   train_once
   # srun's status is the largest of all ranks', those that it killed included: files tell what happened.
-  [ ! -e "$RUN_DIR/DONE" ] || { say "done"; exit 0; }
+  ! is_done || { say "done"; exit 0; }
   first=$(cat "$RUN_DIR/health/hang.txt" 2>/dev/null; grep -hE '^(\[rank [0-9]+\] )?(error: |[A-Za-z_.]*(Error|Exception|Diverged|Differ|Failed|TakenOver): )' "$try_logs"/rank_*.log 2>/dev/null | sort | uniq -c | sort -rn | head -5)
   [ -z "$first" ] || say "the ranks said:"$'\n'"$first"
   [ -z "$over" ] || break

@@ -3,6 +3,8 @@
 #   sbatch examples/pretrain_88b.sh [section.key=value ...]
 #   sbatch --nodes=130 --no-kill examples/pretrain_88b.sh       two spare nodes: restarts without the queue
 #   for _ in 1 2 3; do sbatch examples/pretrain_88b.sh; done    a chain: each goes on where the one before ended
+#   examples/pretrain_88b.sh                                    outside of SLURM: checks all, prints what would run
+#   SUBMIT=1 examples/pretrain_88b.sh                           checks all, then submits itself
 #   DRY_RUN=1 examples/pretrain_88b.sh                          prints what would run
 # Account, partition, data, container and fabric of a site go into examples/site.env; docs/cluster.md says which.
 #SBATCH --job-name=mm88b
@@ -31,4 +33,5 @@ if [ -z "${TRAIN_DATA:-}" ] && [[ " $*" != *" data.train="* ]] && [ -z "${DRY_RU
   echo "error: there are no shards data/train: set TRAIN_DATA in examples/site.env, or give data.train=[...]"; exit 1
 fi
 SETTINGS=("data.train=${TRAIN_DATA:-[data/train]}" "data.validation=${HELDOUT_DATA:-[data/heldout]}" "$@")
+ARGUMENTS=("$@")
 . examples/launch.sh
