@@ -178,10 +178,11 @@ class TrainingConfig(Section):
     backend: Literal["auto", "local", "transformer_engine"] = "auto"
     """What decoder layers are built of: megatron-core's linear layers (local) or TransformerEngine's; auto takes the
     latter on a GPU where it is installed. A checkpoint of one is a checkpoint of the other."""
-    attention: Literal["auto", "sdpa", "stacked", "varlen", "flash_attn"] = "auto"
-    """Attention of the local backend: torch's scaled_dot_product_attention document by document, our own for heads that
-    share keys where it is faster (stacked: on a CPU in FP32), torch's flash kernels over all documents (varlen),
-    or those of the flash-attn package; auto takes the last that can run."""
+    attention: Literal["auto", "reference", "sdpa", "stacked", "varlen", "flash_attn"] = "auto"
+    """Attention of the local backend: its definition or torch's scaled_dot_product_attention, document by document, our
+    own for heads that share keys where it is faster (stacked: on a CPU in FP32), torch's flash kernels over all
+    documents (varlen), or those of the flash-attn package; auto takes the last that can run, and the definition with
+    training.kernels=reference. TransformerEngine has its own, and takes auto alone."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the penalty log(Z)^2 of the softmax's denominator Z, which keeps logits near zero; 1e-4 is usual."""
     loss_chunk_tokens: NonNegativeInt = 0
@@ -194,8 +195,10 @@ class TrainingConfig(Section):
     """Key of the initial weights, which do not depend on the layout."""
     check_replicas_interval: NonNegativeInt = 0
     """Steps between checks that ranks which hold the same parameters hold the same bits; 0 checks never."""
-    kernels: Literal["auto", "reference", "native"] = "auto"
-    """Which kernels run: auto takes the native ones where they are built and the device is a GPU."""
+    kernels: Literal["auto", "reference", "fused", "native"] = "auto"
+    """Form of our kernels (embedding, norms, rotation, SwiGLU, cross-entropy): their definitions, one operation after
+    the other with torch's own gradients (reference: slow, to compare with); torch that keeps and moves less (fused); or
+    CUDA (native). auto takes native where they are built and the device is a GPU, and fused elsewhere."""
 
 
 class OptimizerConfig(Section):
@@ -264,8 +267,8 @@ class GuardConfig(Section):
     heartbeat_seconds: PositiveFloat = 10.0
     """How often each rank writes where it is to run_dir/health."""
     hang_seconds: NonNegativeFloat = 900.0
-    """How long a rank may stand still in one phase before the run names who waits for whom, and ends; 0 waits as long
-    as collectives do."""
+    """How long a rank may stand still in one phase before the run names who waits for whom, and ends: at least four
+    heartbeats. 0 waits as long as collectives do, and names nobody."""
     slow_rank_interval: NonNegativeInt = 100
     """Steps between comparisons of how fast the ranks compute and how long they wait for data; 0 compares never."""
     slow_rank_ratio: float = Field(1.5, gt=1.0)

@@ -1,6 +1,7 @@
 """Cross-entropy over a vocabulary that is cut over the tensor ranks, from logits or straight from hidden states.
 
-Three numbers a token cross the ranks, in one all-gather: what each rank's part of the softmax is known by.
+Three numbers a token cross the ranks, in one all-gather: what each rank's part of the softmax is known by. The
+reference form gathers the logits of the whole vocabulary and applies the definition.
 """
 
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from megatron_mm.kernels import ops
+from megatron_mm.kernels import ops, reference
 
 
 def vocab_parallel_cross_entropy(
@@ -17,10 +19,13 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """Return the cross-entropy and z-loss of each token; see `reference.cross_entropy`.
 
-    Shapes: logits (num_tokens, vocab/tp) packed, destroyed by the backward pass, which writes their gradient over them;
-    labels (num_tokens,) ids; mask (num_tokens,) float32: rows where it is 0 are not read; returns (2, num_tokens)
-    float32. Collective over `group` (tp): one all-gather of three numbers a token; None is a single rank.
+    Shapes: logits (num_tokens, vocab/tp) packed, destroyed by the backward pass, which writes their gradient over them
+    (not in the reference form); labels (num_tokens,) ids; mask (num_tokens,) float32: rows where it is 0 are not read;
+    returns (2, num_tokens) float32. Collective over `group` (tp): one all-gather of three numbers a token, of all
+    logits in the reference form; None is a single rank.
     """
+    if ops.form() == "reference":
+        return _defined(logits, labels, mask, z_loss, group)
     return _CrossEntropy.apply(logits, labels, mask, z_loss, group)
 
 
@@ -42,6 +47,33 @@ class _CrossEntropy(torch.autograd.Function):
         return logits, None, None, None, None
 
 
+def _defined(
+    logits: Tensor, labels: Tensor, mask: Tensor | None, z_loss: float, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Return the definition over the logits of all ranks, in FP32 at least. Collective over `group`."""
+    wide = logits.float() if logits.dtype == torch.bfloat16 else logits
+    whole = wide if group is None or group.size() == 1 else _WholeVocabulary.apply(wide, group)
+    return reference.cross_entropy(whole, labels=labels, mask=mask, z_loss=z_loss)
+
+
+class _WholeVocabulary(torch.autograd.Function):
+    """(num_tokens, vocab/tp) to (num_tokens, vocab), on every rank.
+
+    All ranks compute the same losses of it, so each has the whole gradient already and takes its own columns.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(logits) for _ in range(group.size())]
+        dist.all_gather(parts, logits.contiguous(), group=group)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.chunk(ctx.group.size(), dim=1)[ctx.group.rank()], None
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     *,
@@ -59,6 +91,15 @@ def linear_cross_entropy(
     (vocab/tp, hidden). Collective over `group` as there; the gradient of `hidden` is this rank's part of a sum over
     `group`, which the operation that gathered it reduces.
     """
+    if ops.form() == "reference":
+        wide = weight.float() if weight.dtype == torch.bfloat16 else weight  # sums of chunks are not rounded
+
+        def part_of(part: Tensor, own: slice) -> Tensor:
+            logits = part @ wide.to(weight.dtype).t()
+            return _defined(logits, labels[own], _part(mask, own), z_loss, group)
+
+        parts = [checkpoint(part_of, *chunk, use_reentrant=False) for chunk in _chunks(hidden, chunk_tokens)]
+        return torch.cat(parts, dim=1)
     return _LinearCrossEntropy.apply(hidden, weight, labels, mask, z_loss, group, chunk_tokens)
 
 

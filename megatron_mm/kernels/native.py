@@ -37,7 +37,7 @@ def _run(name: str, *arguments: Tensor | float | int | None) -> None:
         assert not isinstance(argument, Tensor) or argument.is_contiguous(), name
     error = launch(name, *arguments)
     if error == UNSUPPORTED:
-        raise ValueError(f"{name}: a row or a head is wider than the kernel holds; use training.kernels=reference")
+        raise ValueError(f"{name}: a row or a head is wider than the kernel holds; use training.kernels=fused")
     if error:
         raise RuntimeError(f"{name} could not be launched: cudaError {error}")
 

@@ -1,11 +1,14 @@
 """Kernels as torch operators, and the one place that chooses which form of each runs.
 
-An operator `torch.ops.megatron_mm.X` runs `native.X` on a GPU and `plain.X` elsewhere. The functions below take the
-operators where `select` has chosen the native kernels, and otherwise torch's own or `fused`'s.
+A kernel has three forms: `reference` is its definition, `fused` (with `plain`, for cross-entropy) is torch that keeps
+and moves less, `native` is CUDA. An operator `torch.ops.megatron_mm.X` runs `native.X` on a GPU where `select` has
+chosen the native kernels, and `plain.X` elsewhere. The functions below run the form that was chosen.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,16 +16,18 @@ from torch import Tensor
 from megatron_mm.errors import ConfigError
 from megatron_mm.kernels import check, fused, native, plain, reference
 
-_use_native = False
+Form = Literal["reference", "fused", "native"]
+
+_form: Form = "fused"
 
 
-def select(choice: str, device: torch.device) -> str:
-    """Decide which kernels run from now on and return their name: 'native' or 'reference'.
+def select(choice: str, device: torch.device) -> Form:
+    """Decide which form of the kernels runs from now on and return its name.
 
-    `choice` is training.kernels. Raises ConfigError if 'native' is asked for and cannot be had, or computes something
-    else than the plain form here.
+    `choice` is training.kernels; 'auto' is 'native' where that can be had and 'fused' elsewhere. Raises ConfigError if
+    'native' is asked for and cannot be had, or computes something else than the plain form here.
     """
-    global _use_native
+    global _form
     missing = None
     if native._cuda is None:
         missing = "the CUDA extension is not built (nvcc was not found when the package was installed)"
@@ -30,57 +35,76 @@ def select(choice: str, device: torch.device) -> str:
         missing = f"native kernels run on a GPU and this rank is on {device.type}"
     if choice == "native" and missing:
         raise ConfigError(f"training.kernels=native, but {missing}. Use training.kernels=auto.")
-    _use_native = choice != "reference" and missing is None
-    if _use_native and (wrong := check.disagreements(device)):
+    _form = ("fused" if missing else "native") if choice == "auto" else choice
+    if _form == "native" and (wrong := check.disagreements(device)):
         raise ConfigError(
             "these native kernels do not compute on this rank's GPU what they should: " + "; ".join(wrong) + ". Use "
-            "training.kernels=reference, and report this."
+            "training.kernels=fused, and report this."
         )
-    return "native" if _use_native else "reference"
+    return _form
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Take the operators inside as if the native kernels ran, on any device: for fake tensors, which run nothing."""
-    global _use_native
-    before, _use_native = _use_native, True
+def running(form: Form) -> Iterator[None]:
+    """Run `form` inside, on any device: 'native' is right for fake tensors, which run nothing."""
+    global _form
+    before, _form = _form, form
     try:
         yield
     finally:
-        _use_native = before
+        _form = before
 
 
-def runs_native() -> bool:
-    """Return whether `select` has chosen the native kernels."""
-    return _use_native
+def form() -> Form:
+    """Return which form runs."""
+    return _form
+
+
+def defined(function: Callable[..., Any], *tensors: Tensor, **settings: Any) -> Any:
+    """Return what a definition of `reference` gives, computed in FP32 at least and rounded once to the type of the
+    first tensor; its gradients likewise."""
+
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+
+    dtype = tensors[0].dtype
+    found = function(*map(wide, tensors), **{name: wide(value) for name, value in settings.items()})
+    return tuple(part.to(dtype) for part in found) if isinstance(found, tuple) else found.to(dtype)
 
 
 def assemble_embeddings(tokens: Tensor, *, text_type: Tensor, features: Tensor, positions: Tensor) -> Tensor:
     """Assemble decoder inputs; see `reference.assemble_embeddings`."""
-    if _use_native:
+    if _form == "native":
         return assemble_forward(tokens, text_type, features, media_rows(tokens, positions))
-    return reference.assemble_embeddings(tokens, text_type=text_type, features=features, positions=positions)
+    operands = {"text_type": text_type, "features": features, "positions": positions}
+    if _form == "reference":
+        return defined(reference.assemble_embeddings, tokens, **operands)
+    return reference.assemble_embeddings(tokens, **operands)
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
     """Return silu(gate) * up; see `reference.swiglu`."""
-    return swiglu_forward(gate_and_up) if _use_native else fused.swiglu(gate_and_up)
+    if _form == "reference":
+        return defined(reference.swiglu, gate_and_up)
+    return swiglu_forward(gate_and_up) if _form == "native" else fused.swiglu(gate_and_up)
 
 
 def rms_norm(hidden: Tensor, *, weight: Tensor, epsilon: float) -> Tensor:
     """Return hidden / rms(hidden) * weight; see `reference.rms_norm`."""
-    if _use_native:
+    if _form == "reference":
+        return defined(reference.rms_norm, hidden, weight=weight, epsilon=epsilon)
+    if _form == "native":
         return rms_norm_forward(hidden, None, weight, epsilon)[1]
     return fused.rms_norm(hidden, weight=weight, epsilon=epsilon)
 
 
 def add_rms_norm(hidden: Tensor, *, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return (norm of the sum, sum) of hidden and residual; see `reference.add_rms_norm`."""
-    if _use_native:
+    if _form == "native":
         total, normed, _ = rms_norm_forward(hidden, residual, weight, epsilon)
         return normed, total
-    total = hidden + residual
-    return fused.rms_norm(total, weight=weight, epsilon=epsilon), total
+    total = hidden + residual  # rounded before it is normed: the next layer reads the same sum
+    return rms_norm(total, weight=weight, epsilon=epsilon), total
 
 
 def mqa_rope(
@@ -94,8 +118,11 @@ def mqa_rope(
     epsilon: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (query, key, value) of attention; see `reference.mqa_rope`. cos and sin are float32."""
-    if _use_native:
+    if _form == "native":
         return mqa_rope_forward(query, key_value, cos, sin, query_weight, key_weight, epsilon)
+    if _form == "reference":
+        norms = {"query_weight": query_weight, "key_weight": key_weight, "epsilon": epsilon}
+        return defined(reference.mqa_rope, query, key_value=key_value, cos=cos, sin=sin, **norms)
     key, value = key_value.unbind(dim=2)
     if query_weight is not None:
         query = fused.rms_norm(query, weight=query_weight, epsilon=epsilon)
@@ -106,8 +133,10 @@ def mqa_rope(
 
 def token_rows(table: Tensor, *, ids: Tensor, first_id: int) -> Tensor:
     """Return the rows of this rank's part of an embedding table; see `reference.token_rows`."""
-    if _use_native:
+    if _form == "native":
         return token_rows_forward(table, ids, first_id)
+    if _form == "reference":
+        return defined(reference.token_rows, table, ids=ids, first_id=first_id)
     return reference.token_rows(table, ids=ids, first_id=first_id)
 
 
@@ -118,9 +147,17 @@ def media_rows(tokens: Tensor, positions: Tensor) -> Tensor:
 
 
 def _operator(name: str, mutates: tuple[str, ...] = ()) -> torch.library.CustomOpDef:
-    """Make `name` an operator: plain anywhere, native on a GPU."""
-    operator = torch.library.custom_op(f"megatron_mm::{name}", getattr(plain, name), mutates_args=mutates)
-    operator.register_kernel("cuda")(getattr(native, name))
+    """Make `name` an operator: plain anywhere, native on a GPU where that form runs."""
+
+    @functools.wraps(getattr(plain, name))
+    def anywhere(*arguments: Any) -> Any:
+        return getattr(plain, name)(*arguments)
+
+    def on_a_gpu(*arguments: Any) -> Any:
+        return getattr(native if _form == "native" else plain, name)(*arguments)
+
+    operator = torch.library.custom_op(f"megatron_mm::{name}", anywhere, mutates_args=mutates)
+    operator.register_kernel("cuda")(on_a_gpu)
     return operator
 
 

@@ -77,6 +77,20 @@ def mqa_rope(
     return rotate(query, **angles), rotate(key, **angles), value
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return the causal attention of the last positions of one document (Vaswani et al. 2017).
+
+    Head h of the queries reads group h * groups // heads of the keys (Shazeer 2019). Shapes: query (num_queries, heads,
+    head_dim); key and value (num_keys, groups, head_dim), num_keys >= num_queries; returns the shape of the query.
+    """
+    shared = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(shared, dim=1) for part in (key, value))  # (num_keys, heads, head_dim)
+    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[2] ** 0.5
+    first = key.shape[0] - query.shape[0]  # the position of the first query
+    later = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu(first + 1)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(later, float("-inf")).softmax(dim=-1), value)
+
+
 def cross_entropy(logits: Tensor, *, labels: Tensor, mask: Tensor | None, z_loss: float) -> Tensor:
     """Return cross-entropy and z_loss log(Z)^2 of each token, Z the softmax's denominator; 0 where mask is 0.
 

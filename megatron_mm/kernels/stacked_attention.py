@@ -28,6 +28,12 @@ def pays(query: Tensor, key: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and worth
 
 
+def ever_pays(*, shared: int, head_dim: int, seq_len: int) -> bool:
+    """Return whether a document of some length that fits into `seq_len` is long enough for `pays`, with `shared` query
+    heads a key head."""
+    return shared * head_dim * min(seq_len, MAX_KEYS) >= MIN_WORK
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend causally from the last positions of one document; keeps only its operands for the backward pass.
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError
-from megatron_mm.kernels import ops
+from megatron_mm.kernels import ops, stacked_attention
 from megatron_mm.model.core_attention import (
     DocumentAttention,
     VarlenAttention,
+    defined,
     flash_attn_varlen,
     stacked,
     torch_sdpa,
@@ -29,6 +30,8 @@ from megatron_mm.model.core_attention import (
 )
 from megatron_mm.parallel import device
 
+DOCUMENT_FORMS = {"reference": defined, "sdpa": torch_sdpa, "stacked": stacked}
+"""Forms of attention that take one document at a time."""
 FP8_CAPABILITY = {"current": (8, 9), "delayed": (8, 9), "blockwise": (9, 0)}
 """The least CUDA compute capability of each FP8 recipe."""
 
@@ -135,10 +138,10 @@ def choose(config: Config) -> Backend:
 
 def local(attention: str = "sdpa") -> Backend:
     """Return the backend of megatron-core's linear layers with the named form of attention."""
-    if attention in ("varlen", "flash_attn"):
-        build = partial(VarlenAttention, flash_attn_varlen() if attention == "flash_attn" else torch_varlen)
+    if attention in DOCUMENT_FORMS:
+        build = partial(DocumentAttention, DOCUMENT_FORMS[attention])
     else:
-        build = partial(DocumentAttention, stacked if attention == "stacked" else torch_sdpa)
+        build = partial(VarlenAttention, flash_attn_varlen() if attention == "flash_attn" else torch_varlen)
 
     def core_attention(config: TransformerConfig, layer_number: int, tp_group: dist.ProcessGroup) -> nn.Module:
         return build()
@@ -187,26 +190,73 @@ def _refuse(config: Config, *, kind: str, missing: str | None) -> None:
                 f"capability {least[0]}.{least[1]} or more (H100: 9.0), and this rank's has {found[0]}.{found[1]} "
                 "(A100: 8.0). Use training.precision=bf16."
             )
-    if kind == "cpu" and training.attention in ("varlen", "flash_attn"):
-        failures.append(f"training.attention={training.attention} runs on GPUs, and this rank is on the CPU. Use auto.")
-    elif training.attention == "stacked" and (kind != "cpu" or training.precision != "fp32"):
-        failures.append(
-            f"training.attention=stacked runs on CPUs in FP32, and this rank is on {kind} with training.precision="
-            f"{training.precision}. Use auto."
-        )
-    elif training.attention == "flash_attn" and not _has_flash_attn():
-        failures.append("training.attention=flash_attn, but flash-attn is not installed. Use varlen, or auto.")
+    if training.backend != "local" and not missing:
+        failures += _ignored_by_transformer_engine(config)
+    elif failure := _attention_failure(config, kind=kind):
+        failures.append(failure)
     if failures:
         raise ConfigError("\n".join(failures))
 
 
+def _ignored_by_transformer_engine(config: Config) -> list[str]:
+    """Return the settings that TransformerEngine's layers, which run here, would not heed."""
+    training = config.training
+    own = {
+        f"training.attention={training.attention}": training.attention != "auto",
+        "training.kernels=reference": training.kernels == "reference",
+    }
+    return [
+        f"{setting}, but TransformerEngine's layers run here (training.backend={training.backend}), which have an "
+        "attention and norms of their own. Use training.backend=local, or auto in its place."
+        for setting, given in own.items()
+        if given
+    ]
+
+
+def _attention_failure(config: Config, *, kind: str) -> str | None:
+    """Return why the local layers cannot run training.attention here, None if they can."""
+    wanted, precision = config.training.attention, config.training.precision
+    if kind == "cpu" and wanted in ("varlen", "flash_attn"):
+        return f"training.attention={wanted} runs on GPUs, and this rank is on the CPU. Use auto."
+    if wanted in ("varlen", "flash_attn") and precision == "fp32":
+        return (
+            f"training.attention={wanted} takes 16-bit operands, and training.precision=fp32. Use "
+            "training.precision=bf16, or training.attention=sdpa."
+        )
+    if wanted == "flash_attn" and not _has_flash_attn():
+        return "training.attention=flash_attn, but flash-attn is not installed. Use varlen, or auto."
+    if wanted == "stacked" and (kind != "cpu" or precision != "fp32"):
+        return (
+            f"training.attention=stacked runs on CPUs in FP32, and this rank is on {kind} with training.precision="
+            f"{precision}. Use auto."
+        )
+    if wanted == "stacked" and not _stacking_pays(config):
+        return (
+            "training.attention=stacked is never the faster one for so few heads that share keys, of so short a "
+            "model.head_dim, and would never run. Use sdpa, or auto."
+        )
+    return None
+
+
+def _stacking_pays(config: Config) -> bool:
+    """Tell whether the stacked form is ever the faster one with these heads."""
+    model, tp = config.model, config.parallel.tp
+    shared = model.num_attention_heads // tp // max(1, model.num_query_groups // tp)
+    return stacked_attention.ever_pays(shared=shared, head_dim=model.head_dim, seq_len=config.data.seq_len)
+
+
 def _attention_form(config: Config, *, kind: str) -> str:
-    wanted = config.training.attention
+    """Return the form of attention of the local layers."""
+    wanted, fp32 = config.training.attention, config.training.precision == "fp32"
+    if wanted in DOCUMENT_FORMS:
+        return wanted
+    if wanted == "auto" and config.training.kernels == "reference":
+        return "reference"
     if kind != "cuda":
-        return "stacked" if kind == "cpu" and wanted != "sdpa" and config.training.precision == "fp32" else "sdpa"
+        return "stacked" if kind == "cpu" and fp32 and _stacking_pays(config) else "sdpa"
     if wanted != "auto":
         return wanted
-    if config.training.precision == "fp32":  # flash kernels take 16-bit operands
+    if fp32:  # flash kernels take 16-bit operands
         return "sdpa"
     return "flash_attn" if _has_flash_attn() else "varlen"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_mm.batch import AttentionSpan
-from megatron_mm.kernels import stacked_attention
+from megatron_mm.kernels import ops, reference, stacked_attention
 
 Attend = Callable[..., Tensor]
 """(query, key, value, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv) to the context, causal, aligned at the
@@ -37,6 +37,11 @@ def torch_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return context.squeeze(0).transpose(0, 1)
 
 
+def defined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same by its definition, `reference.attention`, which holds the scores of all heads."""
+    return ops.defined(reference.attention, query, key, value)
+
+
 def stacked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The same by `kernels.stacked_attention` where that is the faster one: on a CPU, with shared keys."""
     attend = stacked_attention.attend if stacked_attention.pays(query, key) else torch_sdpa
@@ -44,7 +49,7 @@ def stacked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class DocumentAttention(nn.Module):
-    """Attention document by document: by `torch_sdpa` the reference, on any device."""
+    """Attention document by document, on any device."""
 
     def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor] = torch_sdpa) -> None:
         super().__init__()

@@ -136,9 +136,8 @@ def rehearse(config: Config, *, rank: int, world_size: int, on: str = "gpu", med
         mesh = meshes.cut(own)
         ledger = Ledger()
         try:
-            backend = local("varlen") if on == "gpu" and own.training.precision != "fp32" else local()
-            kernels = ops.as_on_a_gpu() if on == "gpu" else contextlib.nullcontext()
-            with FakeTensorMode(allow_non_fake_inputs=True), kernels, ledger:
+            backend = local(_attention(own, on=on))
+            with FakeTensorMode(allow_non_fake_inputs=True), ops.running(_kernels(own, on=on)), ledger:
                 state = prepare(own, mesh, ledger, backend=backend)
                 count = own.num_micro_batches(mesh.dp_size)
                 take_step(state, [micro_batch(own, mesh, media=media) for _ in range(count)], ledger)
@@ -152,6 +151,22 @@ def rehearse(config: Config, *, rank: int, world_size: int, on: str = "gpu", med
     additions = _additions(config, state) if on == "gpu" else {}
     report = report_of(state, ledger, seconds=time.perf_counter() - started)
     return RankReport(**{**vars(report), "checkpoint_bytes": saved, "additions": additions})
+
+
+def _kernels(config: Config, *, on: str) -> ops.Form:
+    """Return the form of the kernels that `config` runs there."""
+    choice = config.training.kernels
+    return ("native" if on == "gpu" else "fused") if choice == "auto" else choice
+
+
+def _attention(config: Config, *, on: str) -> str:
+    """Return the form of attention whose operands and results stand for those of `config` there."""
+    training = config.training
+    if training.attention in ("reference", "sdpa"):
+        return training.attention
+    if training.attention == "auto" and training.kernels == "reference":
+        return "reference"
+    return "varlen" if on == "gpu" and training.precision != "fp32" else "sdpa"
 
 
 def check_messages(reports: Sequence[RankReport]) -> None:
@@ -366,7 +381,7 @@ def _apply_to_fake(module: nn.Module, function: Callable[[Tensor], Tensor], recu
 
 def _rehearsable(config: Config) -> Config:
     """Return `config` with local layers in BF16: see `STANDS_FOR`."""
-    training = {"backend": "local", "attention": "auto", "kernels": "auto"}
+    training = {"backend": "local"}
     if config.training.precision == "fp8":
         training["precision"] = "bf16"
     return config.model_copy(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_mm.kernels import cross_entropy, reference
+from megatron_mm.kernels import cross_entropy, ops, reference
 
 NUM_TOKENS, HIDDEN, VOCAB, CHUNK, Z_LOSS = 300, 12, 48, 128, 1e-2  # several blocks and chunks, the last one smaller
 
@@ -24,7 +24,8 @@ def operands() -> tuple[Tensor, ...]:
     return hidden, weight, labels, (torch.arange(NUM_TOKENS) % 5 != 1).float()
 
 
-def ours(chunked: bool) -> dict[str, Tensor]:
+def ours(chunked: bool, form: str) -> dict[str, Tensor]:
+    ops.select(form, torch.device("cpu"))
     hidden, weight, labels, mask = operands()
     group = dist.group.WORLD
     hidden.requires_grad_()
@@ -41,12 +42,13 @@ def ours(chunked: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["logits", "hidden states"])
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_it_is_the_reference_over_the_whole_vocabulary(ranks: int, chunked: bool) -> None:
+@pytest.mark.parametrize("form", ["reference", "fused"])
+def test_it_is_the_reference_over_the_whole_vocabulary(form: str, ranks: int, chunked: bool) -> None:
     hidden, weight, labels, mask = operands()
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     losses = reference.cross_entropy(hidden @ weight.t(), labels=labels, mask=mask, z_loss=Z_LOSS)
     (losses * torch.linspace(0, 1, NUM_TOKENS).double()).sum().backward()
-    found = run_ranks(ranks, ours, chunked)
+    found = run_ranks(ranks, ours, chunked, form)
     for part in found:
         torch.testing.assert_close(part["losses"].double(), losses.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(part["hidden"].double(), hidden.grad, rtol=1e-4, atol=1e-5)

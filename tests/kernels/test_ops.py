@@ -127,15 +127,16 @@ def test_fake_tensors_have_the_shapes_of_real_ones(name: str) -> None:
 
 def test_the_choice_of_kernels_is_explicit() -> None:
     cpu = torch.device("cpu")
-    assert ops.select("auto", cpu) == "reference"
-    assert ops.select("reference", cpu) == "reference"
+    try:
+        assert [ops.select(choice, cpu) for choice in ("auto", "fused", "reference")] == ["fused", "fused", "reference"]
+    finally:
+        ops.select("auto", cpu)
     with pytest.raises(ConfigError, match=r"training\.kernels=native, but"):
         ops.select("native", cpu)
 
 
-@pytest.mark.parametrize("uses_operators", [False, True], ids=["torch", "operators"])
-def test_what_the_model_calls_is_the_reference(monkeypatch: pytest.MonkeyPatch, uses_operators: bool) -> None:
-    monkeypatch.setattr(ops, "_use_native", uses_operators)  # on the CPU an operator runs the plain form
+@pytest.mark.parametrize("form", ["reference", "fused", "native"])
+def test_what_the_model_calls_is_the_reference(form: str) -> None:
     tokens, residual, features, weight, head = draw(5, 8), draw(5, 8), draw(2, 8), draw(8), draw(6)
     positions = torch.tensor([3, 1])
     cos, sin = angles(5, 3, torch.float32)
@@ -152,6 +153,20 @@ def test_what_the_model_calls_is_the_reference(monkeypatch: pytest.MonkeyPatch, 
         ("mqa_rope", (draw(5, 2, 6),), rope),
         ("mqa_rope", (draw(5, 2, 6),), {**rope, "query_weight": None, "key_weight": None}),
     ):
-        found, expected = (getattr(module, function)(*arguments, **settings) for module in (ops, reference))
+        with ops.running(form):  # on the CPU an operator runs the plain form
+            found = getattr(ops, function)(*arguments, **settings)
+        expected = getattr(reference, function)(*arguments, **settings)
         for ours, theirs in zip(*(out if isinstance(out, tuple) else (out,) for out in (found, expected))):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_definition_is_computed_wide_and_rounded_once() -> None:
+    hidden, weight = draw(5, 64, dtype=torch.bfloat16), draw(64, dtype=torch.bfloat16)
+    with ops.running("reference"):
+        found = ops.rms_norm(hidden, weight=weight, epsilon=EPSILON)
+    wide = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
+    expected = reference.rms_norm(wide[0], weight=wide[1], epsilon=EPSILON)
+    found.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(found, expected.bfloat16())
+    assert torch.equal(hidden.grad, wide[0].grad.bfloat16()) and torch.equal(weight.grad, wide[1].grad.bfloat16())

@@ -17,7 +17,14 @@ from megatron_mm.batch import attention_spans
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError
 from megatron_mm.model import backend as backends
-from megatron_mm.model.core_attention import DocumentAttention, VarlenAttention, flash_attn_varlen, stacked, torch_sdpa
+from megatron_mm.model.core_attention import (
+    DocumentAttention,
+    VarlenAttention,
+    defined,
+    flash_attn_varlen,
+    stacked,
+    torch_sdpa,
+)
 from megatron_mm.model.multimodal import build_chunks
 from megatron_mm.parallel import device, mesh
 from megatron_mm.training.start import load_weights
@@ -27,13 +34,31 @@ def small(*overrides: str) -> Config:
     return configs.load("tiny", [*SMALL, *overrides])
 
 
+SHARING = ("model.num_attention_heads=16", "model.head_dim=64")
+"""Enough heads that share keys for the stacked form to be the faster one."""
+
+
 def test_a_cpu_takes_local_layers_and_its_own_attention() -> None:
-    chosen = backends.choose(small())
+    chosen = backends.choose(small(*SHARING))
     assert (chosen.name, chosen.attention) == ("local", "stacked")
     assert isinstance(chosen.core_attention(None, 1, None), DocumentAttention)
     assert chosen.core_attention(None, 1, None).attend is stacked
     for override in ("training.attention=sdpa", "training.precision=bf16"):
-        assert backends.choose(small(override)).core_attention(None, 1, None).attend is torch_sdpa
+        assert backends.choose(small(*SHARING, override)).core_attention(None, 1, None).attend is torch_sdpa
+
+
+@pytest.mark.parametrize("override", ["model.num_query_groups=16", "data.seq_len=128", "parallel.tp=8"])
+def test_attention_that_would_never_run_is_neither_taken_nor_named(override: str) -> None:
+    assert backends.choose(small(*SHARING, override)).attention == "sdpa"
+    with pytest.raises(ConfigError, match="training.attention=stacked is never the faster one"):
+        backends.choose(small(*SHARING, override, "training.attention=stacked"))
+
+
+def test_the_definitions_bring_an_attention_of_their_own() -> None:
+    chosen = backends.choose(small(*SHARING, "training.kernels=reference"))
+    assert (chosen.attention, chosen.core_attention(None, 1, None).attend) == ("reference", defined)
+    assert backends.choose(small("training.kernels=reference", "training.attention=sdpa")).attention == "sdpa"
+    assert backends.choose(small("training.attention=reference")).attention == "reference"
 
 
 @pytest.mark.parametrize(
@@ -93,12 +118,36 @@ def test_a_gpu_takes_what_is_installed(gpu: Callable) -> None:
     assert backends.choose(small("training.precision=bf16")).attention == "varlen"
     assert backends.choose(small()).attention == "sdpa"  # FP32
     with pytest.raises(ConfigError, match="flash-attn is not installed"):
-        backends.choose(small("training.attention=flash_attn"))
+        backends.choose(small("training.attention=flash_attn", "training.precision=bf16"))
     with pytest.raises(ConfigError, match="attention=stacked runs on CPUs in FP32, and this rank is on cuda"):
         backends.choose(small("training.attention=stacked"))
     with pytest.raises(ConfigError, match="need TransformerEngine, but it is not installed"):
         backends.choose(configs.load("mm_88b_fp8"))
     assert backends.choose(small("training.precision=bf16", "training.attention=sdpa")).attention == "sdpa"
+
+
+@pytest.mark.parametrize("asked", ["auto", "transformer_engine"])
+@pytest.mark.parametrize(
+    "ignored", ["training.attention=sdpa", "training.attention=flash_attn", "training.kernels=reference"]
+)
+def test_what_transformer_engine_would_ignore_is_refused(
+    ignored: str, asked: str, gpu: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(H100, "transformer_engine", "flash_attn")
+    engine = SimpleNamespace(backend=lambda: "its backend")
+    monkeypatch.setitem(sys.modules, "megatron_mm.model.transformer_engine", engine)
+    monkeypatch.setattr("megatron_mm.model.transformer_engine", engine, raising=False)
+    overrides = ["training.precision=bf16", f"training.backend={asked}"]
+    assert backends.choose(small(*overrides)) == "its backend"
+    with pytest.raises(ConfigError, match=rf"{ignored}, but TransformerEngine's .*\(training.backend={asked}\)"):
+        backends.choose(small(*overrides, ignored))
+
+
+def test_flash_kernels_are_not_run_on_fp32(gpu: Callable) -> None:
+    gpu(H100, "flash_attn")
+    for attention in ("varlen", "flash_attn"):
+        with pytest.raises(ConfigError, match=f"attention={attention} takes 16-bit operands"):
+            backends.choose(small(f"training.attention={attention}"))
 
 
 def slow_attend(
@@ -128,13 +177,14 @@ def test_all_forms_of_attention_are_the_slow_one(lengths: tuple[int, ...], group
         spans = attention_spans(lengths, cp_rank=rank, cp_size=cp_size)
         own = torch.cat([row[0, span.start : span.stop] for span in spans])
         results = []
-        for form in (DocumentAttention(), VarlenAttention(slow_attend)):
+        for form in (DocumentAttention(), DocumentAttention(defined), VarlenAttention(slow_attend)):
             leaves = [leaf.clone().requires_grad_() for leaf in (own, row[1, :, :groups], row[2, :, :groups])]
             context = form(*leaves, spans=spans)
             context.backward(torch.linspace(-1, 1, context.numel(), dtype=torch.float64).view_as(context))
             results.append([context.detach(), *(leaf.grad for leaf in leaves)])
-        for found, expected in zip(*results):
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        for *others, expected in zip(*results, strict=True):
+            for found in others:
+                torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("package", ["flash_attn_interface", "flash_attn"])
