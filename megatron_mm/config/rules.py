@@ -5,8 +5,10 @@ those checks live here.
 """
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
-from megatron_mm.config.schema import Config
+from megatron_mm.config.schema import Config, EvaluationConfig
 from megatron_mm.errors import ConfigError
 
 
@@ -76,11 +78,11 @@ def _pipeline(config: Config) -> Iterator[str]:
     extra = " + ".join(
         name for name, on in (("embedding", parallel.embedding_slot), ("loss", parallel.loss_slot)) if on
     )
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield f"parallel.vpp={parallel.vpp} needs more than one pipeline stage. Use vpp=1 or pp>1."
     if parallel.stage_layers is not None:
         yield from _stage_layers(config)
         return
-    if parallel.vpp > 1 and parallel.pp == 1:
-        yield f"parallel.vpp={parallel.vpp} needs more than one pipeline stage. Use vpp=1 or pp>1."
     if slots % (parallel.pp * parallel.vpp):
         yield (
             f"parallel.pp={parallel.pp} x vpp={parallel.vpp} does not divide the {slots} slots (model.num_layers="
@@ -187,6 +189,76 @@ def _blend(config: Config) -> Iterator[str]:
         yield f"data.changes begin at steps {steps}. Put them in ascending order, one a step."
 
 
+def _guard(config: Config) -> Iterator[str]:
+    guard, data = config.guard, config.data
+    if guard.hang_seconds and guard.heartbeat_seconds > guard.hang_seconds / 4:
+        yield (
+            f"guard.heartbeat_seconds={guard.heartbeat_seconds:g} is more than a quarter of guard.hang_seconds="
+            f"{guard.hang_seconds:g}: ranks that hang are told by their heartbeats. Use guard.heartbeat_seconds="
+            f"{guard.hang_seconds / 4:g} or less."
+        )
+    if guard.hang_seconds and data.prefetch_steps and 3 * data.stall_seconds >= guard.hang_seconds:
+        yield (
+            f"data.stall_seconds={data.stall_seconds:g}: guard.hang_seconds={guard.hang_seconds:g} would end the run "
+            f"before a third thread has tried. Use less than {guard.hang_seconds / 3:g}, or data.prefetch_steps=0."
+        )
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    """Name what was asked for, in place of its default, and would not happen: a setting is honoured or refused."""
+    training, guard = config.training, config.guard
+    saves, fp8 = config.checkpoint.interval > 0, training.precision == "fp8"
+    for needed, met, keys in (
+        ("training.precision=fp8", fp8, ("training.fp8_recipe", "training.bf16_end_layers")),
+        ("optimizer.weight_decay above 0", config.optimizer.weight_decay > 0, ("optimizer.decay_embeddings",)),
+        ("data.prefetch_steps above 0", config.data.prefetch_steps > 0, ("data.stall_seconds",)),
+        ("checkpoint.interval above 0", saves, ("checkpoint.keep", "checkpoint.keep_every", "checkpoint.background")),
+        ("checkpoint.interval above 0", saves, ("training.stop_after",)),
+        ("guard.spike_window above 0", guard.spike_window > 0, ("guard.spike_deviations", "guard.spike_steps")),
+        ("guard.spike_window above 0", guard.spike_window > 0, ("guard.spike_nats",)),
+        ("guard.slow_rank_interval above 0", guard.slow_rank_interval > 0, ("guard.slow_rank_ratio",)),
+    ):
+        for key in keys if not met else ():
+            section, name = key.split(".")
+            value, default = (getattr(part, name) for part in (getattr(config, section), _defaults(config, section)))
+            if value != default:
+                shown = "null" if default is None else str(default).lower()
+                yield f"{key}={value} has no effect without {needed}. Set that, or {key}={shown}."
+
+
+def _defaults(config: Config, section: str) -> Any:
+    """Return the defaults of a section as attributes."""
+    fields = type(getattr(config, section)).model_fields
+    return SimpleNamespace(**{name: field.default for name, field in fields.items()})
+
+
+def _never_comes(config: Config) -> Iterator[str]:
+    """Name what would come at a step that the run never reaches, or from data that it has not."""
+    training, evaluation, checkpoint = config.training, config.evaluation, config.checkpoint
+    if training.stop_after and training.stop_after > training.steps:
+        yield (
+            f"training.stop_after={training.stop_after} is behind the last step, training.steps={training.steps}. Use "
+            "a step before it, or null."
+        )
+    late = [change.from_step for change in config.data.changes if change.from_step >= training.steps]
+    if late:
+        yield (
+            f"data.changes begin at steps {late}, and the last step is {training.steps - 1}, counted from 0. Take them "
+            "out, or raise training.steps."
+        )
+    usual = EvaluationConfig()
+    if not config.data.validation and evaluation.interval and evaluation != usual:
+        yield (
+            f"evaluation.interval={evaluation.interval} evaluation.samples={evaluation.samples}, but data.validation "
+            "is empty: nothing would be evaluated. Name held-out shards there, or set evaluation.interval=0."
+        )
+    if checkpoint.interval and checkpoint.keep_every % checkpoint.interval:
+        yield (
+            f"checkpoint.keep_every={checkpoint.keep_every} is no multiple of checkpoint.interval="
+            f"{checkpoint.interval}: most of the steps that it divides are never saved. Use a multiple."
+        )
+
+
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _tensor_parallel,
     _query_groups,
@@ -197,6 +269,9 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _fp8,
     _schedule,
     _blend,
+    _guard,
+    _without_effect,
+    _never_comes,
 )
 
 

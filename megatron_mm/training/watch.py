@@ -102,7 +102,7 @@ class Watch:
         return {"slowest_rank_ratio": max(probes) / usual, "data_wait_seconds": max(waits)}
 
     def _run(self) -> None:
-        while not self._ended.wait(min(self._settings.heartbeat_seconds, max(0.1, self._settings.hang_seconds / 4))):
+        while not self._ended.wait(self._settings.heartbeat_seconds):
             still = time.time() - self._since
             self._write(still)
             over = still - self._patience - (0 if self._mesh.speaks else self._settings.heartbeat_seconds)
@@ -110,7 +110,7 @@ class Watch:
                 self._end(still)
 
     def _write(self, still: float) -> None:
-        looks = still > self._settings.heartbeat_seconds or still > self._settings.hang_seconds / 2
+        looks = still > self._settings.heartbeat_seconds
         record = {
             "rank": self._mesh.rank,
             "host": self._host,

@@ -233,7 +233,9 @@ def save_each(config: Config, *, steps: int) -> list[str]:
 
 
 def test_only_the_newest_are_kept(shards: Path, tmp_path: Path) -> None:
-    (names,) = run_ranks(1, save_each, small_run(shards, tmp_path, "checkpoint.keep=2"), steps=4)
+    (names,) = run_ranks(
+        1, save_each, small_run(shards, tmp_path, "checkpoint.keep=2", "checkpoint.interval=1"), steps=4
+    )
     assert names == ["step_00000003", "step_00000004"]
 
 

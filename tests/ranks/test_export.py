@@ -84,7 +84,7 @@ def trained(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pyte
     """Checkpoints of a TP2 x PP2 run with the logits that it computed, and their exports."""
     folder = tmp_path_factory.mktemp(request.param)
     seeds = SEEDS if request.param == "ls960" else SEEDS[:1]
-    form = [f"audio.form={request.param}", "checkpoint.keep=9", "training.global_batch_size=4"]
+    form = [f"audio.form={request.param}", "checkpoint.interval=1", "checkpoint.keep=9", "training.global_batch_size=4"]
     config = small_config(shards, folder / "run", *form, *layout(FORMS[request.param]))
     logits = run_ranks(4, save_and_run, config, seeds)[-1]
     return {"config": config, "logits": dict(zip(seeds, logits)), "folder": folder}
