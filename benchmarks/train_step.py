@@ -94,8 +94,8 @@ def ours(work: Workload) -> Callable[[], float]:
         sources=torch.zeros_like(tokens),
         positions=torch.arange(work.seq_len).repeat(work.batch),
         spans=attention_spans([work.seq_len] * work.batch, cp_rank=0, cp_size=1),
-        images=MediaUnits((), 0, nothing, nothing),
-        audio=MediaUnits((), 0, nothing, nothing),
+        images=MediaUnits((), 0, 0, nothing, nothing),
+        audio=MediaUnits((), 0, 0, nothing, nothing),
     ).to(device.current())
     return lambda: by_name(train_step(state, [micro_batch]).losses)["loss"]
 

@@ -20,6 +20,8 @@ class MediaUnits:
 
     inputs: tuple[Tensor, ...]
     """This rank's units, in order: images (3, 224, 224) uint8, or waveforms (num_samples,) float32 at 16 kHz."""
+    own_rows: int
+    """Feature rows that this rank's units become: as many as they have placeholders."""
     rows_per_rank: int
     """Feature rows that each rank contributes to the gather: the most that any of them has."""
     rows: Tensor

@@ -48,6 +48,11 @@ def audio_frames(num_samples: int) -> int:
     return frames
 
 
+def audio_tokens(num_samples: int) -> int:
+    """Return the decoder tokens of a clip of `num_samples` samples."""
+    return sum(audio_chunk_frames(num_samples))
+
+
 def audio_chunk_frames(num_samples: int) -> list[int]:
     """Return the frames of each one-second chunk of a clip; the last, shorter chunk keeps its own length."""
     full, rest = divmod(num_samples, CHUNK_SAMPLES)

@@ -137,7 +137,8 @@ def blank_pixels() -> Tensor:
 
 
 def blank_waveform(num_tokens: int) -> Tensor:
-    """Return silence that becomes `num_tokens` tokens, (num_samples,) float32."""
+    """Return silence that becomes `num_tokens` tokens, at least one, (num_samples,) float32."""
+    assert num_tokens > 0, num_tokens
     full, rest = divmod(num_tokens, audio_frames(CHUNK_SAMPLES))
     shortest = next(count for count in range(CHUNK_SAMPLES) if audio_frames(count) == rest) if rest else 0
     return torch.zeros(full * CHUNK_SAMPLES + shortest)

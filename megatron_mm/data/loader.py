@@ -15,13 +15,13 @@ from megatron_mm.data.decode import blank_pixels, blank_waveform, cut_chunks, ma
 from megatron_mm.data.row import TextRow
 from megatron_mm.data.samples import Samples
 from megatron_mm.errors import DataError
-from megatron_mm.modality import CHUNK_SAMPLES, Media, audio_frames
+from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_TOKENS, Media, audio_frames, audio_tokens
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-NO_MEDIA = MediaUnits((), 0, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+NO_MEDIA = MediaUnits((), 0, 0, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class Loader:
             for _, document, start, length in own.tolist() if self.shards[number].num_items else ():
                 self._add_media(number, document, range(start, start + length), text, position, units)
                 position += length
+            self._check_placeholders(self.shards[number], own, text, units)
 
     def _add_media(
         self,
@@ -128,17 +129,41 @@ class Loader:
         """Note the media among `inputs` of a document of shard `number`, which lie at `position`."""
         shard = self.shards[number]
         for item in shard.media(document):
-            if int(item["token_offset"]) not in inputs:
+            start, num_tokens = int(item["token_offset"]), int(item["num_tokens"])
+            if start + num_tokens <= inputs.start or start >= inputs.stop:
                 continue
-            kind = Media(int(item["kind"]))
-            first = position + int(item["token_offset"]) - inputs.start
-            run = text.tokens[first : first + int(item["num_tokens"])]
-            if (run != self.special_ids[kind.name.lower()]).any():
+            kind = _checked_kind(item, f"{shard.prefix}: document {document}")
+            first = position + start - inputs.start
+            run = text.tokens[first : first + num_tokens]
+            is_whole = inputs.start <= start and start + num_tokens <= inputs.stop
+            if not is_whole or (run != self.special_ids[kind.name.lower()]).any():
                 raise DataError(
-                    f"{shard.prefix}: document {document} has no placeholders where its media run should be; its "
-                    ".bin and .media.idx do not belong together. Preprocess the inputs again."
+                    f"{shard.prefix}: document {document} has not the {num_tokens} placeholders at token {start} that "
+                    "its media run should be; its .bin and .media.idx do not belong together. Preprocess the inputs "
+                    "again."
                 )
             units[kind] += _units(item, number, first)
+
+    def _check_placeholders(
+        self, shard: ShardReader, pieces: np.ndarray, text: TextRow, units: dict[Media, list[Unit]]
+    ) -> None:
+        """Raise DataError if a placeholder of the pieces that were laid last belongs to no media item, or to two."""
+        begin = text.position - int(pieces["length"].sum())
+        laid = text.tokens[begin : text.position]
+        for kind in Media:
+            unclaimed = (laid == self.special_ids[kind.name.lower()]).astype(np.int64)
+            for unit in reversed(units[kind]):
+                if unit.position < begin:
+                    break
+                unclaimed[unit.position - begin : unit.position - begin + unit.num_tokens] -= 1
+            if unclaimed.any():
+                first = int((unclaimed != 0).argmax())
+                document = int(pieces["document"][pieces["length"].cumsum().searchsorted(first, "right")])
+                raise DataError(
+                    f"{shard.prefix}: document {document} has {kind.name.lower()} placeholders that belong to no media "
+                    "item, or to more than one; its .bin and .media.idx do not belong together. Preprocess the inputs "
+                    "again."
+                )
 
     def _media(self, units: list[Unit], parts: list[range]) -> MediaUnits:
         """Deal units over tp and cp and decode this rank's; `parts` are the positions of its context rank."""
@@ -160,11 +185,23 @@ class Loader:
                 pixels[key] = blank_pixels()
             else:
                 waveforms[key] = blank_waveform(int(item["num_tokens"]))
+        for key, waveform in waveforms.items():
+            self._check_recording(key, items[key], waveform)
         normalize = self.config.audio.form == "lv60k"
         chunks = {key: cut_chunks(waveform, normalize=normalize) for key, waveform in waveforms.items()}
         for unit in units:
             key = unit.shard, int(unit.item["offset"])
             yield pixels[key] if key in pixels else chunks[key][unit.chunk]
+
+    def _check_recording(self, key: tuple[int, int], item: np.ndarray, waveform: Tensor) -> None:
+        """Raise DataError if a recording decodes to other than the tokens that its placeholders are."""
+        found, expected = audio_tokens(waveform.numel()), int(item["num_tokens"])
+        if found != expected:
+            raise DataError(
+                f"{self.shards[key[0]].prefix}.media.bin: the recording at byte {key[1]} has {waveform.numel()} "
+                f"samples, which are {found} tokens, and its document has {expected} placeholders for it. It is not "
+                f"what was written, or {self.decoder.name} reads it otherwise. Preprocess the inputs again."
+            )
 
     def _bytes(self, shard: int, offset: int, items: dict[tuple[int, int], np.ndarray]) -> bytes:
         return self.shards[shard].media_bytes(items[shard, offset])
@@ -185,10 +222,26 @@ def media_units(
     local = place[positions] >= 0
     return MediaUnits(
         inputs=tuple(decode(units[rank::num_ranks])),
+        own_rows=sum(unit.num_tokens for unit in units[rank::num_ranks]),
         rows_per_rank=rows_per_rank,
         rows=torch.from_numpy(rows[local]),
         positions=torch.from_numpy(place[positions[local]]),
     )
+
+
+def _checked_kind(item: np.ndarray, where: str) -> Media:
+    """Return what a media item is. Raises DataError if there is no such kind, or none of so many tokens."""
+    number, num_tokens = int(item["kind"]), int(item["num_tokens"])
+    if number not in iter(Media):
+        raise DataError(f"{where} has a media item of kind {number}, which is none. Preprocess the inputs again.")
+    if number == Media.IMAGE and num_tokens != IMAGE_TOKENS:
+        raise DataError(
+            f"{where} has an image of {num_tokens} placeholders, and an image becomes {IMAGE_TOKENS} tokens: the "
+            "shards were written for another size of images. Preprocess the inputs again."
+        )
+    if num_tokens < 1:
+        raise DataError(f"{where} has a media item without placeholders. Preprocess the inputs again.")
+    return Media(number)
 
 
 def _units(item: np.ndarray, shard: int, position: int) -> list[Unit]:

@@ -28,6 +28,7 @@ from megatron_mm.hf.stream import (
 )
 from megatron_mm.hf.tensors import CheckpointReader, TensorInfo
 from megatron_mm.hf.weight_map import Target
+from megatron_mm.model.shapes import compare_shapes, tensor_shapes
 from megatron_mm.tokenizer import TextTokenizer
 
 KINDS = ("text", "image", "full")
@@ -128,6 +129,7 @@ def _prepare(checkpoint: Path, tokenizer_path: Path | None, options: Options) ->
         raise ConfigError(f"{checkpoint} has no tokenizer.json: name that of the run's shards with --tokenizer.")
     tokenizer = TextTokenizer(tokenizer_path or checkpoint / "tokenizer.json")
     _check_settings(config, tokenizer, options)
+    _check_shapes(source, config)
     shards, links = _plan(source, config, options)
     return _Job(source, config, tokenizer, options, tuple(shards), links)
 
@@ -155,6 +157,17 @@ def _check_settings(config: Config, tokenizer: TextTokenizer, options: Options) 
             f"{tokenizer.path} has {tokenizer.info.vocab_size} ids, the model {config.model.vocab_size}: it is not the "
             "tokenizer that the shards were made with."
         )
+
+
+def _check_shapes(source: CheckpointReader, config: Config) -> None:
+    """Raise DataError if the checkpoint is not the model of its config.yaml, apart from a modality that it has not."""
+    found = {name: info.shape for name, info in source.tensors.items()}
+    lacking = tuple(f"embedding.{part}." for part in ("image", "audio"))
+    lacking = tuple(part for part in lacking if not any(name.startswith(part) for name in found))
+    expected = {name: shape for name, shape in tensor_shapes(config).items() if not name.startswith(lacking)}
+    wrong = compare_shapes(found, expected)
+    if wrong:
+        raise DataError(f"{source.path} is not the model of its config.yaml:\n  " + "\n  ".join(wrong))
 
 
 def targets_of(part: str, source: CheckpointReader, config: Config, *, kv_replicate: int = 1) -> list[Target]:

@@ -111,7 +111,21 @@ def _text_config(config: Config, *, kv_replicate: int) -> dict[str, Any]:
     }
 
 
-def _vision_config(config: Config) -> dict[str, Any]:
+STOCK_PROJECTOR = {
+    "downsample_ratio": 1.0,
+    "projector_hidden_act": "gelu",
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+}
+FULL_PROJECTORS = {
+    "audio_chunk_samples": CHUNK_SAMPLES,
+    "projector_hidden_act": "gelu",
+    "projector_layernorm_eps": 1e-5,
+}
+"""What features go through on their way into the decoder, in the two kinds of export that have encoders."""
+
+
+def vision_config(config: Config) -> dict[str, Any]:
     """Return the image encoder's: a ViT whose final norm is the identity and whose LayerScale is one."""
     return {
         "model_type": "internvl_vision",
@@ -133,7 +147,8 @@ def _vision_config(config: Config) -> dict[str, Any]:
     }
 
 
-def _audio_config(config: Config) -> dict[str, Any]:
+def audio_config(config: Config) -> dict[str, Any]:
+    """Return the sound encoder's: a Wav2Vec 2.0 of one of its two forms, without dropout and masking."""
     audio, layer_norm = config.audio, config.audio.form == "lv60k"
     dropouts = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "layerdrop")
     return {
@@ -162,14 +177,11 @@ def _image_config(config: Config, text: dict[str, Any], tokenizer: TextTokenizer
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
         "text_config": text,
-        "vision_config": _vision_config(config),
+        "vision_config": vision_config(config),
         "image_token_id": image_id,
         "image_token_index": image_id,
         "image_seq_length": IMAGE_TOKENS,
-        "downsample_ratio": 1.0,
-        "projector_hidden_act": "gelu",
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default",
+        **STOCK_PROJECTOR,
     }
 
 
@@ -180,14 +192,12 @@ def _full_config(config: Config, text: dict[str, Any], tokenizer: TextTokenizer)
         "model_type": "megatron_mm",
         "auto_map": FULL_CLASSES,
         "text_config": text,
-        "vision_config": _vision_config(config),
-        "audio_config": _audio_config(config),
+        "vision_config": vision_config(config),
+        "audio_config": audio_config(config),
         "image_token_id": image_id,
         "audio_token_id": audio_id,
         "image_seq_length": IMAGE_TOKENS,
-        "audio_chunk_samples": CHUNK_SAMPLES,
-        "projector_hidden_act": "gelu",
-        "projector_layernorm_eps": 1e-5,
+        **FULL_PROJECTORS,
     }
 
 

@@ -25,15 +25,27 @@ from tqdm import tqdm
 from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.hf import weight_map
+from megatron_mm.hf import files, weight_map
 from megatron_mm.hf.stream import SYNC_BYTES, blocks, check_complete, explained, info_of, require_space
 from megatron_mm.hf.tensors import PRECISIONS, SafetensorsReader, TensorInfo, TensorSource, check_archive
 from megatron_mm.hf.weight_map import Target, whole
+from megatron_mm.model.shapes import compare_shapes, tensor_shapes
 
 TEXT_MODELS = ("llama", "mistral", "qwen3")
 """Model types whose layers are ours: RMSNorm, SwiGLU, rotary halves, no biases."""
 PARTS = {"internvl": ("image",), "megatron_mm": ("image", "audio")}
 """Model types that hold encoders and projectors as well, as our exports do."""
+ENCODERS = {"image": ("vision", "vision_config"), "audio": ("audio", "audio_config")}
+"""Our section and theirs of each encoder's settings."""
+ENCODER_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+}
+FREE_KEYS = ("architectures", "layerdrop", "use_mean_pooling", "layer_scale_init_value")
+"""Of an encoder's settings, what says nothing about what its weights mean; neither do dropout and masking."""
+SOUND_KEYS = {"pos_conv_kernel": "num_conv_pos_embeddings", "pos_conv_groups": "num_conv_pos_embedding_groups"}
 FILE_BYTES = 4 << 30
 """Of one file of the checkpoint."""
 DEFAULTS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
@@ -43,16 +55,18 @@ DEFAULTS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "s
 def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[str] = ()) -> Config:
     """Write the weights of a Llama-family folder, or of one of our exports, as a checkpoint; return its configuration.
 
-    The run's settings are those of `preset`, with the decoder of the folder and `overrides`; they are saved in the
-    checkpoint, with training.start_from naming it. model.vocab_size may be larger than the folder's: new rows of
+    The run's settings are those of `preset`, with decoder and encoders of the folder and `overrides`; they are saved in
+    the checkpoint, with training.start_from naming it. model.vocab_size may be larger than the folder's: new rows of
     embedding and head start as the mean of the others. Streams blocks of rows, like `export`. Raises ConfigError for a
-    decoder that is not ours, DataError for a damaged folder or one with missing or unexpected tensors.
+    decoder or an encoder that is not ours, DataError for a damaged folder or one with missing or unexpected tensors.
     """
     if out.exists():
         raise ConfigError(f"{out} exists: name a folder that does not, or remove it.")
     description = _read_json(folder / "config.json")
-    settings = [f"{key}={value}" for key, value in decoder_settings(description).items()]
+    found = decoder_settings(description) | encoder_settings(description)
+    settings = [f"{key}={value}" for key, value in found.items()]
     config = configs.load(preset, [*settings, f"training.start_from={out}", *overrides])
+    _check_encoders(description, config)
     reader = SafetensorsReader(folder)
     source = _Grown(reader, vocab_size=config.model.vocab_size)
     targets = _targets(reader, config, kind=description["model_type"])
@@ -62,6 +76,7 @@ def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[s
     dtype = PRECISIONS[config.training.precision]
     resolved = [(target, info_of(target, source, dtype=dtype)) for target in targets]
     check_complete(source, targets, where=str(folder))
+    _check_shapes(resolved, config, where=folder, parts=PARTS.get(description["model_type"], ()))
     require_space(partial, sum(info.shape[0] * info.row_bytes for _, info in resolved))
     try:
         _write(partial, resolved, source, num_layers=config.model.num_layers)
@@ -104,6 +119,58 @@ def decoder_settings(description: dict[str, Any]) -> dict[str, Any]:
         "model.norm_epsilon": text.get("rms_norm_eps", 1e-6),
         "model.qk_norm": str(text.get("model_type", kind) == "qwen3").lower(),
     }
+
+
+def encoder_settings(description: dict[str, Any]) -> dict[str, Any]:
+    """Return our vision.* and audio.* settings of a Hugging Face configuration that has encoders.
+
+    Raises ConfigError if it says nothing of one that its model type has.
+    """
+    found: dict[str, Any] = {}
+    for part in PARTS.get(description["model_type"], ()):
+        section, encoder = ENCODERS[part]
+        own = description.get(encoder)
+        if own is None:
+            raise ConfigError(f"the folder's config.json has no {encoder}: its {part} encoder is not described.")
+        found |= {f"{section}.{ours}": own[theirs] for ours, theirs in ENCODER_KEYS.items() if theirs in own}
+        if section == "audio":
+            if "conv_dim" in own:  # of convolutions that are not alike, `_check_encoders` will say so
+                found["audio.conv_channels"] = own["conv_dim"][0]
+            found |= {f"audio.{ours}": own[theirs] for ours, theirs in SOUND_KEYS.items() if theirs in own}
+            if "feat_extract_norm" in own:
+                found["audio.form"] = "lv60k" if own["feat_extract_norm"] == "layer" else "ls960"
+    return found
+
+
+def _check_encoders(description: dict[str, Any], config: Config) -> None:
+    """Raise ConfigError with all that the folder says of its encoders and that ours have otherwise."""
+    parts = PARTS.get(description["model_type"], ())
+    ours = {"image": files.vision_config(config), "audio": files.audio_config(config)}
+    pairs = [(f"{ENCODERS[part][1]}.", description[ENCODERS[part][1]], ours[part]) for part in parts]
+    if parts:
+        pairs.append(("", description, files.STOCK_PROJECTOR | files.FULL_PROJECTORS))
+    wrong = [
+        f"{where}{key}={theirs[key]}, ours has {value}"
+        for where, theirs, own in pairs
+        for key, value in own.items()
+        if key not in FREE_KEYS
+        and not key.endswith(("dropout", "_prob"))
+        and theirs.get(key, value) != value
+        and [theirs[key]] * 2 != value  # a square's side
+    ]
+    if wrong:
+        raise ConfigError("the folder's encoders are not those of this run:\n  " + "\n  ".join(wrong))
+
+
+def _check_shapes(
+    resolved: Sequence[tuple[Target, TensorInfo]], config: Config, *, where: Path, parts: Sequence[str]
+) -> None:
+    """Raise DataError if what is to be written is not the run's model, apart from encoders that a folder has not."""
+    media = tuple(f"embedding.{part}." for part in ("image", "audio") if part not in parts)
+    expected = {name: shape for name, shape in tensor_shapes(config).items() if not name.startswith(media)}
+    wrong = compare_shapes({target.name: info.shape for target, info in resolved}, expected)
+    if wrong:
+        raise DataError(f"{where} is not the model that its config.json describes:\n  " + "\n  ".join(wrong))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

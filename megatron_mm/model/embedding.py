@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_mm.batch import MediaUnits, MicroBatch
 from megatron_mm.config import Config
+from megatron_mm.errors import DataError
 from megatron_mm.kernels import ops
 from megatron_mm.model.audio import AudioEncoder
 from megatron_mm.model.vision import VisionEncoder
@@ -54,8 +55,9 @@ class Projector(nn.Module):
 class MediaEmbedding(nn.Module):
     """One modality's encoder, split over the tensor and context ranks, and its projector."""
 
-    def __init__(self, encoder: VisionEncoder | AudioEncoder, *, hidden_size: int, mesh: Mesh) -> None:
+    def __init__(self, encoder: VisionEncoder | AudioEncoder, *, hidden_size: int, mesh: Mesh, modality: str) -> None:
         super().__init__()
+        self.modality, self.rank = modality, mesh.rank
         self.encoder = encoder
         self.projector = Projector(encoder.width, hidden_size)
         self.tp_cp_group = mesh.tp_cp_group
@@ -68,8 +70,15 @@ class MediaEmbedding(nn.Module):
         """Return the decoder inputs that fall into this rank's sequence shard: (num_local_tokens, hidden).
 
         Collective over tp_cp: all-gathers features at encoder width; the backward pass reduce-scatters their gradients.
+        Raises DataError if the encoder makes other rows of this rank's units than they have placeholders.
         """
         features = self.encoder(units.inputs)
+        if features.shape[0] != units.own_rows:
+            raise DataError(
+                f"rank {self.rank}: the {self.modality} encoder made {features.shape[0]} features of "
+                f"{len(units.inputs)} units whose placeholders are {units.own_rows}: the shards were written for other "
+                "sizes of media. Preprocess the inputs again."
+            )
         features = F.pad(features, (0, 0, 0, units.rows_per_rank - features.shape[0]))
         if self.tp_cp_group.size() > 1:
             features = gather_from_sequence_parallel_region(features, True, self.tp_cp_group)
@@ -105,8 +114,8 @@ class MultimodalEmbedding(MegatronModule):
         )
         self.text_type_embedding = nn.Parameter(torch.empty(hidden_size))
         self.text_type_embedding.sequence_parallel = transformer_config.sequence_parallel
-        self.image = MediaEmbedding(VisionEncoder(config.vision), hidden_size=hidden_size, mesh=mesh)
-        self.audio = MediaEmbedding(AudioEncoder(config.audio), hidden_size=hidden_size, mesh=mesh)
+        self.image = MediaEmbedding(VisionEncoder(config.vision), hidden_size=hidden_size, mesh=mesh, modality="image")
+        self.audio = MediaEmbedding(AudioEncoder(config.audio), hidden_size=hidden_size, mesh=mesh, modality="audio")
 
     def forward(self, micro_batch: MicroBatch) -> Tensor:
         """Return decoder inputs (num_tokens/cp/tp, 1, hidden). Collective over tp: reduce-scatters the token rows."""

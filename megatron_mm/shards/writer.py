@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from megatron_mm.errors import DataError
+from megatron_mm.modality import IMAGE_TOKENS, Media, Source
 from megatron_mm.shards.format import (
     BLOCK_BYTES,
     DOCUMENT,
@@ -92,8 +93,8 @@ class ShardWriter:
     def add_batch(self, batch: EncodedBatch) -> None:
         """Append documents.
 
-        Raises DataError if an id is outside the vocabulary, a document is empty, or a media run does not lie on its
-        placeholders.
+        Raises DataError if an id is outside the vocabulary, a document is empty or of no known source, or a media item
+        cannot become so many tokens, does not lie on its placeholders, or is out of order.
         """
         tokens, lengths = batch.tokens, batch.lengths
         if len(tokens) != lengths.sum(dtype=np.int64) or len(lengths) != len(batch.sources):
@@ -104,6 +105,10 @@ class ShardWriter:
             raise DataError(f"{self.prefix}: document {self.counts.documents + int(lengths.argmin())} has no tokens.")
         if not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
             raise DataError(f"{self.prefix}: a token id is outside the vocabulary of {self.tokenizer.vocab_size}.")
+        if batch.sources.max() >= len(Source):
+            document = self.counts.documents + int(batch.sources.argmax())
+            raise DataError(f"{self.prefix}: document {document} has source {batch.sources.max()}, which is none.")
+        self._check_order(batch)
         documents = np.zeros(len(lengths), DOCUMENT)
         documents["source"] = batch.sources
         items_before = np.bincount([number for number, _ in batch.media], minlength=len(lengths)).cumsum()
@@ -114,6 +119,19 @@ class ShardWriter:
         self._files[".documents"].write(documents)
         self._num_items += len(batch.media)
         self.counts.add(batch)
+
+    def _check_order(self, batch: EncodedBatch) -> None:
+        """Raise DataError unless media items come document by document, none beginning before the last has ended."""
+        document = stop = 0
+        for number, item in batch.media:
+            known = item.num_tokens == IMAGE_TOKENS if item.kind == Media.IMAGE else item.num_tokens > 0
+            if number < document or (number == document and item.token_offset < stop) or not known:
+                raise DataError(
+                    f"{self.prefix}: document {self.counts.documents + number} has an item of {item.num_tokens} tokens "
+                    f"({item.kind.name.lower()}) at {item.token_offset}, "
+                    + ("behind one that comes later." if known else "which cannot be.")
+                )
+            document, stop = number, item.token_offset + item.num_tokens
 
     def add_rejection(self, record: dict[str, str]) -> None:
         """Note something that was left out: {"path": ..., "reason": ...}."""

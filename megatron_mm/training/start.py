@@ -1,7 +1,7 @@
 """What a new run starts from: another checkpoint's weights, a converted decoder, pretrained encoders."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
@@ -9,11 +9,12 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.errors import ConfigError
 from megatron_mm.hf.encoders import load_pretrained
 from megatron_mm.hf.pickles import only_plain_pickles
-from megatron_mm.hf.tensors import CheckpointReader
+from megatron_mm.hf.tensors import CheckpointReader, TensorInfo
 from megatron_mm.model.multimodal import MultimodalModel
+from megatron_mm.model.shapes import compare_shapes, tensor_shapes
 from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.training.state import TrainState
 
@@ -21,6 +22,13 @@ log = logging.getLogger(__name__)
 
 MODALITIES = ("embedding.image.", "embedding.audio.")
 """What a checkpoint may lack as a whole: a text model starts a multimodal one."""
+SECTIONS = {"model.": "decoder.", "vision.": MODALITIES[0], "audio.": MODALITIES[1]}
+"""Settings of a checkpoint that must be the run's, and the tensors that they describe."""
+MAY_DIFFER = {
+    "model.init_std",
+    *(f"{part}.{key}" for part in ("vision", "audio") for key in ("pretrained", "trainable")),
+}
+"""Of these, what says nothing about what the weights mean."""
 
 
 def start(state: TrainState) -> None:
@@ -40,20 +48,15 @@ def start(state: TrainState) -> None:
 def load_weights(chunks: Sequence[MultimodalModel], *, config: Config, mesh: Mesh, path: Path) -> None:
     """Give every chunk the weights at `path`, saved in whatever layout. Collective over all ranks.
 
-    A modality that the checkpoint lacks keeps its initial weights, and rank 0 says so.
+    A modality that the checkpoint lacks keeps its initial weights, and rank 0 says so. Raises as `check_start_from`.
     """
-    stored = CheckpointReader(path).keys
-    _check_shape(path, config)
-    lacking = tuple(part for part in MODALITIES if not any(key.startswith(part) for key in stored))
+    stored = check_start_from(config, path)
+    lacking = _lacking(stored)
     metadata = {"singleton_local_shards": False, "dp_cp_group": mesh.dp_cp_group}
     present = {}
     for number, chunk in enumerate(chunks):
         wanted = chunk.sharded_state_dict(metadata=metadata)
-        absent = [name for name, part in wanted.items() if part.key not in stored]
-        foreign = [name for name in absent if not name.startswith(lacking)]
-        if foreign:
-            raise DataError(f"{path} lacks {', '.join(foreign)}: it is another model's.")
-        present[f"chunk{number}"] = {name: part for name, part in wanted.items() if name not in absent}
+        present[f"chunk{number}"] = {name: part for name, part in wanted.items() if not name.startswith(lacking)}
     # All chunks at once: megatron-core checks that the ranks together hold each tensor whole.
     with only_plain_pickles(path):
         loaded = dist_checkpointing.load(present, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
@@ -65,10 +68,34 @@ def load_weights(chunks: Sequence[MultimodalModel], *, config: Config, mesh: Mes
             log.info("%s* is not in it and keeps its initial weights", part)
 
 
-def _check_shape(path: Path, config: Config) -> None:
-    """Raise ConfigError if the checkpoint's decoder is of another shape than the run's."""
+def check_start_from(config: Config, path: Path) -> dict[str, TensorInfo]:
+    """Pass if the checkpoint at `path` is of the run's model, by the names, shapes and meaning of all its tensors.
+
+    A modality may be missing as a whole. Returns what the checkpoint holds. Needs neither a process group nor a built
+    model, and writes nothing: to be called before a run touches anything. Raises ConfigError with every difference and
+    DataError if the checkpoint is damaged.
+    """
+    stored = CheckpointReader(path).tensors
+    lacking = _lacking(stored)
+    expected = {name: shape for name, shape in tensor_shapes(config).items() if not name.startswith(lacking)}
     changed = configs.differences(configs.load(str(path / "config.yaml")), config)
-    changed.pop("model.init_std", None)
-    wrong = [line for key, line in changed.items() if key.startswith("model.")]
+    wrong = [line for key, line in changed.items() if _describes(key, lacking)]
+    wrong += compare_shapes({name: info.shape for name, info in stored.items()}, expected)
     if wrong:
-        raise ConfigError(f"training.start_from={path} is another model:\n" + "\n".join(wrong))
+        raise ConfigError(
+            f"training.start_from={path} is another model (its settings and tensors -> this run's):\n  "
+            + "\n  ".join(wrong)
+            + f"\nSet what differs as in {path / 'config.yaml'}, or start from another checkpoint."
+        )
+    return stored
+
+
+def _lacking(stored: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Return the modalities of which a checkpoint has nothing."""
+    return tuple(part for part in MODALITIES if not any(name.startswith(part) for name in stored))
+
+
+def _describes(key: str, lacking: tuple[str, ...]) -> bool:
+    """Tell whether a setting describes tensors that the checkpoint has."""
+    described = [tensors for section, tensors in SECTIONS.items() if key.startswith(section)]
+    return bool(described) and key not in MAY_DIFFER and described[0] not in lacking

@@ -11,13 +11,17 @@ import pytest
 import torch
 from small import small_config, write_shards
 
-from megatron_mm.batch import MicroBatch, attention_spans, context_spans
+from megatron_mm.batch import MediaUnits, MicroBatch, attention_spans, context_spans
 from megatron_mm.data import prefetch, row
+from megatron_mm.data.decode import blank_waveform
 from megatron_mm.data.loader import Loader, deal_rows
 from megatron_mm.data.prefetch import Prefetcher
 from megatron_mm.errors import DataError
-from megatron_mm.modality import Media, Source
+from megatron_mm.modality import Media, Source, audio_tokens
+from megatron_mm.model.embedding import MediaEmbedding
+from megatron_mm.model.vision import VisionEncoder
 from megatron_mm.shards import EncodedDocument, ShardReader, ShardWriter
+from megatron_mm.shards.format import ITEM
 
 
 def mesh(*, first: bool = True, **place: int) -> SimpleNamespace:
@@ -188,6 +192,83 @@ def test_rows_lead_to_the_features_of_the_right_unit() -> None:
     assert features[rows].tolist() == expected
     assert positions.tolist() == [10, 11, 12, 40, 41, 20, 21, 22, 23, 0]
     assert deal_rows([], num_ranks=3)[2] == 0
+
+
+def change_item(prefix: Path, of: Media, values: dict[str, int]) -> None:
+    """Write other values into the record of the first item of a kind."""
+    items = ShardReader(prefix)._items
+    number = int((items["kind"] == of).argmax())
+    changed = items[number].copy()
+    for name, value in values.items():
+        changed[name] = value
+    data = bytearray(Path(f"{prefix}.media.idx").read_bytes())
+    start = len(data) - (len(items) - number) * ITEM.itemsize
+    data[start : start + ITEM.itemsize] = changed.tobytes()
+    Path(f"{prefix}.media.idx").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (Media.IMAGE, {"num_tokens": 195}, "has an image of 195 placeholders, and an image becomes 196 tokens"),
+        (Media.IMAGE, {"kind": 7}, "has a media item of kind 7, which is none"),
+        (Media.AUDIO, {"kind": 1}, "has an image of [0-9]+ placeholders"),
+        (Media.AUDIO, {"num_tokens": 5}, "has audio placeholders that belong to no media item"),
+        (Media.AUDIO, {"num_tokens": 0}, "has a media item without placeholders"),
+        (Media.AUDIO, {"token_offset": 9_999}, "has audio placeholders that belong to no media item"),
+        (Media.IMAGE, {"token_offset": 0}, "has not the 196 placeholders at token 0"),
+    ],
+    ids=str,
+)
+def test_an_item_that_does_not_fit_its_placeholders_is_refused(
+    kind: Media, values: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    prefix = write_shards(tmp_path)
+    change_item(prefix, kind, values)
+    for place in ({}, {"first": False}):
+        loader = loader_of(prefix, **place)
+        with pytest.raises(DataError, match=rf"{prefix}: document [0-9]+ {message}"):
+            loader.micro_batch(range(loader.num_samples))
+
+
+@pytest.mark.parametrize("change", [-400, 400])
+def test_a_recording_of_another_length_is_refused_before_it_moves_its_neighbours(change: int, tmp_path: Path) -> None:
+    prefix = write_shards(tmp_path)
+    loader = loader_of(prefix)
+    recordings = loader.decoder.recordings
+
+    def longer(encoded: list[bytes]) -> list[torch.Tensor]:
+        if not encoded:
+            return []
+        first, *others = recordings(encoded)
+        return [first[:change] if change < 0 else torch.cat([first, torch.zeros(change)]), *others]
+
+    loader.decoder.recordings = longer
+    with pytest.raises(
+        DataError, match=r"\.media\.bin: the recording at byte \d+ has \d+ samples, which are \d+ tokens"
+    ):
+        loader.micro_batch(range(loader.num_samples))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 48, 49, 50, 97, 98, 147])
+def test_silence_becomes_the_tokens_that_it_stands_for(num_tokens: int) -> None:
+    assert audio_tokens(blank_waveform(num_tokens).numel()) == num_tokens
+
+
+def test_features_that_are_not_the_promised_ones_are_refused() -> None:
+    settings = small_config("unused", "unused").vision
+    embedding = MediaEmbedding(
+        VisionEncoder(settings),
+        hidden_size=8,
+        mesh=SimpleNamespace(rank=3, tp_size=1, tp_cp_group=SimpleNamespace(size=lambda: 1)),
+        modality="image",
+    )
+    image = torch.zeros(3, 224, 224, dtype=torch.uint8)
+    rows = torch.arange(196)
+    assert embedding(MediaUnits((image,), 196, 196, rows, rows)).shape == (196, 8)
+    for promised in (190, 392):
+        with pytest.raises(DataError, match=rf"rank 3: the image encoder made 196 features of 1 units .* {promised}:"):
+            embedding(MediaUnits((image,), promised, 392, rows, rows))
 
 
 def test_later_stages_read_no_media(shards: Path) -> None:

@@ -33,14 +33,14 @@ def text(length: int) -> EncodedDocument:
 
 
 def page(*parts: int) -> EncodedDocument:
-    """A document of text (positive) and image runs (negative), each run inside a start and an end token."""
+    """A document of text (positive) and sound (negative), each run inside a start and an end token."""
     tokens, media = [], []
     for part in parts:
         if part > 0:
             tokens += [1] * part
             continue
-        media.append(MediaItem(Media.IMAGE, b"x", len(tokens) + 1, -part))
-        tokens += [2, *[10] * -part, 3]
+        media.append(MediaItem(Media.AUDIO, b"x", len(tokens) + 1, -part))
+        tokens += [2, *[11] * -part, 3]
     return EncodedDocument(np.asarray([*tokens, 0]), Source.PDF, media)
 
 

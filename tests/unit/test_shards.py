@@ -182,7 +182,18 @@ def test_what_cannot_be_a_document_is_refused(tmp_path: Path, encoded) -> None:
         np.asarray([1, *[image] * IMAGE_TOKENS]), Source.IMAGE, [MediaItem(Media.IMAGE, b"x", 0, 196)]
     )
     outside = EncodedDocument(np.asarray([tokenizer.info.vocab_size]), Source.TEXT)
-    for document, message in ((beside, "not 196 placeholders"), (outside, "outside the vocabulary")):
+    small = EncodedDocument(np.asarray([image] * 9), Source.IMAGE, [MediaItem(Media.IMAGE, b"x", 0, 9)])
+    silent = EncodedDocument(np.asarray([1]), Source.AUDIO, [MediaItem(Media.AUDIO, b"x", 0, 0)])
+    run = MediaItem(Media.IMAGE, b"x", 0, IMAGE_TOKENS)
+    twice = EncodedDocument(np.asarray([image] * IMAGE_TOKENS), Source.IMAGE, [run, run])
+    for document, message in (
+        (beside, "not 196 placeholders"),
+        (outside, "outside the vocabulary"),
+        (small, r"document 0 has an item of 9 tokens \(image\) at 0, which cannot be"),
+        (silent, r"document 0 has an item of 0 tokens \(audio\) at 0, which cannot be"),
+        (twice, r"document 0 has an item of 196 tokens \(image\) at 0, behind one that comes later"),
+        (EncodedDocument(np.asarray([1]), 17), "document 0 has source 17, which is none"),
+    ):
         with pytest.raises(DataError, match=message), ShardWriter(tmp_path / "p", tokenizer=tokenizer.info) as writer:
             writer.add(document)
     assert list(tmp_path.iterdir()) == []
