@@ -78,7 +78,7 @@ def check_start_from(config: Config, path: Path) -> dict[str, TensorInfo]:
     stored = CheckpointReader(path).tensors
     lacking = _lacking(stored)
     expected = {name: shape for name, shape in tensor_shapes(config).items() if not name.startswith(lacking)}
-    changed = configs.differences(configs.load(str(path / "config.yaml")), config)
+    changed = configs.differences(configs.load_saved(path / "config.yaml"), config)
     wrong = [line for key, line in changed.items() if _describes(key, lacking)]
     wrong += compare_shapes({name: info.shape for name, info in stored.items()}, expected)
     if wrong:
