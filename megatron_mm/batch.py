@@ -2,12 +2,40 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_mm.modality import Source
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """How many positions hold what: each is text, a media placeholder or padding, and some bear loss beside."""
+
+    text: int = 0
+    """Of documents, but for media: text, and the tokens that mark where documents and media begin and end."""
+    image: int = 0
+    audio: int = 0
+    padding: int = 0
+    loss: int = 0
+    """Those whose label bears loss."""
+
+    @property
+    def tokens(self) -> int:
+        """Positions that hold something of a document: all but padding."""
+        return self.text + self.image + self.audio
+
+    @property
+    def padding_fraction(self) -> float:
+        """Padding of all positions, 0 to 1."""
+        return self.padding / max(1, self.tokens + self.padding)
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*map(sum, zip(astuple(self), astuple(other))))
 
 
 @dataclass(frozen=True)
@@ -68,14 +96,28 @@ class MicroBatch:
     """(num_tokens/cp,) int64: the next token of the same document, 0 where there is none."""
     loss_mask: Tensor
     """(num_tokens/cp,) float32: 1 where a label bears loss, 0 at media placeholders, padding and ends."""
-    sources: Tensor
-    """(num_tokens/cp,) int64 `modality.Source` of the document."""
+    origins: Tensor
+    """(num_tokens/cp,) int64 where the document came from: dataset * len(Source) + source."""
     positions: Tensor
     """(num_tokens/cp,) int64 position in the document."""
     spans: tuple[AttentionSpan, ...]
     """Where this rank's positions lie in the whole row, in their order: one span, two of them under cp."""
     images: MediaUnits
     audio: MediaUnits
+    counts: TokenCounts
+    """What the positions hold: this context rank's share, whether or not its stage reads media."""
+    num_datasets: int = 1
+    """Datasets that `origins` tells apart."""
+
+    @property
+    def sources(self) -> Tensor:
+        """(num_tokens/cp,) int64 `modality.Source` of the document."""
+        return self.origins % len(Source)
+
+    @property
+    def datasets(self) -> Tensor:
+        """(num_tokens/cp,) int64 number of the dataset, in the order of the loader's."""
+        return self.origins // len(Source)
 
     def to(self, device: torch.device) -> Self:
         """Return this micro-batch with every tensor on `device`; copies from pinned memory do not wait."""

@@ -121,6 +121,11 @@ class DataConfig(Section):
         first = list(self.train) if isinstance(self.train, dict) else [",".join(self.train)]
         return list(dict.fromkeys([*first, *(name for change in self.changes for name in change.train)]))
 
+    @property
+    def validation_datasets(self) -> list[str]:
+        """Every prefix of held-out shards, each a dataset that a loss is reported of."""
+        return list(dict.fromkeys(prefix for names in self.validation for prefix in names.split(",")))
+
 
 class ParallelConfig(Section):
     """How the model is cut. Data parallelism is what remains: dp = ranks / (tp cp pp)."""
@@ -276,12 +281,13 @@ class GuardConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """The loss on held-out documents, by the kind of file they came from."""
+    """The loss on held-out documents, by the kind of file that they came from and by data.validation's prefixes."""
 
     interval: NonNegativeInt = 1_000
     """Steps between evaluations; the first and the last step are always evaluated. 0 evaluates never."""
     samples: PositiveInt = 512
-    """Held-out samples of one evaluation, from the first; fewer if there are fewer."""
+    """Held-out samples of one evaluation, the same at each: all of them, or so many at even distances over all prefixes
+    of data.validation, so that each is drawn from by its size."""
 
 
 class LoggingConfig(Section):

@@ -37,6 +37,11 @@ class Unit:
     """Of its first token, in the micro-batch."""
     num_tokens: int
 
+    @property
+    def run(self) -> range:
+        """Its positions in the micro-batch."""
+        return range(self.position, self.position + self.num_tokens)
+
 
 class Loader:
     """Reads packed samples of one dataset, or of a blend of several, for one rank.
@@ -51,10 +56,17 @@ class Loader:
         config: Config,
         mesh: Mesh,
         changes: Sequence[BlendChange] = (),
+        report_apart: bool = False,
     ) -> None:
+        """Open the datasets; with `report_apart`, losses are told by each of a list's prefixes, not by the list."""
         self.config, self.mesh = config, mesh
         self.samples = Samples(datasets, config=config, changes=changes)
         self.shards = self.samples.shards
+        names = self.samples.shard_prefixes if report_apart else self.samples.shard_datasets
+        self.datasets = list(dict.fromkeys(names)) if report_apart else self.samples.datasets
+        """The names that losses are reported by, in the order of their numbers in a micro-batch."""
+        self._dataset_of = [self.datasets.index(name) for name in names]
+        """The dataset of each shard, by its number."""
         self.special_ids = self.shards[0].tokenizer.special_ids
         self._encodes = mesh.is_first_chunk(0)
         self.renew_decoder()
@@ -103,15 +115,22 @@ class Loader:
         cp_rank, cp_size = self.mesh.cp_rank, self.mesh.cp_size
         parts = context_spans(num_tokens, cp_rank=cp_rank, cp_size=cp_size)
         images, audio = (self._media(units[kind], parts) for kind in (Media.IMAGE, Media.AUDIO))
-        spans = attention_spans(text.doc_lengths, cp_rank=cp_rank, cp_size=cp_size)
-        return MicroBatch(**text.tensors(parts), spans=spans, images=images, audio=audio)
+        image_runs, audio_runs = ([unit.run for unit in units[kind]] for kind in (Media.IMAGE, Media.AUDIO))
+        return MicroBatch(
+            **text.tensors(parts),
+            spans=attention_spans(text.doc_lengths, cp_rank=cp_rank, cp_size=cp_size),
+            images=images,
+            audio=audio,
+            counts=text.counts(parts, images=image_runs, audio=audio_runs),
+            num_datasets=len(self.datasets),
+        )
 
     def _add_pieces(self, pieces: np.ndarray, text: TextRow, units: dict[Media, list[Unit]]) -> None:
         """Lay PIECE records at the current position, and note their media."""
         first, last = int(pieces["shard"][0]), int(pieces["shard"][-1])
         for number in range(first, last + 1):  # pieces come in the order of their shards
             own, position = pieces[pieces["shard"] == number] if first < last else pieces, text.position
-            text.add_pieces(self.shards[number], own)
+            text.add_pieces(self.shards[number], own, dataset=self._dataset_of[number])
             for _, document, start, length in own.tolist() if self.shards[number].num_items else ():
                 self._add_media(number, document, range(start, start + length), text, position, units)
                 position += length

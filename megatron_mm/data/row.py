@@ -6,30 +6,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_mm.batch import TokenCounts
 from megatron_mm.data.native import _index
+from megatron_mm.modality import Source
 from megatron_mm.shards import ShardReader
 
 
 class TextRow:
-    """Ids, labels, loss mask, sources and positions of `num_tokens` positions, filled piece after piece."""
+    """Ids, labels, loss mask, origins and positions of `num_tokens` positions, filled piece after piece."""
 
     def __init__(self, num_tokens: int, *, pad: int) -> None:
         self.position = 0
         self.tokens = np.full(num_tokens, pad, np.int64)
         self.labels = np.zeros(num_tokens, np.int64)
         self.loss_mask = np.zeros(num_tokens, np.float32)
-        self.sources = np.zeros(num_tokens, np.int64)
+        self.origins = np.zeros(num_tokens, np.int64)
         self.positions = np.zeros(num_tokens, np.int64)
         self.doc_lengths: list[int] = []
+        self.padding: list[range] = []
+        """Positions that hold nothing."""
 
-    def add_pieces(self, shard: ShardReader, pieces: np.ndarray) -> None:
+    def add_pieces(self, shard: ShardReader, pieces: np.ndarray, *, dataset: int = 0) -> None:
         """Lay PIECE records of one shard at the current position: inputs, each with the token behind it as its label.
 
         Raises DataError if they cannot be read.
         """
         documents, starts, lengths = pieces["document"], pieces["start"], pieces["length"]
         place = slice(self.position, self.position + int(lengths.sum()))
-        rows = (self.tokens[place], self.labels[place], self.positions[place], self.sources[place])
+        rows = (self.tokens[place], self.labels[place], self.positions[place], self.origins[place])
         sources = shard.sources(documents)
         if _index is None:
             lay_pieces_reference(shard, pieces, sources, rows)
@@ -37,6 +41,7 @@ class TextRow:
             _, document, start, length = pieces[laid].tolist()
             shard.tokens(document, start, start + length + 1)  # says what is wrong with it
             raise AssertionError(f"{shard.prefix}: document {document} could be read the second time")
+        self.origins[place] += dataset * len(Source)
         self.loss_mask[place] = 1.0
         self.doc_lengths += lengths.tolist()
         self.position = place.stop
@@ -46,6 +51,7 @@ class TextRow:
         if stop > self.position:
             self.positions[self.position : stop] = np.arange(stop - self.position)
             self.doc_lengths.append(stop - self.position)
+            self.padding.append(range(self.position, stop))
 
     def mask_labels(self, placeholders: Sequence[int]) -> None:
         """Take the loss off labels that are media placeholders."""
@@ -54,10 +60,26 @@ class TextRow:
 
     def tensors(self, parts: Sequence[range]) -> dict[str, Tensor]:
         """Return the tensors of a MicroBatch that are not media, at the positions of `parts`, end to end."""
-        names = ("tokens", "labels", "loss_mask", "sources", "positions")
+        names = ("tokens", "labels", "loss_mask", "origins", "positions")
         arrays = {name: [getattr(self, name)[part.start : part.stop] for part in parts] for name in names}
         whole = {name: own[0] if len(own) == 1 else np.concatenate(own) for name, own in arrays.items()}
         return {name: torch.from_numpy(array) for name, array in whole.items()}
+
+    def counts(self, parts: Sequence[range], *, images: Sequence[range], audio: Sequence[range]) -> TokenCounts:
+        """Count what the positions of `parts` hold, given those of media runs in the whole row."""
+        in_image, in_audio, in_padding = (_shared(runs, parts) for runs in (images, audio, self.padding))
+        return TokenCounts(
+            text=sum(map(len, parts)) - in_image - in_audio - in_padding,
+            image=in_image,
+            audio=in_audio,
+            padding=in_padding,
+            loss=sum(int(np.count_nonzero(self.loss_mask[part.start : part.stop])) for part in parts),
+        )
+
+
+def _shared(runs: Sequence[range], parts: Sequence[range]) -> int:
+    """Return how many positions lie both in a run and in a part."""
+    return sum(max(0, min(run.stop, part.stop) - max(run.start, part.start)) for run in runs for part in parts)
 
 
 def lay_pieces_reference(

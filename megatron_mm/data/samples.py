@@ -29,6 +29,10 @@ class Samples:
         self.datasets = list(dict.fromkeys(name for _, named in self._changes for name in named))
         """Names in the order in which they first appear."""
         self.shards: list[ShardReader] = []
+        self.shard_datasets: list[str] = []
+        """The dataset that each shard belongs to."""
+        self.shard_prefixes: list[str] = []
+        """The prefix that each shard was opened by: of the shards themselves, or of a list that was merged."""
         self.plans = [self._plan(name.split(",")) for name in self.datasets]
         self.orders = [SampleOrder(plan.num_samples, seed=config.data.seed) for plan in self.plans]
         self.first_sample = np.cumsum([0, *(plan.num_samples for plan in self.plans)])
@@ -37,7 +41,8 @@ class Samples:
 
     def _plan(self, prefixes: Sequence[str]) -> Plan:
         """Open the shards of one dataset. Raises DataError if they do not fit the model or the other datasets."""
-        shards = open_shards(prefixes)
+        by_prefix = [open_shards([prefix]) for prefix in prefixes]
+        shards = [shard for opened in by_prefix for shard in opened]
         tokenizer = shards[0].tokenizer
         if tokenizer.vocab_size > self.config.model.vocab_size:
             raise DataError(
@@ -48,6 +53,8 @@ class Samples:
         data = self.config.data
         plan = plan_packing(shards, seq_len=data.seq_len, packing=data.packing, first_shard=len(self.shards))
         self.shards += shards
+        self.shard_datasets += [",".join(prefixes)] * len(shards)
+        self.shard_prefixes += [prefix for prefix, opened in zip(prefixes, by_prefix) for _ in opened]
         return plan
 
     def follow(self, consumption: Consumption) -> None:

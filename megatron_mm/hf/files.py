@@ -287,7 +287,7 @@ from transformers import *
 model = {loading}
 ```
 
-Trained for {step:,} steps of {config.tokens_per_step:,} tokens, {step * config.tokens_per_step:,} in all. No licence is
+Trained for {step:,} steps, the last of {config.tokens_per_step:,} positions (text, media and padding). No licence is
 stated here: whoever publishes the weights adds it.
 
 ## What was checked

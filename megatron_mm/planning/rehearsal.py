@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel import random as mcore_random
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_mm.batch import MicroBatch, attention_spans, context_spans
+from megatron_mm.batch import MicroBatch, TokenCounts, attention_spans, context_spans
 from megatron_mm.config import Config, check_world
 from megatron_mm.data.loader import Unit, media_units
 from megatron_mm.kernels import ops
@@ -303,11 +303,13 @@ def micro_batch(config: Config, mesh: Mesh, *, media: int) -> MicroBatch:
         tokens=torch.zeros(local_tokens, dtype=torch.int64),
         labels=torch.zeros(local_tokens, dtype=torch.int64),
         loss_mask=torch.ones(local_tokens),
-        sources=torch.zeros(local_tokens, dtype=torch.int64),
+        origins=torch.zeros(local_tokens, dtype=torch.int64),
         positions=positions,
         spans=attention_spans([seq_len] * config.training.micro_batch_size, cp_rank=mesh.cp_rank, cp_size=mesh.cp_size),
         images=images,
         audio=audio,
+        # On every stage, for the last one reports them: with media, the step updates the encoders too.
+        counts=TokenCounts(text=local_tokens, image=media, audio=media, loss=local_tokens),
     )
 
 

@@ -52,15 +52,16 @@ class Guard:
         return not self._skipped and not self._above
 
     def check(self, result: StepResult, *, step: int, since: int = 0) -> None:
-        """Warn of a step that was skipped; `step` is counted from 1.
+        """Warn of a step that was skipped; `step` is counted from 1. One without a loss-bearing token says nothing.
 
         Losses of steps up to `since`, before a planned change of data or settings, say nothing about what is usual now.
         Raises TrainingDiverged after guard.max_skipped_steps in a row, LossSpike after guard.spike_steps in a row whose
         loss stands out.
         """
         self._forget_until(since)
-        if not result.updated:
+        if not result.updated and (result.bears_loss or not isfinite(result.grad_norm)):
             self._skip(result, step)
+        if not (result.updated and result.bears_loss):
             return
         self._skipped = 0
         loss = by_name(result.losses)["loss"]

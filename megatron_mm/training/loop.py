@@ -229,5 +229,5 @@ def _announce(state: TrainState, loader: Loader, chosen: str, parameters: int) -
     )
     for line in loader.samples.describe():
         log.info("data %s", line)
-    log.info("%d tokens a step", config.tokens_per_step)
+    log.info("%d positions a step, padding included", config.tokens_per_step)
     log.info("start at step %d of %d", state.step, config.training.steps)

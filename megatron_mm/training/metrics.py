@@ -5,7 +5,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
 from typing import Any, Self
@@ -15,8 +16,9 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megatron_mm.batch import TokenCounts
 from megatron_mm.config import Config
-from megatron_mm.model.loss import by_name
+from megatron_mm.model.loss import BY_DATASET, by_name
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.training.step import StepResult
@@ -29,7 +31,8 @@ class Metrics:
 
     metrics.jsonl holds one object a line: {"step": ..., "layout": ..., "parameters": ...} at each start of the run,
     {"step": ..., "loss": ..., ...} after each step, {"step": ..., "heldout/loss": ..., ...} after each evaluation,
-    {"step": ..., "save_stall_seconds": ...} after each save. Each has its Unix time.
+    {"step": ..., "save_stall_seconds": ...} after each save. Each has its Unix time. Token counts are those of the run
+    so far, over restarts and roll-backs; a loss without a loss-bearing token is null.
     """
 
     def __init__(self, config: Config, mesh: Mesh, *, first_step: int) -> None:
@@ -39,13 +42,19 @@ class Metrics:
 
     def _open(self, first_step: int) -> None:
         config = self.config
-        self._tokens = first_step * config.tokens_per_step
+        self._counts = TokenCounts()
         if not self._speaks:
             return
         folder = Path(config.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        self._lost = _forget_after(path, first_step)
+        self._kept = _forget_after(path, first_step)
+        self._counts = self._kept.counts
+        if self._kept.uncounted_steps:
+            log.warning(
+                "%s has no token counts of the %d steps up to %d, so the run's counts leave them out",
+                *(path, self._kept.uncounted_steps, first_step),
+            )
         self._lines = _Lines(path)
         self._board = None
         if config.logging.tensorboard:
@@ -77,7 +86,7 @@ class Metrics:
         """
         if self._speaks:
             seconds = time.time() - psutil.Process().create_time()
-            values = {"layout": layout, "parameters": parameters, "start_seconds": seconds, **self._lost}
+            values = {"layout": layout, "parameters": parameters, "start_seconds": seconds, **self._kept.as_values()}
             values |= {"changed": list(changed)} if changed else {}
             self._write(step, values, plot=False)
 
@@ -86,7 +95,7 @@ class Metrics:
         self._close()
         self._open(step)
         if self._speaks:
-            self._write(step, {"went_back": reason, **self._lost}, plot=False)
+            self._write(step, {"went_back": reason, **self._kept.as_values()}, plot=False)
 
     def losses(self, count: int) -> list[tuple[int, float]]:
         """Return (step, loss) of the last `count` steps that changed the weights and had a finite loss.
@@ -95,8 +104,10 @@ class Metrics:
         """
         found: list[list[tuple[int, float]]] = [[]]
         if self._speaks:
-            records = [one for one in read_metrics(self.config.run_dir) if one.get("updated") and isfinite(one["loss"])]
-            found = [[(one["step"], one["loss"]) for one in records][max(0, len(records) - count) :]]
+            updated = [one for one in read_metrics(self.config.run_dir) if one.get("updated")]
+            losses = [(one["step"], one["loss"]) for one in updated if one["loss"] is not None]
+            finite = [(step, loss) for step, loss in losses if isfinite(loss)]
+            found = [finite[max(0, len(finite) - count) :]]
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
@@ -106,38 +117,46 @@ class Metrics:
 
     def step(self, result: StepResult, *, step: int, seconds: float) -> None:
         """Record optimizer step `step`, counted from 1, which took `seconds`."""
-        self._tokens += self.config.tokens_per_step
+        self._counts += result.counts
         values = {
-            **by_name(result.losses),
+            "loss": None,
+            **by_name(result.losses, datasets=self.config.data.train_datasets),
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "updated": result.updated,
-            "tokens": self._tokens,
+            **_totals(self._counts),
+            "padding_fraction": result.counts.padding_fraction,
             "step_seconds": seconds,
-            "tokens_per_second": self.config.tokens_per_step / seconds,
+            "tokens_per_second": result.counts.tokens / seconds,
             "peak_gib": device.memory_gib(),
         }
         self._write(step, values)
         if self._speaks:
             with self._bar.external_write_mode():
+                if not result.bears_loss:
+                    log.warning("step %d: no token of its batch bears loss; the weights are left as they were", step)
                 log.info(step_line(step, values))
             self._bar.update()
 
     def evaluation(self, losses: Any, *, step: int) -> dict[str, float]:
-        """Record and return the held-out losses after step `step`."""
-        values = {f"heldout/{name}": value for name, value in by_name(losses).items()}
-        self._write(step, values)
+        """Record and return the held-out losses after step `step`; none if no held-out token bears loss."""
+        datasets = self.config.data.validation_datasets
+        found = by_name(losses, datasets=datasets)
+        values = {f"heldout/{name}": value for name, value in found.items()}
+        self._write(step, values or {"heldout/loss": None})
         if self._speaks:
-            text = " | ".join(f"{name.removeprefix('heldout/')} {value:.4f}" for name, value in values.items())
+            told = {name: value for name, value in found.items() if len(datasets) > 1 or BY_DATASET not in name}
+            text = " | ".join(f"{name} {value:.4f}" for name, value in told.items())
             with self._bar.external_write_mode():
-                log.info("step %d | held-out | %s", step, text)
+                log.info("step %d | held-out | %s", step, text or "no loss: no token of its samples bears loss")
         return values
 
     def _write(self, step: int, values: Mapping[str, Any], *, plot: bool = True) -> None:
         if not self._speaks:
             return
         self._lines.add(json.dumps({"step": step, **values, "time": time.time()}))
-        for name, value in values.items() if plot else ():
+        numbers = {name: value for name, value in values.items() if value is not None} if plot else {}
+        for name, value in numbers.items():
             self._plot(lambda board, name=name, value=value: board.add_scalar(name, value, step))
 
     def _plot(self, action: Callable[[SummaryWriter], None]) -> None:
@@ -182,7 +201,7 @@ def step_line(step: int, values: Mapping[str, Any]) -> str:
     return " | ".join(
         (
             f"step {step}",
-            f"loss {values['loss']:.4f}",
+            "no loss" if values["loss"] is None else f"loss {values['loss']:.4f}",
             f"grad_norm {values['grad_norm']:.2f}",
             f"lr {values['lr']:.1e}",
             f"{_short(values['tokens'])} tok",
@@ -194,8 +213,8 @@ def step_line(step: int, values: Mapping[str, Any]) -> str:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Return the records of a run's metrics.jsonl, in order."""
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    """Return the records of a run's metrics.jsonl, in order, without a line that a killed run was writing."""
+    return [record for _, record in _records((Path(run_dir) / "metrics.jsonl").read_text())]
 
 
 def _short(number: float) -> str:
@@ -205,25 +224,54 @@ def _short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _forget_after(path: Path, step: int) -> dict[str, float]:
+def _totals(counts: TokenCounts) -> dict[str, int]:
+    return {"tokens": counts.tokens, **{f"{name}_tokens": count for name, count in asdict(counts).items()}}
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What metrics.jsonl says of a run up to the step that it goes on from."""
+
+    counts: TokenCounts
+    """Of the whole run, as far as it is known."""
+    uncounted_steps: int
+    """Steps done whose counts are not in the file: it was lost, or not written to the end."""
+    lost_steps: int
+    """Steps after that one, which were done and are done again."""
+    lost_seconds: float
+    """How long those took."""
+
+    def as_values(self) -> dict[str, float]:
+        """Return what the record of a start or a roll-back says of it."""
+        values = {"lost_steps": self.lost_steps, "lost_seconds": self.lost_seconds, **_totals(self.counts)}
+        return values | ({"uncounted_steps": self.uncounted_steps} if self.uncounted_steps else {})
+
+
+def _forget_after(path: Path, step: int) -> _Kept:
     """Drop records of steps after `step`, which a run that was cut off did and a resumed one does again.
 
-    Returns how many steps those were and how long they took.
+    Returns what the file says of the run.
     """
-    if not path.exists():
-        return {"lost_steps": 0, "lost_seconds": 0.0}
-    kept, lost = [], {"lost_steps": 0, "lost_seconds": 0.0}
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the run was killed while it wrote this line
-            continue
+    keys = [f"{field.name}_tokens" for field in fields(TokenCounts)]
+    kept, lost_seconds, last = [], [], {"step": 0, **dict.fromkeys(keys, 0)}
+    for line, record in _records(path.read_text()) if path.exists() else ():
         if record["step"] <= step:
             kept.append(line + "\n")
+            last = record if all(key in record for key in keys) else last
         elif "grad_norm" in record:
-            lost["lost_steps"] += 1
-            lost["lost_seconds"] += record["step_seconds"]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
-    return lost
+            lost_seconds.append(record["step_seconds"])
+    if path.exists():
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
+    counts = TokenCounts(*(last[key] for key in keys))
+    return _Kept(counts, step - last["step"], len(lost_seconds), sum(lost_seconds, 0.0))
+
+
+def _records(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each line of metrics.jsonl with its record, but for one that was cut off as the run was killed."""
+    for line in text.splitlines():
+        try:
+            yield line, json.loads(line)
+        except ValueError:
+            continue

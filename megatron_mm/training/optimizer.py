@@ -1,5 +1,6 @@
 """AdamW over megatron-core's distributed optimizer, and which parameters it treats how."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import megatron.core.optimizer as mcore_optimizer
@@ -50,7 +51,7 @@ class AdamW(torch.optim.Optimizer):
             if not group["params"]:
                 continue
             group["step"] = group.get("step", 0) + 1
-            for param in params:
+            for param in group["params"]:  # a checkpoint holds the moments of those that no step has changed too
                 if not self.state[param]:
                     self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
             beta1, beta2 = group["betas"]
@@ -83,6 +84,20 @@ def clip_gradients(optimizer: MegatronOptimizer, coefficient: float) -> None:
             part.optimizer.gradient_divisor = 1.0 / coefficient
         elif gradients := [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]:
             torch._foreach_mul_(gradients, coefficient)
+
+
+def leave_out(optimizer: MegatronOptimizer, parameters: Iterable[Tensor]) -> None:
+    """Take the gradients of model `parameters` from the next step, which then changes neither them nor their moments.
+
+    AdamW here and the fused ones of TransformerEngine and apex pass over a tensor without gradient; their step count is
+    that of a whole group and goes on.
+    """
+    (distributed,) = optimizer.chained_optimizers
+    assert isinstance(distributed, distrib_optimizer.DistributedOptimizer)
+    for parameter in parameters:
+        if parameter in distributed.model_param_group_index_map:  # this data-parallel rank has a share of it
+            group, place = distributed.model_param_group_index_map[parameter]
+            distributed.optimizer.param_groups[group]["params"][place].grad = None
 
 
 def is_decayed(parameter: Tensor, name: str, *, decay_embeddings: bool) -> bool:

@@ -32,6 +32,7 @@ def describe_shards(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -
     assert isinstance(distributed, DistributedOptimizer)
     tensors, _ = extract_sharded_tensors_and_factories(model_state)
     described = {id(part.data): part for part in nested_values(tensors)}
+    _complete_moments(distributed)
     shards = []
     for buckets in distributed.gbuf_ranges:
         for bucket in (one for of_type in buckets.values() for one in of_type):
@@ -45,6 +46,18 @@ def describe_shards(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -
         "param_state": dict(enumerate(shards)),
         "param_state_sharding_type": LOADED_AS,
     }
+
+
+def _complete_moments(optimizer: DistributedOptimizer) -> None:
+    """Give moments of zero to what no step has changed yet: the fused optimizers make them when they first need them.
+
+    The first batches may bear no loss, or hold nothing of a modality, whose parameters are then left as they are.
+    """
+    for group in optimizer.optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.optimizer.state[parameter]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.optimizer.state[parameter] = moments
 
 
 def _blocks_of(

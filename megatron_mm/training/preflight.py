@@ -54,7 +54,9 @@ def examine(config: Config, mesh: Mesh) -> Ready:
         configs.check_resume(saved, config, step=manifest.step_of(path), source=str(path))
     check_held_out(config)
     loader = Loader(config.data.train, config=config, mesh=mesh, changes=config.data.changes)
-    heldout = Loader(config.data.validation, config=config, mesh=mesh) if config.data.validation else None
+    heldout = None
+    if config.data.validation:
+        heldout = Loader(config.data.validation, config=config, mesh=mesh, report_apart=True)
     check_tokenizers(config, loader.samples, heldout.samples if heldout else None)
     inputs = read_inputs(config, loader.shards[0].tokenizer.sha256, hash_files=path is None)
     return Ready(loader, heldout, inputs, path)

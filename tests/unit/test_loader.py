@@ -11,7 +11,7 @@ import pytest
 import torch
 from small import small_config, write_shards
 
-from megatron_mm.batch import MediaUnits, MicroBatch, attention_spans, context_spans
+from megatron_mm.batch import MediaUnits, MicroBatch, TokenCounts, attention_spans, context_spans
 from megatron_mm.data import prefetch, row
 from megatron_mm.data.decode import blank_waveform
 from megatron_mm.data.loader import Loader, deal_rows
@@ -42,7 +42,7 @@ def loader_of(shards: Path, *overrides: str, **place) -> Loader:
 
 
 def assert_same(first: MicroBatch, second: MicroBatch) -> None:
-    for name in ("tokens", "labels", "loss_mask", "sources", "positions"):
+    for name in ("tokens", "labels", "loss_mask", "origins", "positions"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
     assert doc_lengths(first) == doc_lengths(second)
     for name in ("images", "audio"):
@@ -102,6 +102,49 @@ def test_labels_are_the_next_tokens_of_the_same_document(shards: Path) -> None:
             start += length
 
 
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_positions_are_counted_by_what_they_hold(shards: Path, cp_size: int) -> None:
+    loaders = [loader_of(shards, cp_rank=rank, cp_size=cp_size) for rank in range(cp_size)]
+    ids = loaders[0].special_ids
+    for samples in ([0, 3, 5, 9], [-1, 2], [-1]):
+        for batch in [loader.micro_batch(samples) for loader in loaders]:
+            of = {name: int((batch.tokens == ids[name]).sum()) for name in ("image", "audio", "pad")}
+            text, loss = batch.tokens.numel() - sum(of.values()), int(batch.loss_mask.sum())
+            assert batch.counts == TokenCounts(text, of["image"], of["audio"], of["pad"], loss)
+            assert batch.counts.padding_fraction == of["pad"] / batch.tokens.numel()
+
+
+def test_every_token_says_which_dataset_it_is_of(tmp_path: Path) -> None:
+    names = ("both", "left", "right", "more")
+    both, left, right, more = (write_shards(tmp_path, name, seed=seed) for seed, name in enumerate(names))
+    blend = f'data.train={{{both}: 0.5, "{left},{right}": 0.5}}'
+    change = f"data.changes=[{{from_step: 3, train: {{{more}: 1.0}}}}]"
+    config = small_config(both, "unused", blend, change)
+    loader = Loader(config.data.train, config=config, mesh=mesh(), changes=config.data.changes)
+    assert loader.datasets == config.data.train_datasets == [str(both), f"{left},{right}", str(more)]
+    for step, expected in ((0, {0, 1}), (3, {2})):
+        samples = loader.step_samples(step)
+        datasets = loader.first_sample.searchsorted(samples, "right") - 1
+        assert set(datasets.tolist()) == expected
+        batch = loader.micro_batch(samples)
+        assert batch.num_datasets == 3
+        laid = batch.tokens.view(-1, 256) != loader.special_ids["pad"]
+        for dataset, sample, place in zip(datasets, batch.datasets.view(-1, 256), laid):
+            assert set(sample[place].tolist()) == {dataset}
+        assert set(batch.sources.tolist()) <= {int(source) for source in Source}
+
+
+def test_held_out_prefixes_are_told_apart(tmp_path: Path) -> None:
+    train, one, two = (write_shards(tmp_path, name, seed=seed) for seed, name in enumerate(("train", "one", "two")))
+    config = small_config(train, "unused", f"data.validation=[{one}, {two}]")
+    loader = Loader(config.data.validation, config=config, mesh=mesh(), report_apart=True)
+    assert loader.datasets == config.data.validation_datasets == [str(one), str(two)]
+    half = int(loader.num_samples / 2)
+    for samples, dataset in ((range(half - 2), 0), (range(half + 2, loader.num_samples), 1)):
+        batch = loader.micro_batch(list(samples))
+        assert set(batch.datasets[batch.loss_mask > 0].tolist()) == {dataset}
+
+
 def test_every_loss_bearing_token_is_met_once_an_epoch(shards: Path) -> None:
     loader = loader_of(shards)
     shard = loader.shards[0]
@@ -130,7 +173,7 @@ def test_context_ranks_cut_the_row_of_one(shards: Path, cp_size: int) -> None:
         parts = [loader.step(1)[number] for loader in loaders]
         order = torch.cat([position_in_row(part) for part in parts])
         assert torch.equal(order.sort().values, torch.arange(256))
-        for name in ("tokens", "labels", "loss_mask", "sources", "positions"):
+        for name in ("tokens", "labels", "loss_mask", "origins", "positions"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(alone, name)[order]), name
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 from small import small_config
 
 from megatron_mm import config as configs
+from megatron_mm.batch import TokenCounts
 from megatron_mm.config import Config
 from megatron_mm.config.schema import GuardConfig
 from megatron_mm.errors import ConfigError
 from megatron_mm.modality import Source
+from megatron_mm.model.loss import by_name
+from megatron_mm.training.evaluate import spread
 from megatron_mm.training.guard import Guard, LossSpike, TrainingDiverged
 from megatron_mm.training.metrics import _forget_after, read_metrics, step_line
 from megatron_mm.training.optimizer import AdamW, is_decayed
@@ -124,6 +128,31 @@ def test_the_guard_stops_a_run_whose_gradients_stay_non_finite() -> None:
         guard.check(result(False), step=50)
 
 
+def nothing() -> StepResult:
+    """What a step over a batch without a loss-bearing token did."""
+    return StepResult(torch.zeros(1, len(Source), 2, dtype=torch.float64), 0.0, 1e-3, False)
+
+
+def test_a_step_without_loss_tells_the_guard_nothing() -> None:
+    guard = Guard(GuardConfig(max_skipped_steps=2, spike_window=4, spike_steps=2))
+    for step in range(8):
+        guard.check(nothing(), step=step)
+        assert guard.healthy
+    for step in range(4):
+        guard.check(result(loss=4.0 + 0.01 * step), step=8 + step)
+    guard.check(nothing(), step=12)  # neither a loss of zero that lowers the median nor one that ends a spike
+    guard.check(result(loss=9.0), step=13)
+    guard.check(nothing(), step=14)
+    assert not guard.healthy
+    with pytest.raises(LossSpike, match=r"up to 9\.0000; it was 4\.0\d+ before"):
+        guard.check(result(loss=9.0), step=15)
+    guard = Guard(GuardConfig(max_skipped_steps=2))
+    guard.check(result(False), step=1)
+    guard.check(nothing(), step=2)
+    with pytest.raises(TrainingDiverged):
+        guard.check(result(False), step=3)
+
+
 def test_the_guard_calls_it_a_spike_when_the_loss_stays_up() -> None:
     guard = Guard(GuardConfig(spike_window=20, spike_steps=3, spike_deviations=5.0))
     noise = [0.01 * math.sin(17 * step) for step in range(40)]
@@ -188,6 +217,66 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> Non
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
     _forget_after(tmp_path / "metrics.jsonl", 3)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def record_of(step: int, **values: float | None) -> str:
+    return json.dumps({"step": step, "loss": 1.0, "grad_norm": 1.0, "step_seconds": 2.0, **values})
+
+
+def test_counts_go_on_from_the_last_record_that_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    kinds = ("text_tokens", "image_tokens", "audio_tokens", "padding_tokens", "loss_tokens")
+    counted = [record_of(step, **{kind: 10 * step + place for place, kind in enumerate(kinds)}) for step in (1, 2, 3)]
+    path.write_text(
+        "\n".join([*counted, json.dumps({"step": 3, "heldout/loss": 1.0}), record_of(4)]) + '\n{"step": 5, "lo'
+    )
+    kept = _forget_after(path, 3)
+    assert (kept.counts, kept.uncounted_steps) == (TokenCounts(30, 31, 32, 33, 34), 0)
+    assert (kept.lost_steps, kept.lost_seconds) == (1, 2.0)
+    kept = _forget_after(path, 2)
+    assert (kept.counts, kept.uncounted_steps, kept.lost_steps) == (TokenCounts(20, 21, 22, 23, 24), 0, 1)
+    # A disk that was full: the last lines were never written. And a file of before kinds were counted.
+    assert _forget_after(path, 5).uncounted_steps == 3
+    path.write_text(record_of(1, tokens=100) + "\n")
+    assert (_forget_after(path, 1).counts, _forget_after(path, 1).uncounted_steps) == (TokenCounts(), 1)
+    assert _forget_after(tmp_path / "absent.jsonl", 0).uncounted_steps == 0
+    assert _forget_after(tmp_path / "absent.jsonl", 7).uncounted_steps == 7
+
+
+def test_a_line_that_was_cut_off_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(record_of(1) + '\n{"step": 2, "lo')
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+
+
+def test_a_step_without_loss_says_so() -> None:
+    values = {"loss": None, "grad_norm": 0.0, "lr": 1e-4, "tokens": 10, "step_seconds": 1.0, "tokens_per_second": 1.0}
+    assert step_line(7, {**values, "peak_gib": 1.0}).startswith("step 7 | no loss | grad_norm 0.00 |")
+
+
+def test_a_loss_is_told_of_what_has_tokens_and_of_nothing_else() -> None:
+    losses = torch.zeros(3, len(Source), 2, dtype=torch.float64)
+    assert by_name(losses, datasets=["a", "b", "c"]) == {}
+    losses[0, Source.TEXT], losses[0, Source.PDF] = torch.tensor([6.0, 2.0]), torch.tensor([4.0, 1.0])
+    losses[2, Source.TEXT] = torch.tensor([2.0, 1.0])
+    assert by_name(losses, datasets=["a", "b", "c"]) == {
+        "loss": 3.0,
+        "loss/text": pytest.approx(8 / 3),
+        "loss/pdf": 4.0,
+        "loss/dataset/a": pytest.approx(10 / 3),
+        "loss/dataset/c": 2.0,
+    }
+
+
+@pytest.mark.parametrize(("num_samples", "most"), [(0, 4), (3, 8), (8, 8), (1000, 10), (10, 9)])
+def test_held_out_samples_are_spread_over_all(num_samples: int, most: int) -> None:
+    samples = spread(num_samples, most=most).tolist()
+    assert len(samples) == min(num_samples, most)
+    assert samples == sorted(set(samples))
+    if most < num_samples:
+        gaps = [after - before for before, after in pairwise([*samples, num_samples])]
+        assert samples[0] == 0 and max(gaps) - min(gaps) <= 1
+    else:
+        assert samples == list(range(num_samples))
 
 
 def test_a_step_is_one_line_in_a_fixed_order() -> None:
