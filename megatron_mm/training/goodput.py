@@ -10,9 +10,11 @@ class Goodput:
     """Seconds of a run by what they were spent on, from its first start to its last record."""
 
     steps: float = 0.0
-    """Optimizer steps that the run has kept: the productive part."""
+    """Optimizer steps that changed the weights and that the run has kept: the productive part."""
     lost_steps: float = 0.0
     """Steps that were done again after a failure or a roll-back."""
+    idle_steps: float = 0.0
+    """Steps that changed no weight: their gradient was not finite, or no token of their batch bore loss."""
     save_stalls: float = 0.0
     """Training stood still for a checkpoint."""
     starts: float = 0.0
@@ -44,9 +46,10 @@ def goodput_of(records: Sequence[dict[str, Any]]) -> Goodput:
     if not starts or "time" not in starts[0]:
         return Goodput()
     began = starts[0]["time"] - starts[0]["start_seconds"]
-    steps = sum(record.get("step_seconds", 0.0) for record in records)
+    steps = sum(record.get("step_seconds", 0.0) for record in records if record.get("updated", True))
+    idle = sum(record.get("step_seconds", 0.0) for record in records if not record.get("updated", True))
     lost = sum(record.get("lost_seconds", 0.0) for record in records)
     stalls = sum(record.get("save_stall_seconds", 0.0) for record in records)
     starting = sum(record["start_seconds"] for record in starts)
-    rest = records[-1]["time"] - began - steps - lost - stalls - starting
-    return Goodput(steps, lost, stalls, starting, max(0.0, rest))
+    rest = records[-1]["time"] - began - steps - lost - idle - stalls - starting
+    return Goodput(steps, lost, idle, stalls, starting, max(0.0, rest))

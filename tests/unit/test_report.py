@@ -43,6 +43,10 @@ def test_goodput_is_the_share_of_time_in_steps_that_are_kept() -> None:
     spent = goodput_of(records)
     assert spent == Goodput(steps=30.0, lost_steps=20.0, save_stalls=2.0, starts=18.0, other=30.0)
     assert spent.total == 100.0
+    records.append({"step": 3, "grad_norm": 0.0, "updated": False, "step_seconds": 25.0, "time": 225.0})
+    assert goodput_of(records) == Goodput(
+        steps=30.0, lost_steps=20.0, idle_steps=25.0, save_stalls=2.0, starts=18.0, other=30.0
+    )
     assert spent.describe().startswith("30.0% of 100 s: steps 30 s, lost steps 20 s")
 
 
@@ -58,6 +62,63 @@ def test_the_report_says_what_was_run_and_learned(run_dir: Path) -> None:
         "all loss 5.000 -> 4.100",
         "text loss 6.000 -> 5.100",
     ]
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> Path:
+    """Four steps over two datasets, tokens counted apart; the second has no loss, and one restart lost counts."""
+    names = ("/data/shards/web", "/data/shards/books")
+
+    def by_dataset(prefix: str, loss: float) -> dict:
+        return {f"{prefix}loss/dataset/{name}": loss + number for number, name in enumerate(names)}
+
+    def counts(number: int) -> dict:
+        kinds = {"text_tokens": 70, "image_tokens": 20, "audio_tokens": 10, "padding_tokens": 25, "loss_tokens": 65}
+        return {kind: size * number for kind, size in kinds.items()}
+
+    records = [{"step": 0, "layout": "DP1", "parameters": 10}, {**heldout(0, 5.0), **by_dataset("heldout/", 5.0)}]
+    records += [
+        {**step(number, 5.0 - number), **by_dataset("", 5.0 - number), **counts(number)} for number in (1, 2, 3)
+    ]
+    records[3] = {**step(2, 0.0), **counts(2), "loss": None, "updated": False}
+    records += [{"step": 3, "layout": "DP1", "parameters": 10, "uncounted_steps": 2}, {**step(4, 1.0), **counts(4)}]
+    records += [{**heldout(4, 4.0), **by_dataset("heldout/", 4.0)}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path
+
+
+def test_tokens_are_told_by_kind_and_losses_by_dataset(counted: Path) -> None:
+    lines = [" ".join(line.split()) for line in write_report(counted).splitlines()]
+    assert lines[3:-2] == [
+        *("tokens 400", "text 280", "image 80", "audio 40", "with loss 260"),
+        "padding 100 positions, 20.00% of all",
+        "of 2 steps metrics.jsonl has no counts: they are left out here",
+        "training loss 4.000 -> 1.000",
+        *("loss 4.000 -> 2.000, /data/shards/web", "loss 5.000 -> 3.000, /data/shards/books"),
+        "no loss in 1 of the steps: no token of their batch bore loss, and they changed nothing",
+        "held out after step 0 -> after step 4",
+        *("all loss 5.000 -> 4.000", "text loss 6.000 -> 5.000"),
+        *("loss 5.000 -> 4.000, /data/shards/web", "loss 6.000 -> 5.000, /data/shards/books"),
+    ]
+
+
+def test_held_out_datasets_have_a_panel_of_their_own(counted: Path) -> None:
+    with Image.open(plot_losses(counted)) as picture:
+        two = picture.height
+    (counted / "metrics.jsonl").write_text(json.dumps(step(1, 4.0)) + "\n")
+    with Image.open(plot_losses(counted)) as picture:
+        assert two == 2 * picture.height
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_a_run_of_few_records_is_reported_and_drawn(counted: Path, kept: int) -> None:
+    lines = (counted / "metrics.jsonl").read_text().splitlines()
+    no_loss = json.dumps({"step": 1, "heldout/loss": None})
+    (counted / "metrics.jsonl").write_text("\n".join([*lines[:kept], no_loss, '{"step": 2, "lo']))
+    plot_losses(counted)
+    assert "held out" in write_report(counted)
+    (counted / "metrics.jsonl").write_text(no_loss + "\n")
+    assert "no loss: no token of the samples bears loss" in write_report(counted)
 
 
 def test_the_curves_are_drawn(run_dir: Path) -> None:
