@@ -18,6 +18,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_TOKENS, Media, audio_frames, audio_tokens
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
+from megatron_mm.shards import ShardReader
 
 log = logging.getLogger(__name__)
 

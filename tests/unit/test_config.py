@@ -105,7 +105,7 @@ def test_each_rule_says_what_is_wrong(override: str, message: str) -> None:
         ("data.prefetch_steps=0", ["data.stall_seconds=30"]),
         ("checkpoint.interval=0", ["checkpoint.keep=2", "checkpoint.keep_every=70", "checkpoint.background=false"]),
         ("checkpoint.interval=0", ["training.stop_after=9"]),
-        ("guard.spike_window=0", ["guard.spike_deviations=5", "guard.spike_steps=2", "guard.max_rollbacks=1"]),
+        ("guard.spike_window=0", ["guard.spike_deviations=5", "guard.spike_steps=2", "guard.spike_nats=1"]),
         ("guard.slow_rank_interval=0", ["guard.slow_rank_ratio=3"]),
     ],
 )

@@ -124,7 +124,7 @@ def test_every_token_says_which_dataset_it_is_of(tmp_path: Path) -> None:
     assert loader.datasets == config.data.train_datasets == [str(both), f"{left},{right}", str(more)]
     for step, expected in ((0, {0, 1}), (3, {2})):
         samples = loader.step_samples(step)
-        datasets = loader.first_sample.searchsorted(samples, "right") - 1
+        datasets = loader.samples.first_sample.searchsorted(samples, "right") - 1
         assert set(datasets.tolist()) == expected
         batch = loader.micro_batch(samples)
         assert batch.num_datasets == 3

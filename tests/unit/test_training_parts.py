@@ -296,7 +296,7 @@ def test_presets_warm_up_within_their_run() -> None:
 
 def test_a_resumed_run_may_change_the_blend_from_its_step_on(tmp_path: Path) -> None:
     def config(*changes: str) -> Config:
-        return small_config("a", tmp_path, f"data.changes=[{', '.join(changes)}]")
+        return small_config("a", tmp_path, "training.steps=40", f"data.changes=[{', '.join(changes)}]")
 
     early, late, other = (f"{{from_step: {step}, train: {{a: 1, c: {step}}}}}" for step in (5, 10, 30))
     for changes in ((early, late), (early, other)):
