@@ -136,10 +136,10 @@ def _fp8(config: Config) -> Iterator[str]:
             f"training.bf16_end_layers={training.bf16_end_layers} is refused by megatron-core with "
             "training.fp8_recipe=delayed. Use training.bf16_end_layers=0, or training.fp8_recipe=current."
         )
-    if 2 * training.bf16_end_layers > model.num_layers:
+    if 2 * training.bf16_end_layers >= model.num_layers:
         yield (
-            f"training.bf16_end_layers={training.bf16_end_layers} at each end is more than model.num_layers="
-            f"{model.num_layers}. Use fewer."
+            f"training.bf16_end_layers={training.bf16_end_layers} at each end leaves none of model.num_layers="
+            f"{model.num_layers} to training.precision=fp8. Use fewer, or training.precision=bf16."
         )
     multiple = 128 if training.fp8_recipe == "blockwise" else 16
     own_tokens = config.tokens_per_micro_batch // (parallel.cp * parallel.tp)

@@ -203,7 +203,8 @@ class TrainingConfig(Section):
     kernels: Literal["auto", "reference", "fused", "native"] = "auto"
     """Form of our kernels (embedding, norms, rotation, SwiGLU, cross-entropy): their definitions, one operation after
     the other with torch's own gradients (reference: slow, to compare with); torch that keeps and moves less (fused); or
-    CUDA (native). auto takes native where they are built and the device is a GPU, and fused elsewhere."""
+    CUDA (native). auto takes native where they are built and the device is a GPU, and fused elsewhere.
+    TransformerEngine's layers have norms of their own, and refuse reference."""
 
 
 class OptimizerConfig(Section):

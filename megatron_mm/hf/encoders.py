@@ -4,6 +4,7 @@ The names in a file tell which library wrote it. Every key is accounted for: it 
 of what an encoder leaves behind (classification heads, pretraining objectives); anything else is an error.
 """
 
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -53,6 +54,12 @@ AUDIO_NAMES = (
     (r"\.conv\.weight_v$", ".conv.parametrizations.weight.original1"),
 )
 """What turns the names of each library into those of our encoders, one after the other."""
+VISION_MEANING = ("num_attention_heads", "hidden_act", "patch_size")
+AUDIO_MEANING = (
+    *("num_attention_heads", "num_conv_pos_embedding_groups", "hidden_act", "feat_extract_activation"),
+    *("feat_extract_norm", "do_stable_layer_norm", "conv_kernel", "conv_stride"),
+)
+"""Settings of a Hugging Face folder that change what its weights mean, and mostly no shape."""
 
 
 def load_pretrained(chunks: Sequence[MultimodalModel], config: Config) -> None:
@@ -78,8 +85,9 @@ def load_vision(tower: nn.Module, path: Path) -> None:
 
     Raises DataError with every key that is missing, unexpected, or of another shape.
     """
+    _check_meaning(tower, path, VISION_MEANING, section="vision")
     weights = {}
-    for name, value in _renamed(read_weights(path), VISION_NAMES, VISION_LEFT_BEHIND).items():
+    for name, value in _renamed(read_weights(path), VISION_NAMES, VISION_LEFT_BEHIND, path).items():
         fused = re.fullmatch(r"(.*\.attention)\.qkv\.(weight|bias)", name)
         if fused:  # timm: all queries, all keys, all values
             parts = zip(("q", "k", "v"), value.chunk(3))
@@ -98,7 +106,8 @@ def load_audio(tower: nn.Module, path: Path) -> None:
 
     Raises DataError with every key that is missing, unexpected, or of another shape.
     """
-    weights = _renamed(read_weights(path), AUDIO_NAMES, AUDIO_LEFT_BEHIND)
+    _check_meaning(tower, path, AUDIO_MEANING, section="audio")
+    weights = _renamed(read_weights(path), AUDIO_NAMES, AUDIO_LEFT_BEHIND, path)
     _fill(tower, weights, path, hint="audio.form, num_layers, hidden_size, ffn_hidden_size")
 
 
@@ -129,15 +138,39 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def _renamed(weights: dict[str, Tensor], names: Sequence[tuple], left_behind: str) -> dict[str, Tensor]:
-    """Return `weights` under our names, without what an encoder leaves behind."""
-    result = {}
-    for name, value in weights.items():
-        if re.fullmatch(left_behind, name):
+def _check_meaning(tower: nn.Module, path: Path, keys: Sequence[str], *, section: str) -> None:
+    """Raise DataError if the config.json of a Hugging Face folder describes another encoder than `tower`."""
+    file = path / "config.json"
+    if not file.is_file():
+        return
+    try:
+        description = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    own = {key: getattr(tower.config, key) for key in keys}
+    own = {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
+    wrong = [
+        f"{key}={description[key]}, ours {value}" for key, value in own.items() if description.get(key, value) != value
+    ]
+    if wrong:
+        raise DataError(f"{file} describes another encoder than the settings {section}.*: {'; '.join(wrong)}.")
+
+
+def _renamed(weights: dict[str, Tensor], names: Sequence[tuple], left_behind: str, path: Path) -> dict[str, Tensor]:
+    """Return `weights` under our names, without what an encoder leaves behind.
+
+    Raises DataError if two of them would have one name.
+    """
+    result, origins = {}, {}
+    for origin, value in weights.items():
+        if re.fullmatch(left_behind, origin):
             continue
+        name = origin
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
-        result[name] = value
+        if name in result:
+            raise DataError(f"{path} holds {origins[name]} and {origin}, which are the same tensor of the encoder.")
+        result[name], origins[name] = value, origin
     return result
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, Segment, TextSegment
-from megatron_mm.modality import IMAGE_TOKENS, SAMPLE_RATE, Media, audio_chunk_frames
+from megatron_mm.modality import IMAGE_TOKENS, SAMPLE_RATE, Media, audio_chunk_frames, audio_tokens
 from megatron_mm.shards import EncodedBatch, EncodedDocument, MediaItem
 from megatron_mm.tokenizer import TextTokenizer
 
@@ -52,7 +52,7 @@ def _run(segment: ImageSegment | AudioSegment) -> tuple[Media, int]:
     """Return the kind of a media segment and the placeholders that it fills."""
     if isinstance(segment, ImageSegment):
         return Media.IMAGE, IMAGE_TOKENS
-    return Media.AUDIO, sum(audio_chunk_frames(segment.num_samples))
+    return Media.AUDIO, audio_tokens(segment.num_samples)
 
 
 def _parts(segment: Segment, max_audio_seconds: int) -> list[Segment]:

@@ -130,7 +130,8 @@ def test_layers_dealt_by_hand_do_not_make_chunks_of_one_stage() -> None:
         (["training.backend=local"], r"parallel\.tp_comm_overlap=true is TransformerEngine's"),
         (["parallel.tp=1"], r"parallel\.tp_comm_overlap=true overlaps communication of tensor ranks"),
         (["training.fp8_recipe=delayed"], r"Use training\.bf16_end_layers=0"),
-        (["training.bf16_end_layers=56"], "is more than model.num_layers=110"),
+        (["training.bf16_end_layers=56"], "leaves none of model.num_layers=110"),
+        (["training.bf16_end_layers=55"], "leaves none of model.num_layers=110"),
         (["model.ffn_hidden_size=26632"], r"model\.ffn_hidden_size / parallel\.tp=3329 is not a multiple of 16"),
         (
             ["training.fp8_recipe=blockwise", "model.ffn_hidden_size=26752"],

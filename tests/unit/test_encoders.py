@@ -142,3 +142,24 @@ def test_what_is_no_file_of_weights_is_refused(content: bytes | None, tmp_path: 
         path.write_bytes(content)
     with pytest.raises(DataError, match="vit.pth"):
         load_vision(VisionEncoder(VisionConfig(**SIZE)).tower, path)
+
+
+def test_a_folder_of_the_same_shapes_and_another_meaning_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    ViTForImageClassification(ViTConfig(**sizes)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(DataError, match=r"config.json describes another .* vision.*num_attention_heads=4, ours 2"):
+        load_vision(VisionEncoder(VisionConfig(**SIZE)).tower, tmp_path / "vit")
+    audio = AudioEncoder(AudioConfig(**AUDIO_SIZE)).tower
+    settings = audio.config.to_dict() | {"num_conv_pos_embedding_groups": 4, "do_stable_layer_norm": True}
+    Wav2Vec2ForPreTraining(Wav2Vec2Config(**settings)).save_pretrained(tmp_path / "sound")
+    with pytest.raises(
+        DataError, match=r"num_conv_pos_embedding_groups=4, ours 2; do_stable_layer_norm=True, ours Fal"
+    ):
+        load_audio(audio, tmp_path / "sound")
+
+
+def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    weights = timm_vit().state_dict()
+    torch.save(weights | {"layernorm.weight": weights["norm.weight"]}, tmp_path / "vit.pth")
+    with pytest.raises(DataError, match=r"holds norm\.weight and layernorm\.weight, which are the same tensor"):
+        load_vision(VisionEncoder(VisionConfig(**SIZE)).tower, tmp_path / "vit.pth")
