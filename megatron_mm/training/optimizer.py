@@ -44,7 +44,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient; the others keep their moments, which are zero at first."""
         divisor, self.gradient_divisor = self.gradient_divisor, 1.0
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
