@@ -44,7 +44,8 @@ class Workload(NamedTuple):
             *(f"model.vocab_size={self.vocab}", f"data.seq_len={self.seq_len}", "parallel.loss_slot=false"),
             *(f"training.global_batch_size={self.batch}", f"training.micro_batch_size={self.batch}"),
             *(f"optimizer.lr={LR}", f"optimizer.min_lr={LR}", "schedule.warmup_steps=0"),
-            *("parallel.embedding_slot=false", "vision.trainable=false", "audio.trainable=false", *self.settings),
+            *("vision.trainable=false", "audio.trainable=false", "vision.pretrained=null", "audio.pretrained=null"),
+            *("parallel.embedding_slot=false", *self.settings),
         )
 
     def tokens_and_labels(self) -> tuple[torch.Tensor, torch.Tensor]:

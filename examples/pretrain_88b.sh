@@ -6,7 +6,8 @@
 #   examples/pretrain_88b.sh                                    outside of SLURM: checks all, prints what would run
 #   SUBMIT=1 examples/pretrain_88b.sh                           checks all, then submits itself
 #   DRY_RUN=1 examples/pretrain_88b.sh                          prints what would run
-# Account, partition, data, container and fabric of a site go into examples/site.env; docs/cluster.md says which.
+# Account, partition, data, pretrained encoders, container and fabric of a site go into examples/site.env; docs/cluster.md
+# says which.
 #SBATCH --job-name=mm88b
 #SBATCH --nodes=128
 #SBATCH --ntasks-per-node=8
@@ -32,6 +33,29 @@ RUN_DIR=${RUN_DIR:-$PWD/runs/${SLURM_JOB_NAME:-mm88b}}
 if [ -z "${TRAIN_DATA:-}" ] && [[ " $*" != *" data.train="* ]] && [ -z "${DRY_RUN:-}" ] && [ ! -e data/train.json ]; then
   echo "error: there are no shards data/train: set TRAIN_DATA in examples/site.env, or give data.train=[...]"; exit 1
 fi
-SETTINGS=("data.train=${TRAIN_DATA:-[data/train]}" "data.validation=${HELDOUT_DATA:-[data/heldout]}" "$@")
+SETTINGS=("data.train=${TRAIN_DATA:-[data/train]}" "data.validation=${HELDOUT_DATA:-[data/heldout]}")
+
+setting_of() { # KEY ARGUMENT...: what the command line says last; nothing if it does not, or says null
+  local key=$1 value= argument; shift
+  for argument in "$@"; do [[ $argument != "$key="* ]] || value=${argument#*=}; done
+  [ "$value" = null ] || echo "$value"; }
+
+# Encoders start from pretrained files, which the command line or the site names, or come with training.start_from.
+wrong=
+for encoder in vision audio; do
+  name=${encoder^^}_PRETRAINED file=$(setting_of "$encoder.pretrained" "$@")
+  if [ -z "$file" ] && [ -z "$(setting_of training.start_from "$@")" ]; then
+    file=${!name:-}
+    if [ -n "$file" ]; then SETTINGS+=("$encoder.pretrained=$file")
+    elif [ ! -f "$PRESET" ]; then  # a file of the user's may name them
+      wrong=1; echo "error: there is no pretrained $encoder encoder: set $name to its file in examples/site.env, or give $encoder.pretrained=..."
+    fi
+  fi
+  if [ -n "$file" ] && [ "$file" != random ] && [ ! -e "$file" ]; then
+    wrong=1; echo "error: the pretrained $encoder encoder $file does not exist: set $name to its file in examples/site.env, or give $encoder.pretrained=..."
+  fi
+done
+[ -z "$wrong" ] || [ -n "${DRY_RUN:-}" ] || exit 1
+SETTINGS+=("$@")
 ARGUMENTS=("$@")
 . examples/launch.sh

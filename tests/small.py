@@ -1,6 +1,9 @@
 """The smallest model and data that still have every part: what most tests train."""
 
+import atexit
+import functools
 import io
+import tempfile
 from pathlib import Path
 
 import av
@@ -23,7 +26,8 @@ SMALL = (
     *("model.vocab_size=320", "vision.hidden_size=16", "vision.ffn_hidden_size=32", "vision.num_attention_heads=2"),
     *("audio.hidden_size=16", "audio.ffn_hidden_size=32", "audio.num_attention_heads=2", "audio.conv_channels=8"),
     *("audio.pos_conv_kernel=8", "audio.pos_conv_groups=2", "data.seq_len=256", "data.prefetch_steps=0"),
-    *("vision.trainable=false", "audio.trainable=false"),
+    # Frozen, for speed: `small_config` names the pretrained files without which a frozen encoder does not start.
+    *("vision.trainable=false", "audio.trainable=false", "vision.pretrained=null", "audio.pretrained=null"),
     *("training.global_batch_size=8", "training.micro_batch_size=1", "training.steps=6", "schedule.warmup_steps=2"),
     *("checkpoint.interval=0", "evaluation.interval=0", "logging.tensorboard=false"),
     # AdamW turns a gradient that is nothing but rounding into a whole step of either sign; not with this.
@@ -37,10 +41,32 @@ TRAINED = ("vision.trainable=true", "audio.trainable=true")
 
 
 def small_config(shards: str | Path, run_dir: str | Path, *overrides: str) -> Config:
-    """Return the small model's configuration over `shards`."""
-    return configs.load(
-        "tiny", [*SMALL, f"data.train=[{shards}]", "data.validation=[]", f"run_dir={run_dir}", *overrides]
-    )
+    """Return the small model's configuration over `shards`; its encoders start from pretrained files."""
+    data = [f"data.train=[{shards}]", "data.validation=[]", f"run_dir={run_dir}"]
+    form = next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("audio.form=")), "ls960")
+    return configs.load("tiny", [*SMALL, *data, *pretrained(form), *overrides])
+
+
+@functools.cache
+def pretrained(form: str) -> tuple[str, ...]:
+    """Return overrides that name pretrained files of the small encoders, which are there until this process ends."""
+    import torch
+    from safetensors.torch import save_file
+
+    from megatron_mm.model.audio import AudioEncoder
+    from megatron_mm.model.vision import VisionEncoder
+
+    folder = tempfile.TemporaryDirectory(prefix="megatron-mm-encoders-")
+    atexit.register(folder.cleanup)
+    config, overrides = configs.load("tiny", [*SMALL, f"audio.form={form}"]), []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        towers = {"vision": VisionEncoder(config.vision).tower, "audio": AudioEncoder(config.audio).tower}
+    for name, tower in towers.items():
+        path = Path(folder.name, f"{name}.safetensors")
+        save_file({key: value.detach().contiguous() for key, value in tower.named_parameters()}, path)
+        overrides.append(f"{name}.pretrained={path}")
+    return tuple(overrides)
 
 
 def layout(text: str) -> list[str]:

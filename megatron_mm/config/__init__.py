@@ -12,8 +12,9 @@ from megatron_mm.config.load import (
     to_yaml,
 )
 from megatron_mm.config.resume import check_resume
-from megatron_mm.config.rules import check_world, divisors
+from megatron_mm.config.rules import check_start, check_world, divisors
 from megatron_mm.config.schema import (
+    RANDOM,
     AudioConfig,
     Config,
     ModelConfig,
@@ -24,6 +25,7 @@ from megatron_mm.config.schema import (
 )
 
 __all__ = [
+    "RANDOM",
     "AudioConfig",
     "Config",
     "ModelConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "VisionConfig",
     "changes",
     "check_resume",
+    "check_start",
     "check_world",
     "describe_fields",
     "differences",

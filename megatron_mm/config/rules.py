@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_mm.config.schema import Config, EvaluationConfig
+from megatron_mm.config.schema import RANDOM, Config, EvaluationConfig
 from megatron_mm.errors import ConfigError
 
 
@@ -70,6 +70,15 @@ def _head_dim(config: Config) -> Iterator[str]:
             f"audio.pos_conv_groups={config.audio.pos_conv_groups} does not divide "
             f"audio.hidden_size={config.audio.hidden_size}. Use one of {divisors(config.audio.hidden_size)}."
         )
+
+
+def _encoders(config: Config) -> Iterator[str]:
+    for name, encoder in (("vision", config.vision), ("audio", config.audio)):
+        if encoder.pretrained == RANDOM and not encoder.trainable:
+            yield (
+                f"{name}.pretrained=random and {name}.trainable=false are an encoder of random weights that never "
+                f"learns. Give {name}.pretrained the file of a pretrained one, or set {name}.trainable=true."
+            )
 
 
 def _pipeline(config: Config) -> Iterator[str]:
@@ -264,6 +273,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _query_groups,
     _context_parallel,
     _head_dim,
+    _encoders,
     _pipeline,
     _overlap,
     _fp8,
@@ -308,5 +318,28 @@ def world_failures(config: Config, world_size: int) -> list[str]:
 def check_world(config: Config, world_size: int) -> None:
     """Pass if `config` can run on `world_size` ranks; raise ConfigError with every reason otherwise."""
     found = world_failures(config, world_size)
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def start_failures(config: Config) -> list[str]:
+    """Return what `config` lacks to start a run or to go on with one; empty if nothing.
+
+    A configuration that is only described, rehearsed, planned or exported needs none of it.
+    """
+    if config.training.start_from:
+        return []
+    return [
+        f"{name}.pretrained is not given, and training.start_from names no checkpoint to take the encoder from. Give "
+        f"{name}.pretrained={kind}, or training.start_from=CHECKPOINT; {name}.pretrained=random trains an encoder "
+        "from random weights."
+        for name, encoder, kind in (("vision", config.vision, "VIT_FILE"), ("audio", config.audio, "WAV2VEC_FILE"))
+        if encoder.pretrained is None
+    ]
+
+
+def check_start(config: Config) -> None:
+    """Pass if a run of `config` can start, or go on; raise ConfigError with every reason otherwise."""
+    found = start_failures(config)
     if found:
         raise ConfigError("\n".join(found))

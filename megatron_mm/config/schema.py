@@ -4,6 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+RANDOM = "random"
+"""What vision.pretrained and audio.pretrained say for an encoder that starts from random weights on purpose."""
+
 
 class Section(BaseModel):
     """A group of settings; `python -m megatron_mm.train --help` prints the docstring of each field."""
@@ -49,10 +52,11 @@ class VisionConfig(Section):
     """Width of the encoder's MLP."""
     num_attention_heads: PositiveInt
     """Attention heads of the encoder."""
-    pretrained: str | None = None
-    """ViT file of timm or Hugging Face that a new run's encoder starts from; null: random weights."""
-    trainable: bool = False
-    """Train the encoder with the decoder; the projector is always trained."""
+    pretrained: str | None = Field(None, min_length=1)
+    """ViT file of timm or Hugging Face that a new run's encoder starts from, or `random` for random weights, to be
+    trained. null takes the encoder of training.start_from; without that, a run does not start."""
+    trainable: bool = True
+    """Fine-tune the encoder with the decoder; false keeps it as pretrained. The projector is always trained."""
 
 
 class AudioConfig(Section):
@@ -75,10 +79,11 @@ class AudioConfig(Section):
     form: Literal["ls960", "lv60k"] = "ls960"
     """ls960: as pretrained on Librispeech (group norm, post-norm layers, waveform as it is).
     lv60k: as pretrained on Libri-Light (layer norm, conv biases, pre-norm layers, each clip normalised)."""
-    pretrained: str | None = None
-    """Wav2Vec 2.0 file of torchaudio or Hugging Face that a new run's encoder starts from; null: random weights."""
-    trainable: bool = False
-    """Train the encoder with the decoder; the projector is always trained."""
+    pretrained: str | None = Field(None, min_length=1)
+    """Wav2Vec 2.0 file of torchaudio or Hugging Face that a new run's encoder starts from, or `random` for random
+    weights, to be trained. null takes the encoder of training.start_from; without that, a run does not start."""
+    trainable: bool = True
+    """Fine-tune the encoder with the decoder; false keeps it as pretrained. The projector is always trained."""
 
 
 class BlendChange(Section):
@@ -166,7 +171,7 @@ class TrainingConfig(Section):
     """Optimizer steps of the whole run."""
     start_from: str | None = None
     """Checkpoint whose weights a new run starts from, at step 0: of another run, or as tools/convert_checkpoint.py
-    from-hf writes it; null: random weights."""
+    from-hf writes it; null: a decoder of random weights."""
     stop_after: PositiveInt | None = None
     """Save and end after this step, to go on later, in another layout if need be; null goes to the last step."""
     global_batch_size: PositiveInt

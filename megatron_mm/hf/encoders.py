@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_mm.config import Config
+from megatron_mm.config import RANDOM, AudioConfig, Config, VisionConfig
 from megatron_mm.errors import DataError
+from megatron_mm.model.audio import AudioEncoder
 from megatron_mm.model.multimodal import MultimodalModel
+from megatron_mm.model.vision import VisionEncoder
 
 log = logging.getLogger(__name__)
 
@@ -65,19 +67,43 @@ AUDIO_MEANING = (
 def load_pretrained(chunks: Sequence[MultimodalModel], config: Config) -> None:
     """Give the encoders of this rank the weights of vision.pretrained and audio.pretrained. No communication.
 
-    The image projector's norm starts from the published final norm, in whose place it stands.
+    The image projector's norm starts from the published final norm, in whose place it stands. An encoder whose setting
+    names no file is as it was: of random weights, or as training.start_from has it.
     """
     for chunk in chunks:
         if not chunk.pre_process:
             continue
-        if config.vision.pretrained:
+        if file := file_of(config.vision):
             vision = chunk.embedding.image
-            load_vision(vision.encoder.tower, Path(config.vision.pretrained))
+            load_vision(vision.encoder.tower, file)
             with torch.no_grad():
                 vision.projector.norm.weight.copy_(vision.encoder.tower.layernorm.weight)
                 vision.projector.norm.bias.copy_(vision.encoder.tower.layernorm.bias)
-        if config.audio.pretrained:
-            load_audio(chunk.embedding.audio.encoder.tower, Path(config.audio.pretrained))
+        if file := file_of(config.audio):
+            load_audio(chunk.embedding.audio.encoder.tower, file)
+        for name, encoder in (("vision", config.vision), ("audio", config.audio)):
+            if encoder.pretrained == RANDOM:
+                log.info("%s encoder: random weights, as %s.pretrained=random says", name, name)
+            elif encoder.pretrained is None:
+                log.info("%s encoder: as training.start_from has it", name)
+
+
+def check_pretrained(config: Config) -> None:
+    """Pass if the files of vision.pretrained and audio.pretrained fit the encoders; no model is needed for it.
+
+    Raises DataError as `load_vision` and `load_audio`.
+    """
+    with torch.device("meta"):
+        vision, audio = VisionEncoder(config.vision), AudioEncoder(config.audio)
+    if file := file_of(config.vision):
+        load_vision(vision.tower, file)
+    if file := file_of(config.audio):
+        load_audio(audio.tower, file)
+
+
+def file_of(encoder: VisionConfig | AudioConfig) -> Path | None:
+    """Return the pretrained file that an encoder's settings name, None if they name none."""
+    return None if encoder.pretrained in (None, RANDOM) else Path(encoder.pretrained)
 
 
 def load_vision(tower: nn.Module, path: Path) -> None:
@@ -98,7 +124,8 @@ def load_vision(tower: nn.Module, path: Path) -> None:
     if positions in weights:
         own = tower.get_parameter(positions)
         weights[positions] = resize_positions(weights[positions], num_tokens=own.shape[1])
-    _fill(tower, weights, path, hint="vision.num_layers, hidden_size, ffn_hidden_size")
+    hint = "vision.num_layers, hidden_size, ffn_hidden_size"
+    _fill(tower, weights, path, encoder="vision", hint=hint)
 
 
 def load_audio(tower: nn.Module, path: Path) -> None:
@@ -108,7 +135,8 @@ def load_audio(tower: nn.Module, path: Path) -> None:
     """
     _check_meaning(tower, path, AUDIO_MEANING, section="audio")
     weights = _renamed(read_weights(path), AUDIO_NAMES, AUDIO_LEFT_BEHIND, path)
-    _fill(tower, weights, path, hint="audio.form, num_layers, hidden_size, ffn_hidden_size")
+    hint = "audio.form, num_layers, hidden_size, ffn_hidden_size"
+    _fill(tower, weights, path, encoder="audio", hint=hint)
 
 
 def find_weights(path: Path) -> Path:
@@ -193,7 +221,7 @@ def resize_positions(positions: Tensor, *, num_tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def _fill(tower: nn.Module, weights: dict[str, Tensor], path: Path, *, hint: str) -> None:
+def _fill(tower: nn.Module, weights: dict[str, Tensor], path: Path, *, encoder: str, hint: str) -> None:
     own = dict(tower.named_parameters())
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     other = [
@@ -205,6 +233,8 @@ def _fill(tower: nn.Module, weights: dict[str, Tensor], path: Path, *, hint: str
     wrong = [f"{len(names)} {what}: {', '.join(names)}" for what, names in lists.items() if names]
     if wrong:
         raise DataError(f"{path} does not fit the encoder ({hint}).\n" + "\n".join(wrong))
+    if any(parameter.is_meta for parameter in own.values()):
+        return
     for name, parameter in own.items():
         parameter.copy_(weights[name])
-    log.info("%s: %d pretrained tensors", path, len(own))
+    log.info("%s encoder: %d pretrained tensors of %s", encoder, len(own), path)

@@ -55,16 +55,18 @@ DEFAULTS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "s
 def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[str] = ()) -> Config:
     """Write the weights of a Llama-family folder, or of one of our exports, as a checkpoint; return its configuration.
 
-    The run's settings are those of `preset`, with decoder and encoders of the folder and `overrides`; they are saved in
-    the checkpoint, with training.start_from naming it. model.vocab_size may be larger than the folder's: new rows of
-    embedding and head start as the mean of the others. Streams blocks of rows, like `export`. Raises ConfigError for a
-    decoder or an encoder that is not ours, DataError for a damaged folder or one with missing or unexpected tensors.
+    The run's settings are those of `preset`, with decoder and encoders of the folder, no pretrained file for encoders
+    that it has, and `overrides`; they are saved in the checkpoint, with training.start_from naming it. model.vocab_size
+    may be larger than the folder's: new rows of embedding and head start as the mean of the others. Streams blocks of
+    rows, like `export`. Raises ConfigError for a decoder or an encoder that is not ours, DataError for a damaged folder
+    or one with missing or unexpected tensors.
     """
     if out.exists():
         raise ConfigError(f"{out} exists: name a folder that does not, or remove it.")
     description = _read_json(folder / "config.json")
     found = decoder_settings(description) | encoder_settings(description)
     settings = [f"{key}={value}" for key, value in found.items()]
+    settings += [f"{ENCODERS[part][0]}.pretrained=null" for part in PARTS.get(description["model_type"], ())]
     config = configs.load(preset, [*settings, f"training.start_from={out}", *overrides])
     _check_encoders(description, config)
     reader = SafetensorsReader(folder)

@@ -9,11 +9,13 @@ from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.hf.encoders import check_pretrained
 from megatron_mm.parallel.agreement import check_alike, describe_software, together
 from megatron_mm.parallel.mesh import Mesh, settings_by_key
 from megatron_mm.training import checkpoint, manifest
 from megatron_mm.training.inputs import Inputs, check_held_out, check_same_inputs, check_tokenizers, read_inputs
 from megatron_mm.training.living import check_nobody_lives
+from megatron_mm.training.start import check_start_from
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +50,13 @@ def prepare(config: Config, mesh: Mesh) -> Ready:
 
 def examine(config: Config, mesh: Mesh) -> Ready:
     """Open and check on this rank all that a start needs. No communication."""
+    configs.check_start(config)
     path = newest_checkpoint(config)
     if path is not None:
         saved = configs.load_saved(path / "config.yaml")
         configs.check_resume(saved, config, step=manifest.step_of(path), source=str(path))
+    else:
+        _check_weights(config)
     check_held_out(config)
     loader = Loader(config.data.train, config=config, mesh=mesh, changes=config.data.changes)
     heldout = None
@@ -60,6 +65,14 @@ def examine(config: Config, mesh: Mesh) -> Ready:
     check_tokenizers(config, loader.samples, heldout.samples if heldout else None)
     inputs = read_inputs(config, loader.shards[0].tokenizer.sha256, hash_files=path is None)
     return Ready(loader, heldout, inputs, path)
+
+
+def _check_weights(config: Config) -> None:
+    """Pass if the files that a new run's weights come from fit its model; one rank of each node reads them."""
+    if config.training.start_from:
+        check_start_from(config, Path(config.training.start_from))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_pretrained(config)
 
 
 def newest_checkpoint(config: Config) -> Path | None:

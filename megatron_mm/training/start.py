@@ -1,7 +1,7 @@
 """What a new run starts from: another checkpoint's weights, a converted decoder, pretrained encoders."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError
-from megatron_mm.hf.encoders import load_pretrained
+from megatron_mm.hf.encoders import file_of, load_pretrained
 from megatron_mm.hf.pickles import only_plain_pickles
 from megatron_mm.hf.tensors import CheckpointReader, TensorInfo
 from megatron_mm.model.multimodal import MultimodalModel
@@ -20,9 +20,10 @@ from megatron_mm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-MODALITIES = ("embedding.image.", "embedding.audio.")
-"""What a checkpoint may lack as a whole: a text model starts a multimodal one."""
-SECTIONS = {"model.": "decoder.", "vision.": MODALITIES[0], "audio.": MODALITIES[1]}
+MODALITIES = {"embedding.image.": "vision", "embedding.audio.": "audio"}
+"""What a checkpoint may lack as a whole, and whose settings then say what stands there: a text model starts a
+multimodal one."""
+SECTIONS = {"model.": "decoder.", **{f"{section}.": tensors for tensors, section in MODALITIES.items()}}
 """Settings of a checkpoint that must be the run's, and the tensors that they describe."""
 MAY_DIFFER = {
     "model.init_std",
@@ -34,21 +35,22 @@ MAY_DIFFER = {
 def start(state: TrainState) -> None:
     """Bring a new run's weights to what its settings name. Collective over all ranks if that is a checkpoint.
 
-    Raises DataError for a file that does not fit, ConfigError for a checkpoint of another shape.
+    Raises DataError for a file that does not fit, ConfigError for a checkpoint of another shape, or settings that leave
+    open where an encoder comes from.
     """
     config = state.config
     if config.training.start_from:
         path = Path(config.training.start_from)
         load_weights(state.chunks, config=config, mesh=state.mesh, path=path)
     load_pretrained(state.chunks, config)
-    if config.training.start_from or config.vision.pretrained or config.audio.pretrained:
+    if config.training.start_from or file_of(config.vision) or file_of(config.audio):
         state.optimizer.reload_model_params()
 
 
 def load_weights(chunks: Sequence[MultimodalModel], *, config: Config, mesh: Mesh, path: Path) -> None:
     """Give every chunk the weights at `path`, saved in whatever layout. Collective over all ranks.
 
-    A modality that the checkpoint lacks keeps its initial weights, and rank 0 says so. Raises as `check_start_from`.
+    A modality that the checkpoint lacks is as it was, and rank 0 says so. Raises as `check_start_from`.
     """
     stored = check_start_from(config, path)
     lacking = _lacking(stored)
@@ -65,7 +67,23 @@ def load_weights(chunks: Sequence[MultimodalModel], *, config: Config, mesh: Mes
     if mesh.speaks:
         log.info("weights of %s", path)
         for part in lacking:
-            log.info("%s* is not in it and keeps its initial weights", part)
+            log.info("%s* is not in it", part)
+
+
+def _check_encoders(config: Config, *, lacking: Sequence[str]) -> Iterator[str]:
+    """Yield which encoder would be random in silence, or thrown away in silence."""
+    for part, name in MODALITIES.items():
+        pretrained = getattr(config, name).pretrained
+        if part in lacking and pretrained is None:
+            yield (
+                f"it has no {name} encoder, and {name}.pretrained is not given. Give it the file of a pretrained one; "
+                f"{name}.pretrained=random trains one from random weights."
+            )
+        elif part not in lacking and pretrained == configs.RANDOM:
+            yield (
+                f"{name}.pretrained=random would throw away its {name} encoder. Set {name}.pretrained=null to go on "
+                "with it, or give the file of another one."
+            )
 
 
 def check_start_from(config: Config, path: Path) -> dict[str, TensorInfo]:
@@ -80,10 +98,11 @@ def check_start_from(config: Config, path: Path) -> dict[str, TensorInfo]:
     expected = {name: shape for name, shape in tensor_shapes(config).items() if not name.startswith(lacking)}
     changed = configs.differences(configs.load_saved(path / "config.yaml"), config)
     wrong = [line for key, line in changed.items() if _describes(key, lacking)]
+    wrong += _check_encoders(config, lacking=lacking)
     wrong += compare_shapes({name: info.shape for name, info in stored.items()}, expected)
     if wrong:
         raise ConfigError(
-            f"training.start_from={path} is another model (its settings and tensors -> this run's):\n  "
+            f"training.start_from={path} does not fit (its settings and tensors -> this run's):\n  "
             + "\n  ".join(wrong)
             + f"\nSet what differs as in {path / 'config.yaml'}, or start from another checkpoint."
         )

@@ -1,18 +1,22 @@
-"""A run that starts from pretrained encoder files has their features on every rank, and keeps them while frozen."""
+"""Where the encoders of a new run come from: files, whose features every rank has and keeps while they are frozen; a
+checkpoint; or random weights, if that is said."""
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from launch import run_ranks
-from small import layout, small_config
+from small import TRAINED, layout, small_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
+from megatron_mm.errors import ConfigError
 from megatron_mm.parallel import mesh as meshes
+from megatron_mm.training import checkpoint
 from megatron_mm.training.start import start
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import train_step
@@ -70,3 +74,77 @@ def test_a_run_starts_from_the_files_and_keeps_them(text: str, ranks: int, shard
         if own is not None:
             torch.testing.assert_close(own[0], seen, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(own[1].view_as(heard), heard, rtol=1e-5, atol=1e-5)
+
+
+def started(config: Config, without: str = "") -> tuple[str, dict[str, Tensor]]:
+    """Return what a new run says as it starts, or why it does not, and its encoders' weights.
+
+    `without` are the names of tensors that the checkpoint that it starts from is not to have.
+    """
+    from megatron_mm.training import start as starting
+
+    class Reader(starting.CheckpointReader):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            self.keys = {key for key in self.keys if not (without and key.startswith(without))}
+
+    starting.CheckpointReader = Reader
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("megatron_mm").addHandler(handler)
+    logging.getLogger("megatron_mm").setLevel(logging.INFO)
+    state = build_state(config, meshes.cut(config))
+    try:
+        start(state)
+    except ConfigError as error:
+        return f"error: {error}", {}
+    weights = {key: value.clone() for key, value in state.chunks[0].named_parameters() if ".encoder." in key}
+    return "\n".join(said), weights
+
+
+def save_first(config: Config) -> None:
+    """Save a model as step 1 of its run, after a step: there is nothing of the optimizer to save before."""
+    mesh = meshes.cut(config)
+    state = build_state(config, mesh)
+    train_step(state, Loader(config.data.train, config=config, mesh=mesh).step(0))
+    checkpoint.save(state)
+
+
+RANDOM = ("vision.pretrained=random", "audio.pretrained=random")
+PARTS = ("embedding.image.", "embedding.audio.")
+NULL = ("vision.pretrained=null", "audio.pretrained=null")
+
+
+def test_a_run_says_where_its_encoders_come_from_and_starts_with_neither_in_silence(
+    shards: Path, tmp_path: Path
+) -> None:
+    def config_of(*overrides: str) -> Config:
+        return small_config(shards, tmp_path, *TRAINED, "training.global_batch_size=2", *overrides)
+
+    run_ranks(1, save_first, config_of())
+    at = tmp_path / "checkpoints" / "step_00000001"
+    from_it = f"training.start_from={at}"
+
+    (alone,) = run_ranks(1, started, config_of(*NULL))
+    assert alone[0].startswith("error: vision.pretrained is not given, and training.start_from names no checkpoint")
+    ((said, random),) = run_ranks(1, started, config_of(*RANDOM))
+    for name in ("vision", "audio"):
+        assert said.splitlines().count(f"{name} encoder: random weights, as {name}.pretrained=random says") == 1
+
+    ((said, saved),) = run_ranks(1, started, config_of(from_it, *NULL))
+    assert "vision encoder: as training.start_from has it" in said
+    for part in PARTS:
+        assert not all(torch.equal(saved[key], value) for key, value in random.items() if part in key)
+    (refused,) = run_ranks(1, started, config_of(from_it, *RANDOM))
+    for name in ("vision", "audio"):
+        assert f"{name}.pretrained=random would throw away the {name} encoder of training.start_from={at}" in refused[0]
+
+    (refused,) = run_ranks(1, started, config_of(from_it, *NULL), "embedding.audio.")
+    assert refused[0].startswith(f"error: training.start_from={at} has no audio encoder, and audio.pretrained is not")
+    assert "vision" not in refused[0]
+    lacking = (from_it, "vision.pretrained=null", "audio.pretrained=random")
+    ((said, weights),) = run_ranks(1, started, config_of(*lacking), "embedding.audio.")
+    assert "audio encoder: random weights, as audio.pretrained=random says" in said
+    for key, value in weights.items():
+        assert torch.equal(value, (random if PARTS[1] in key else saved)[key]), key

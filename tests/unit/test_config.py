@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mm import config as configs
-from megatron_mm.config.rules import world_failures
+from megatron_mm.config.rules import start_failures, world_failures
 from megatron_mm.errors import ConfigError
 
 
@@ -149,6 +149,38 @@ def test_each_rule_of_the_big_runs_says_what_is_wrong(overrides: list[str], mess
 def test_the_88b_fits_every_fp8_recipe(recipe: str) -> None:
     configs.load("mm_88b_fp8", [f"training.fp8_recipe={recipe}"])
     configs.load("mm_88b_fp8", ["training.fp8_recipe=delayed", "training.bf16_end_layers=0"])
+
+
+@pytest.mark.parametrize("preset", ["mm_1b", "mm_88b", "mm_88b_fp8"])
+def test_the_encoders_of_the_big_presets_are_fine_tuned_from_files_that_the_user_names(preset: str) -> None:
+    config = configs.load(preset)
+    assert config.vision.trainable and config.audio.trainable
+    assert config.audio.form == "ls960"  # Wav2Vec 2.0 Large as pretrained on Librispeech
+    lacking = start_failures(config)
+    assert len(lacking) == 2
+    for name, said in zip(("vision", "audio"), lacking):
+        assert said.startswith(f"{name}.pretrained is not given")
+        assert "training.start_from=CHECKPOINT" in said and f"{name}.pretrained=random" in said
+    with pytest.raises(ConfigError, match=r"audio\.pretrained is not given"):
+        configs.check_start(configs.load(preset, ["vision.pretrained=vit.pth"]))
+    for given in (["vision.pretrained=vit.pth", "audio.pretrained=random"], ["training.start_from=runs/a/step_1"]):
+        configs.check_start(configs.load(preset, given))
+
+
+@pytest.mark.parametrize("name", ["vision", "audio"])
+@pytest.mark.parametrize("others", [(), ("training.start_from=runs/a/step_1",)], ids=str)
+def test_an_encoder_that_is_random_and_frozen_is_refused_always(name: str, others: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}\.pretrained=random and {name}\.trainable=false are an encoder"):
+        configs.load("mm_88b", [f"{name}.pretrained=random", f"{name}.trainable=false", *others])
+    configs.load("mm_88b", [f"{name}.pretrained=vit.pth", f"{name}.trainable=false", *others])
+
+
+def test_the_settings_of_a_run_that_named_no_encoders_can_still_be_read(tmp_path: Path) -> None:
+    """As runs were saved before `pretrained` had to be given: frozen, and null."""
+    before = configs.load("mm_1b", ["vision.trainable=false", "audio.trainable=false", f"run_dir={tmp_path}"])
+    assert configs.load(str(configs.save(before))) == before
+    with pytest.raises(ConfigError, match=r"vision\.pretrained is not given"):
+        configs.check_start(before)
 
 
 def test_a_preset_may_start_from_another(tmp_path: Path) -> None:
