@@ -56,8 +56,8 @@ def train(config: Config, mesh: Mesh) -> TrainState:
     touched, for what does not fit; TrainingDiverged, ReplicasDiffer, SaveFailed or TakenOver when going on would do
     harm.
     """
-    ready = prepare(config, mesh)
     kernels, backend = ops.select(config.training.kernels, device.current()), choose(config)
+    ready = prepare(config, mesh)
     fence = checkpoint.take_over(config, mesh)
     with Watch(config.guard, mesh, config.run_dir) as watch, StopRequest(mesh) as stop:
         state = build_state(config, mesh)
