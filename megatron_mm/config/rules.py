@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_mm.config.schema import RANDOM, Config, EvaluationConfig
+from megatron_mm.config.schema import RANDOM, Config
 from megatron_mm.errors import ConfigError
 
 
@@ -198,31 +198,14 @@ def _blend(config: Config) -> Iterator[str]:
         yield f"data.changes begin at steps {steps}. Put them in ascending order, one a step."
 
 
-def _guard(config: Config) -> Iterator[str]:
-    guard, data = config.guard, config.data
-    if guard.hang_seconds and guard.heartbeat_seconds > guard.hang_seconds / 4:
-        yield (
-            f"guard.heartbeat_seconds={guard.heartbeat_seconds:g} is more than a quarter of guard.hang_seconds="
-            f"{guard.hang_seconds:g}: ranks that hang are told by their heartbeats. Use guard.heartbeat_seconds="
-            f"{guard.hang_seconds / 4:g} or less."
-        )
-    if guard.hang_seconds and data.prefetch_steps and 3 * data.stall_seconds >= guard.hang_seconds:
-        yield (
-            f"data.stall_seconds={data.stall_seconds:g}: guard.hang_seconds={guard.hang_seconds:g} would end the run "
-            f"before a third thread has tried. Use less than {guard.hang_seconds / 3:g}, or data.prefetch_steps=0."
-        )
-
-
 def _without_effect(config: Config) -> Iterator[str]:
     """Name what was asked for, in place of its default, and would not happen: a setting is honoured or refused."""
     training, guard = config.training, config.guard
-    saves, fp8 = config.checkpoint.interval > 0, training.precision == "fp8"
+    fp8 = training.precision == "fp8"
     for needed, met, keys in (
         ("training.precision=fp8", fp8, ("training.fp8_recipe", "training.bf16_end_layers")),
         ("optimizer.weight_decay above 0", config.optimizer.weight_decay > 0, ("optimizer.decay_embeddings",)),
         ("data.prefetch_steps above 0", config.data.prefetch_steps > 0, ("data.stall_seconds",)),
-        ("checkpoint.interval above 0", saves, ("checkpoint.keep", "checkpoint.keep_every", "checkpoint.background")),
-        ("checkpoint.interval above 0", saves, ("training.stop_after",)),
         ("guard.spike_window above 0", guard.spike_window > 0, ("guard.spike_deviations", "guard.spike_steps")),
         ("guard.spike_window above 0", guard.spike_window > 0, ("guard.spike_nats",)),
         ("guard.slow_rank_interval above 0", guard.slow_rank_interval > 0, ("guard.slow_rank_ratio",)),
@@ -243,7 +226,7 @@ def _defaults(config: Config, section: str) -> Any:
 
 def _never_comes(config: Config) -> Iterator[str]:
     """Name what would come at a step that the run never reaches, or from data that it has not."""
-    training, evaluation, checkpoint = config.training, config.evaluation, config.checkpoint
+    training, checkpoint = config.training, config.checkpoint
     if training.stop_after and training.stop_after > training.steps:
         yield (
             f"training.stop_after={training.stop_after} is behind the last step, training.steps={training.steps}. Use "
@@ -254,12 +237,6 @@ def _never_comes(config: Config) -> Iterator[str]:
         yield (
             f"data.changes begin at steps {late}, and the last step is {training.steps - 1}, counted from 0. Take them "
             "out, or raise training.steps."
-        )
-    usual = EvaluationConfig()
-    if not config.data.validation and evaluation.interval and evaluation != usual:
-        yield (
-            f"evaluation.interval={evaluation.interval} evaluation.samples={evaluation.samples}, but data.validation "
-            "is empty: nothing would be evaluated. Name held-out shards there, or set evaluation.interval=0."
         )
     if checkpoint.interval and checkpoint.keep_every % checkpoint.interval:
         yield (
@@ -279,7 +256,6 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _fp8,
     _schedule,
     _blend,
-    _guard,
     _without_effect,
     _never_comes,
 )

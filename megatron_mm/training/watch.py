@@ -48,6 +48,8 @@ class Watch:
         self._host, self._process_started = socket.gethostname(), psutil.Process().create_time()
         self._step, self._phase, self._since = 0, "start", time.time()
         self._patience = settings.hang_seconds * START_FACTOR
+        often = settings.hang_seconds / 4 or float("inf")  # ranks that hang are told by their heartbeats
+        self._period = min(settings.heartbeat_seconds, often)
         self._data_seconds: list[float] = []
         self._ended = threading.Event()
         self._main = threading.main_thread().ident
@@ -102,7 +104,7 @@ class Watch:
         return {"slowest_rank_ratio": max(probes) / usual, "data_wait_seconds": max(waits)}
 
     def _run(self) -> None:
-        while not self._ended.wait(self._settings.heartbeat_seconds):
+        while not self._ended.wait(self._period):
             still = time.time() - self._since
             self._write(still)
             over = still - self._patience - (0 if self._mesh.speaks else self._settings.heartbeat_seconds)
@@ -110,7 +112,7 @@ class Watch:
                 self._end(still)
 
     def _write(self, still: float) -> None:
-        looks = still > self._settings.heartbeat_seconds
+        looks = still > self._period
         record = {
             "rank": self._mesh.rank,
             "host": self._host,

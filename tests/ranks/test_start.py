@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from launch import run_command, run_ranks
-from small import SMALL, save_tokenizer, write_shards
+from small import SMALL, pretrained, save_tokenizer, write_shards
 from test_failures import run_of, train
 
 from megatron_mm import config as configs
@@ -431,7 +431,7 @@ def test_a_run_that_saves_nothing_is_not_marked_as_done(shards: Path, tmp_path: 
 
 def test_a_check_says_what_fits_and_writes_nothing(stopped: Path) -> None:
     before = everything(stopped)
-    settings = [*SMALL, f"data.train=[{stopped}/train]", f"data.validation=[{stopped}/heldout]"]
+    settings = [*SMALL, *pretrained("ls960"), f"data.train=[{stopped}/train]", f"data.validation=[{stopped}/heldout]"]
     ended = run_command(
         "tiny", "--check", *settings, f"run_dir={stopped}/new", "--world-size", "4", "checkpoint.interval=1"
     )

@@ -99,7 +99,7 @@ def test_an_import_has_the_encoders_of_the_folder(exported: Path, tmp_path: Path
     config = import_folder(exported, tmp_path / "start", preset="tiny", overrides=["data.seq_len=256"])
     own = small_config(shards, "unused")
     for section in ("vision", "audio"):
-        kept = {"trainable": getattr(config, section).trainable}
+        kept = {name: getattr(getattr(config, section), name) for name in ("trainable", "pretrained")}
         assert getattr(own, section).model_copy(update=kept) == getattr(config, section)
     check_start_from(config, tmp_path / "start")
 

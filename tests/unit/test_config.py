@@ -74,21 +74,8 @@ def test_ill_typed_values_name_their_key_and_what_was_found() -> None:
         ("data.changes=[{from_step: 3, train: {}}]", r"data\.changes from step 3 is \{\}, which names no shards"),
         ("vision.num_attention_heads=5", "does not divide vision.hidden_size"),
         ("audio.pos_conv_groups=5", "does not divide audio.hidden_size"),
-        (
-            "guard.hang_seconds=30",
-            r"guard.heartbeat_seconds=10 is more than a quarter of guard.hang_seconds=30: .*=7.5 or less",
-        ),
-        ("guard.heartbeat_seconds=226", "is more than a quarter of guard.hang_seconds=900"),
-        (
-            "guard.hang_seconds=720",
-            r"data.stall_seconds=240: guard.hang_seconds=720 would end the run before .* than 240",
-        ),
         ("training.stop_after=141", "training.stop_after=141 is behind the last step, training.steps=140"),
         ("data.changes=[{from_step: 140, train: {a: 1}}]", r"begin at steps \[140\], and the last step is 139"),
-        (
-            "data.validation=[]",
-            "evaluation.interval=35 .* but data.validation is empty: .* or set evaluation.interval=0",
-        ),
         ("checkpoint.keep_every=100", "checkpoint.keep_every=100 is no multiple of checkpoint.interval=70"),
     ],
 )
@@ -103,8 +90,6 @@ def test_each_rule_says_what_is_wrong(override: str, message: str) -> None:
         ("training.precision=bf16", ["training.fp8_recipe=blockwise", "training.bf16_end_layers=2"]),
         ("optimizer.weight_decay=0", ["optimizer.decay_embeddings=true"]),
         ("data.prefetch_steps=0", ["data.stall_seconds=30"]),
-        ("checkpoint.interval=0", ["checkpoint.keep=2", "checkpoint.keep_every=70", "checkpoint.background=false"]),
-        ("checkpoint.interval=0", ["training.stop_after=9"]),
         ("guard.spike_window=0", ["guard.spike_deviations=5", "guard.spike_steps=2", "guard.spike_nats=1"]),
         ("guard.slow_rank_interval=0", ["guard.slow_rank_ratio=3"]),
     ],
