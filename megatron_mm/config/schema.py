@@ -278,8 +278,8 @@ class GuardConfig(Section):
     heartbeat_seconds: PositiveFloat = 10.0
     """How often each rank writes where it is to run_dir/health; at least four times in guard.hang_seconds."""
     hang_seconds: NonNegativeFloat = 900.0
-    """How long a rank may stand still in one phase before the run names who waits for whom, and ends. 0 waits as long as
-    collectives do, and names nobody."""
+    """How long a rank may stand still in one phase before the run names who waits for whom, and ends. 0 waits as long
+    as collectives do, and names nobody."""
     slow_rank_interval: NonNegativeInt = 100
     """Steps between comparisons of how fast the ranks compute and how long they wait for data; 0 compares never."""
     slow_rank_ratio: float = Field(1.5, gt=1.0)

@@ -27,9 +27,10 @@ def test_without_a_limit_it_writes_at_heartbeats_and_ends_nothing(
     with Watch(GuardConfig(hang_seconds=0, heartbeat_seconds=1.0), MESH, tmp_path) as own:
         own.started()
         time.sleep(1.6)
+        assert json.loads((tmp_path / "health" / "rank_0.json").read_text())["rank"] == 0
     assert len(written) == 1 and not ended
     assert len(looks) <= 1
-    assert json.loads((tmp_path / "health" / "rank_0.json").read_text())["rank"] == 0
+    assert not (tmp_path / "health" / "rank_0.json").exists(), "a rank that has ended keeps no other out"
 
 
 def test_with_a_limit_a_rank_that_stands_still_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
