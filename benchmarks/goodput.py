@@ -1,6 +1,6 @@
 """54 days of the 88B on 1,024 GPUs with the faults of Llama 3, in simulated time: how much of it trains.
 
-    python benchmarks/goodput.py
+    python benchmarks/goodput.py [--precision bf16|fp8] [--interval STEPS]
 
 examples/pretrain_88b.sh runs as it is, over and over, with programs of SLURM's names that move a clock instead of
 waiting: its node checks, tries, requeues, exclusions and the end of each life are the real ones. Checkpoints are made
@@ -10,6 +10,7 @@ Faults: table 5 of "The Llama 3 Herd of Models" (2024), 419 unexpected interrupt
 to 1,024 GPUs by rate; its 47 planned ones are taken whole. docs/cluster.md discusses the result.
 """
 
+import argparse
 import json
 import os
 import random
@@ -29,11 +30,12 @@ DAYS = 54
 POOL, NODES, TRAIN_NODES = 136, 130, 128
 """Nodes of the cluster, of the job (two are spare), and that train."""
 SEED = 0
+PRESETS = {"bf16": "mm_88b", "fp8": "mm_88b_fp8"}
+STEP_SECONDS = {"bf16": 4.70, "fp8": 3.22}
+"""Of a step by the plans of these presets on 1,024 H100 (examples/plans); no more while a save is written beside it."""
 ASSUMED = {
-    "step_seconds": 10.9,  # 4,194,304 tokens at an MFU of 0.43 on H100 in BF16
     "save_stall_seconds": 5.0,  # each save: description, copy to the host, commit
     "save_seconds": 90.0,  # until a background save is committed: 1.24 TB at 15 GB/s
-    "interval": 100,  # steps between checkpoints: the preset's
     "check_seconds": 60.0,  # the nodes check themselves
     "start_seconds": 240.0,  # imports, NCCL's communicators, building and warming up, on 1,024 ranks
     "load_seconds": 60.0,  # 1.24 TB at 25 GB/s, hashed by 1,024 ranks beside it
@@ -53,6 +55,8 @@ KINDS = {
 }
 
 
+ENCODERS = ("VISION_PRETRAINED", "AUDIO_PRETRAINED")
+"""What the script asks a site for; empty files here."""
 STAND_INS = {
     "srun": 'exec {python} -S {own} --srun {at} "$@"\n',
     "squeue": 'case "$*" in *%N*) echo nodes;; esac\n',
@@ -118,16 +122,16 @@ def train(world: World, run_dir: Path) -> int:
     fence = manifest.Fence.take(checkpoints)
     step = resume_step(checkpoints)
     world.clock += ASSUMED["start_seconds"] + ASSUMED["load_seconds"]
-    per_save = ASSUMED["interval"] * ASSUMED["step_seconds"] + ASSUMED["save_stall_seconds"]
+    per_save = world.interval * world.step_seconds + ASSUMED["save_stall_seconds"]
     warning = world.life_began + ASSUMED["life_seconds"] - ASSUMED["margin_seconds"]
     event = world.events[0] if world.events else {"at": DAYS * 86_400.0, "kind": "end", "place": 0}
     until = min(event["at"], warning, DAYS * 86_400.0)
     asked = event["kind"] == "planned" or until < event["at"]
     gone = max(0.0, until - world.clock)  # of training, in this try
     saves = int((gone - (0.0 if asked else ASSUMED["save_seconds"])) // per_save) if gone else 0
-    done = step + int(gone // per_save) * ASSUMED["interval"]
-    done += int(min(gone % per_save, per_save - ASSUMED["save_stall_seconds"]) // ASSUMED["step_seconds"])
-    saved = [step + number * ASSUMED["interval"] for number in range(1, max(0, saves) + 1)]
+    done = step + int(gone // per_save) * world.interval
+    done += int(min(gone % per_save, per_save - ASSUMED["save_stall_seconds"]) // world.step_seconds)
+    saved = [step + number * world.interval for number in range(1, max(0, saves) + 1)]
     world.stalls += len(saved) * ASSUMED["save_stall_seconds"]
     world.clock = max(world.clock, until)
     if asked:
@@ -136,7 +140,7 @@ def train(world: World, run_dir: Path) -> int:
     for number in saved[-3:]:  # those before would be removed by now
         commit_step(checkpoints, number, fence)
     kept = max([step, *saved])
-    world.lost += (done - kept) * ASSUMED["step_seconds"]
+    world.lost += (done - kept) * world.step_seconds
     if until >= DAYS * 86_400.0:
         world.kept_steps = kept
         (run_dir / "DONE").write_text(str(kept))
@@ -152,7 +156,7 @@ def train(world: World, run_dir: Path) -> int:
     if event["kind"].startswith("data"):  # found at the next check: the newest checkpoint cannot be trusted
         newest = manifest.whole_ones(checkpoints)[-1]
         (newest / "__0_0.distcp").write_text("other")
-        world.lost += ASSUMED["interval"] * ASSUMED["step_seconds"]
+        world.lost += world.interval * world.step_seconds
     if leaves:
         node = world.fit((run_dir.parent / "nodes").read_text().split())[event["place"]]
         world.repaired[node] = world.clock + ASSUMED["repair_seconds"]
@@ -177,14 +181,21 @@ def srun(arguments: list[str], folder: Path) -> int:
 
 def main() -> int:
     """Run the script until the 54 days are over, and print where the time went."""
+    options = _parser().parse_args()
+    preset, step_seconds = PRESETS[options.precision], STEP_SECONDS[options.precision]
+    interval = options.interval or _preset_interval(preset)
+    print(f"{preset}: {step_seconds} s a step, a checkpoint every {interval} steps", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="goodput-"))
     try:
+        for name in ENCODERS:
+            (folder / name).touch()
         for name, text in STAND_INS.items():
             path = folder / name
             path.write_text("#!/bin/sh\n" + text.format(python=sys.executable, own=Path(__file__).resolve(), at=folder))
             path.chmod(0o755)
         world = World(folder)
         start = {"clock": 0.0, "events": trace(), "repaired": {}, "life_began": 0.0, "tries": 0, "stalls": 0.0}
+        world.__dict__.update({"preset": preset, "step_seconds": step_seconds, "interval": interval})
         world.__dict__.update({**start, "lost": 0.0, "kept_steps": 0, "script": 0, "seen": {}, "lives": 0})
         planned = len(world.events)
         world.save()
@@ -193,7 +204,7 @@ def main() -> int:
             world = World(folder)
             assert ended == 0 or (folder / "requeued").exists(), (folder / "out.txt").read_text()[-2_000:]
         total = DAYS * 86_400.0
-        goodput = world.kept_steps * ASSUMED["step_seconds"] / total
+        goodput = world.kept_steps * world.step_seconds / total
         print(f"{DAYS} days, {planned} interruptions, {world.lives} lives of the job, {world.tries} tries")
         for kind, count in sorted(world.seen.items()):
             print(f"  {count:>3} x {kind}")
@@ -208,6 +219,19 @@ def main() -> int:
         shutil.rmtree(folder)
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=sorted(PRESETS), default="bf16", help="of the training on H100")
+    parser.add_argument("--interval", type=int, default=0, help="steps between checkpoints (default: the preset's)")
+    return parser
+
+
+def _preset_interval(preset: str) -> int:
+    from megatron_mm import config as configs  # not at the top: the stand-ins run without installed packages
+
+    return configs.load(preset).checkpoint.interval
+
+
 def live(folder: Path) -> int:
     """Run one life of the job; return how its script ended."""
     world = World(folder)
@@ -220,7 +244,8 @@ def live(folder: Path) -> int:
         **{key: value for key, value in os.environ.items() if not key.startswith("SLURM")},
         "PATH": f"{folder}:{os.environ['PATH']}",
         **{"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": str(world.lives - 1), "SLURM_SUBMIT_DIR": str(ROOT)},
-        **{"RUN_DIR": str(folder / "run"), "TRAIN_DATA": "[data]", "PYTHON": sys.executable, "GPU": "H100"},
+        **{"RUN_DIR": str(folder / "run"), "TRAIN_DATA": "[data]", "PYTHON": sys.executable, "PRESET": world.preset},
+        **{name: str(folder / name) for name in ENCODERS},
     }
     with (folder / "out.txt").open("a") as out:
         script = subprocess.Popen(
