@@ -12,7 +12,7 @@ from megatron_mm.config.load import (
     to_yaml,
 )
 from megatron_mm.config.resume import check_resume
-from megatron_mm.config.rules import check_start, check_world, divisors
+from megatron_mm.config.rules import check_start, check_world, divisors, untrained_encoders
 from megatron_mm.config.schema import (
     RANDOM,
     AudioConfig,
@@ -46,4 +46,5 @@ __all__ = [
     "preset_names",
     "save",
     "to_yaml",
+    "untrained_encoders",
 ]

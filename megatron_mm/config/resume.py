@@ -6,6 +6,7 @@ docs/resume.md shows these lists, and a test compares it with them.
 from collections.abc import Mapping
 
 from megatron_mm.config.load import differences
+from megatron_mm.config.rules import untrained_encoders
 from megatron_mm.config.schema import Config
 from megatron_mm.errors import ConfigError
 
@@ -89,6 +90,12 @@ def check_resume(saved: Config, now: Config, *, step: int, source: str) -> dict[
     ConfigError with every setting that a resumed run cannot change.
     """
     changed = differences(saved, now)
+    if untrained := untrained_encoders(saved):
+        files = " ".join(f"{name}.pretrained=FILE" for name in untrained)
+        raise ConfigError(
+            f"{source} is of a run whose {' and '.join(untrained)} encoder is frozen at random weights: it never learns. "
+            f"Start a new run from it, in another run_dir: training.start_from={source} {files}."
+        )
     refused = [line for key, line in changed.items() if verdict(key) == "never"]
     if _shares(saved.data.train) != _shares(now.data.train):
         refused.append(f"{changed['data.train']} ({BY_RULE['data.train']})")

@@ -314,6 +314,15 @@ def start_failures(config: Config) -> list[str]:
     ]
 
 
+def untrained_encoders(config: Config) -> list[str]:
+    """Return which of 'vision' and 'audio' a run of `config` keeps at random weights, as runs could before
+    `pretrained` had to be given."""
+    if config.training.start_from:
+        return []
+    encoders = {"vision": config.vision, "audio": config.audio}
+    return [name for name, own in encoders.items() if not own.trainable and own.pretrained in (None, RANDOM)]
+
+
 def check_start(config: Config) -> None:
     """Pass if a run of `config` can start, or go on; raise ConfigError with every reason otherwise."""
     found = start_failures(config)

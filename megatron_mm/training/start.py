@@ -35,8 +35,8 @@ MAY_DIFFER = {
 def start(state: TrainState) -> None:
     """Bring a new run's weights to what its settings name. Collective over all ranks if that is a checkpoint.
 
-    Raises DataError for a file that does not fit, ConfigError for a checkpoint of another shape, or settings that leave
-    open where an encoder comes from.
+    `check_start` and `check_start_from` have passed. Raises DataError for a file that does not fit, ConfigError for a
+    checkpoint of another shape.
     """
     config = state.config
     if config.training.start_from:
@@ -50,9 +50,9 @@ def start(state: TrainState) -> None:
 def load_weights(chunks: Sequence[MultimodalModel], *, config: Config, mesh: Mesh, path: Path) -> None:
     """Give every chunk the weights at `path`, saved in whatever layout. Collective over all ranks.
 
-    A modality that the checkpoint lacks is as it was, and rank 0 says so. Raises as `check_start_from`.
+    A modality that the checkpoint lacks is as it was, and rank 0 says so. Raises as `check_model`.
     """
-    stored = check_start_from(config, path)
+    stored = check_model(config, path)
     lacking = _lacking(stored)
     metadata = {"singleton_local_shards": False, "dp_cp_group": mesh.dp_cp_group}
     present = {}
@@ -86,7 +86,17 @@ def _check_encoders(config: Config, *, lacking: Sequence[str]) -> Iterator[str]:
             )
 
 
-def check_start_from(config: Config, path: Path) -> dict[str, TensorInfo]:
+def check_start_from(config: Config, path: Path) -> None:
+    """Pass if a new run can start from the checkpoint at `path`, and every encoder has a known origin.
+
+    Raises ConfigError with every reason and DataError if the checkpoint is damaged.
+    """
+    wrong = list(_check_encoders(config, lacking=_lacking(check_model(config, path))))
+    if wrong:
+        raise ConfigError(f"training.start_from={path} leaves an encoder open:\n  " + "\n  ".join(wrong))
+
+
+def check_model(config: Config, path: Path) -> dict[str, TensorInfo]:
     """Pass if the checkpoint at `path` is of the run's model, by the names, shapes and meaning of all its tensors.
 
     A modality may be missing as a whole. Returns what the checkpoint holds. Needs neither a process group nor a built
@@ -98,11 +108,10 @@ def check_start_from(config: Config, path: Path) -> dict[str, TensorInfo]:
     expected = {name: shape for name, shape in tensor_shapes(config).items() if not name.startswith(lacking)}
     changed = configs.differences(configs.load_saved(path / "config.yaml"), config)
     wrong = [line for key, line in changed.items() if _describes(key, lacking)]
-    wrong += _check_encoders(config, lacking=lacking)
     wrong += compare_shapes({name: info.shape for name, info in stored.items()}, expected)
     if wrong:
         raise ConfigError(
-            f"training.start_from={path} does not fit (its settings and tensors -> this run's):\n  "
+            f"training.start_from={path} is another model (its settings and tensors -> this run's):\n  "
             + "\n  ".join(wrong)
             + f"\nSet what differs as in {path / 'config.yaml'}, or start from another checkpoint."
         )

@@ -111,6 +111,16 @@ def save_first(config: Config) -> None:
     checkpoint.save(state)
 
 
+def resumed(config: Config) -> str:
+    """Return why a run cannot go on from its checkpoint."""
+    state = build_state(config, meshes.cut(config))
+    try:
+        checkpoint.resume(state)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 RANDOM = ("vision.pretrained=random", "audio.pretrained=random")
 PARTS = ("embedding.image.", "embedding.audio.")
 NULL = ("vision.pretrained=null", "audio.pretrained=null")
@@ -148,3 +158,19 @@ def test_a_run_says_where_its_encoders_come_from_and_starts_with_neither_in_sile
     assert "audio encoder: random weights, as audio.pretrained=random says" in said
     for key, value in weights.items():
         assert torch.equal(value, (random if PARTS[1] in key else saved)[key]), key
+
+
+def test_a_run_with_frozen_encoders_of_random_weights_is_not_gone_on_with(shards: Path, tmp_path: Path) -> None:
+    """As runs were saved before `pretrained` had to be given; their checkpoints can be exported and started from."""
+    small = ("training.global_batch_size=2", "vision.pretrained=null")
+    run_ranks(1, save_first, small_config(shards, tmp_path, *small))
+    at = tmp_path / "checkpoints" / "step_00000001"
+    file = small_config(shards, tmp_path).vision.pretrained
+    (said,) = run_ranks(1, resumed, small_config(shards, tmp_path, *small[:1], f"vision.pretrained={file}"))
+    assert f"{at} is of a run whose vision encoder is frozen at random weights" in said
+    assert f"training.start_from={at} vision.pretrained=FILE" in said
+    ((said, _),) = run_ranks(1, started, small_config(shards, tmp_path, f"training.start_from={at}", *NULL))
+    assert said.startswith(f"error: training.start_from={at} has a frozen and never pretrained vision encoder")
+    assert "audio" not in said
+    ((said, _),) = run_ranks(1, started, small_config(shards, tmp_path, f"training.start_from={at}"))
+    assert f"pretrained tensors of {file}" in said

@@ -60,7 +60,7 @@ def test_another_model_is_refused_with_all_that_differs(
     override: str, messages: list[str], saved: Path, shards: Path
 ) -> None:
     config = small_config(shards, "unused", override)
-    with pytest.raises(ConfigError, match="does not fit") as refused:
+    with pytest.raises(ConfigError, match="is another model") as refused:
         check_start_from(config, saved)
     for message in [str(saved), *messages]:
         assert message in str(refused.value)
