@@ -93,8 +93,8 @@ def check_resume(saved: Config, now: Config, *, step: int, source: str) -> dict[
     if untrained := untrained_encoders(saved):
         files = " ".join(f"{name}.pretrained=FILE" for name in untrained)
         raise ConfigError(
-            f"{source} is of a run whose {' and '.join(untrained)} encoder is frozen at random weights: it never learns. "
-            f"Start a new run from it, in another run_dir: training.start_from={source} {files}."
+            f"{source} is of a run whose {' and '.join(untrained)} encoder is frozen at random weights: it never "
+            f"learns. Start a new run from it, in another run_dir: training.start_from={source} {files}."
         )
     refused = [line for key, line in changed.items() if verdict(key) == "never"]
     if _shares(saved.data.train) != _shares(now.data.train):

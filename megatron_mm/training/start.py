@@ -1,7 +1,7 @@
 """What a new run starts from: another checkpoint's weights, a converted decoder, pretrained encoders."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
@@ -70,37 +70,36 @@ def load_weights(chunks: Sequence[MultimodalModel], *, config: Config, mesh: Mes
             log.info("%s* is not in it", part)
 
 
-def _check_encoders(config: Config, *, lacking: Sequence[str]) -> Iterator[str]:
-    """Yield which encoder would be random in silence, or thrown away in silence."""
+def check_start_from(config: Config, path: Path) -> None:
+    """Pass if a new run can start from the checkpoint at `path`, no encoder random or thrown away in silence.
+
+    Writes nothing and needs no built model: to be called before a run touches anything. Raises ConfigError with every
+    reason, DataError if the checkpoint is damaged.
+    """
+    lacking, wrong = _lacking(check_model(config, path)), []
+    untrained = configs.untrained_encoders(configs.load_saved(path / "config.yaml"))
     for part, name in MODALITIES.items():
         pretrained = getattr(config, name).pretrained
-        if part in lacking and pretrained is None:
-            yield (
-                f"it has no {name} encoder, and {name}.pretrained is not given. Give it the file of a pretrained one; "
-                f"{name}.pretrained=random trains one from random weights."
+        absent = part in lacking or name in untrained
+        if absent and pretrained is None:
+            what = "no" if part in lacking else "a frozen and never pretrained"
+            wrong.append(
+                f"training.start_from={path} has {what} {name} encoder, and {name}.pretrained is not given. Give it "
+                f"the file of a pretrained one; {name}.pretrained=random trains one from random weights."
             )
-        elif part not in lacking and pretrained == configs.RANDOM:
-            yield (
-                f"{name}.pretrained=random would throw away its {name} encoder. Set {name}.pretrained=null to go on "
-                "with it, or give the file of another one."
+        elif not absent and pretrained == configs.RANDOM:
+            wrong.append(
+                f"{name}.pretrained=random would throw away the {name} encoder of training.start_from={path}. Set "
+                f"{name}.pretrained=null to go on with it, or give the file of another one."
             )
-
-
-def check_start_from(config: Config, path: Path) -> None:
-    """Pass if a new run can start from the checkpoint at `path`, and every encoder has a known origin.
-
-    Raises ConfigError with every reason and DataError if the checkpoint is damaged.
-    """
-    wrong = list(_check_encoders(config, lacking=_lacking(check_model(config, path))))
     if wrong:
-        raise ConfigError(f"training.start_from={path} leaves an encoder open:\n  " + "\n  ".join(wrong))
+        raise ConfigError("\n".join(wrong))
 
 
 def check_model(config: Config, path: Path) -> dict[str, TensorInfo]:
     """Pass if the checkpoint at `path` is of the run's model, by the names, shapes and meaning of all its tensors.
 
-    A modality may be missing as a whole. Returns what the checkpoint holds. Needs neither a process group nor a built
-    model, and writes nothing: to be called before a run touches anything. Raises ConfigError with every difference and
+    A modality may be missing as a whole. Returns what the checkpoint holds. Raises ConfigError with every difference,
     DataError if the checkpoint is damaged.
     """
     stored = CheckpointReader(path).tensors

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
+from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.errors import ConfigError
@@ -86,7 +87,9 @@ def started(config: Config, without: str = "") -> tuple[str, dict[str, Tensor]]:
     class Reader(starting.CheckpointReader):
         def __init__(self, path: Path) -> None:
             super().__init__(path)
-            self.keys = {key for key in self.keys if not (without and key.startswith(without))}
+            self.tensors = {
+                key: info for key, info in self.tensors.items() if not (without and key.startswith(without))
+            }
 
     starting.CheckpointReader = Reader
     said: list[str] = []
@@ -94,11 +97,14 @@ def started(config: Config, without: str = "") -> tuple[str, dict[str, Tensor]]:
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("megatron_mm").addHandler(handler)
     logging.getLogger("megatron_mm").setLevel(logging.INFO)
-    state = build_state(config, meshes.cut(config))
     try:
-        start(state)
+        configs.check_start(config)
+        if config.training.start_from:
+            starting.check_start_from(config, Path(config.training.start_from))
     except ConfigError as error:
         return f"error: {error}", {}
+    state = build_state(config, meshes.cut(config))
+    start(state)
     weights = {key: value.clone() for key, value in state.chunks[0].named_parameters() if ".encoder." in key}
     return "\n".join(said), weights
 

@@ -17,7 +17,7 @@ from megatron_mm.hf.export import Options, export
 from megatron_mm.hf.load import import_folder
 from megatron_mm.parallel import mesh as meshes
 from megatron_mm.training import checkpoint
-from megatron_mm.training.start import check_start_from
+from megatron_mm.training.start import check_model, check_start_from
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import train_step
 
@@ -68,7 +68,7 @@ def test_another_model_is_refused_with_all_that_differs(
 
 def test_the_same_model_is_taken_in_another_layout_and_with_other_training(saved: Path, shards: Path) -> None:
     others = ("vision.trainable=true", "model.init_std=0.01", *layout("tp=4"))
-    assert len(check_start_from(small_config(shards, "unused", *others), saved)) > 100
+    assert len(check_model(small_config(shards, "unused", *others), saved)) > 100
 
 
 def test_settings_that_belie_the_tensors_are_no_excuse(saved: Path, shards: Path, tmp_path: Path) -> None:
