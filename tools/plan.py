@@ -25,9 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
         gpu, gpus = GPUS[options.gpu], options.gpus
         from megatron_mm.model.accounting import build_on_meta, count_parameters
 
-        counts = count_parameters(build_on_meta(config))
+        counts = count_parameters(model := build_on_meta(config))
         media = sum(count for name, count in counts.items() if name.startswith(("vision", "audio")))
-        planned, too_big = plan(config, gpus=gpus, gpu=gpu, extra_parameters=media)
+        frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+        extra = {"extra_parameters": media, "extra_trained": media - frozen}  # nothing else is ever frozen
+        planned, too_big = plan(config, gpus=gpus, gpu=gpu, **extra)
         rehearsed: list[RankReport] = []
         if options.rehearse:
             planned, rehearsed = _rehearsed(config, planned, gpus=gpus, gpu=gpu)

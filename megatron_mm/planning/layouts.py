@@ -104,23 +104,26 @@ def layouts(config: Config, *, gpus: int) -> Iterator[Layout]:
             yield from (replace(layout, recompute=recompute) for recompute in ("none", "mlp", "full"))
 
 
-def memory(shape: Shape, layout: Layout, *, extra_parameters: int, stage: int = 0) -> dict[str, float]:
+def memory(
+    shape: Shape, layout: Layout, *, extra_parameters: int, extra_trained: int = 0, stage: int = 0
+) -> dict[str, float]:
     """Return the bytes of a rank of `stage` by category.
 
-    `extra_parameters` are those of encoders and projectors, whole on every tensor rank of the first stage. The formula
-    agrees with the rehearsal of mm_88b: see docs/planning.md.
+    `extra_parameters` are those of encoders and projectors, whole on every tensor rank of the first stage;
+    `extra_trained` of them are trained. What encoders keep of images and sound is left out: docs/planning.md has how
+    much that is, and how near the formula is to the rehearsal of mm_88b.
     """
     first, last = stage == 0, stage == layout.pp - 1
     table = shape.vocab * shape.hidden / layout.tp  # the embedding, and the head
     own = shape.num_layers * shape.layer_weights / (layout.tp * layout.pp) + (first + last) * table
-    extra = extra_parameters if first else 0
+    extra, trained = (extra_parameters, own + extra_trained) if first else (0, own)
     tokens = layout.micro_batch_size * shape.seq_len / layout.cp
     chunk = shape.num_layers / (layout.pp * layout.vpp)
     logits = 2 * tokens * shape.vocab / layout.tp if last else 0.0
     return {
         "weights": (4.0 if layout.precision == "fp8" else 2.0) * own + 2.0 * extra,
-        "gradients": 4.0 * own,
-        "optimizer": 12.0 * own / (layout.dp * layout.cp),
+        "gradients": 4.0 * trained,
+        "optimizer": 12.0 * trained / (layout.dp * layout.cp),
         "activations": chunks_in_flight(layout, stage) * chunk * kept_by_layer(shape, layout)
         + max(4 * 2 * tokens * shape.ffn / layout.tp, logits),
     }
@@ -150,16 +153,19 @@ def kept_by_layer(shape: Shape, layout: Layout) -> float:
     return tokens * (10 * hidden / spread + (8 * hidden + 4 * shape.ffn + scores) / tp)
 
 
-def plan(config: Config, *, gpus: int, gpu: Gpu, extra_parameters: int) -> tuple[list[Planned], int]:
-    """Return the layouts that fit, the fastest first, and how many do not fit.
+def plan(
+    config: Config, *, gpus: int, gpu: Gpu, extra_parameters: int, extra_trained: int
+) -> tuple[list[Planned], int]:
+    """Return the layouts that fit, the fastest first, and how many do not fit; see `memory` for the extra parameters.
 
     Raises ConfigError if `config` cannot be cut for so many GPUs at all, or runs in a precision without figures.
     """
     _refuse(config, gpus=gpus, gpu=gpu)
     shape, rate = shape_of(config), RATES[gpu.name]
+    extra = {"extra_parameters": extra_parameters, "extra_trained": extra_trained}
     planned, too_big = [], 0
     for layout in layouts(config, gpus=gpus):
-        held = [memory(shape, layout, extra_parameters=extra_parameters, stage=stage) for stage in range(layout.pp)]
+        held = [memory(shape, layout, **extra, stage=stage) for stage in range(layout.pp)]
         one = Planned(layout, step_time(shape, layout, gpu, rate), held)
         if one.memory_bytes > USABLE * gpu.memory_bytes:
             too_big += 1
