@@ -36,6 +36,7 @@ STEP_SECONDS = {"bf16": 4.70, "fp8": 3.22}
 ASSUMED = {
     "save_stall_seconds": 5.0,  # each save: description, copy to the host, commit
     "save_seconds": 90.0,  # until a background save is committed: 1.24 TB at 15 GB/s
+    "preflight_seconds": 60.0,  # the script checks all that a start would on one CPU: 35 s of it on two busy cores
     "check_seconds": 60.0,  # the nodes check themselves
     "start_seconds": 240.0,  # imports, NCCL's communicators, building and warming up, on 1,024 ranks
     "load_seconds": 60.0,  # 1.24 TB at 25 GB/s, hashed by 1,024 ranks beside it
@@ -58,6 +59,7 @@ KINDS = {
 ENCODERS = ("VISION_PRETRAINED", "AUDIO_PRETRAINED")
 """What the script asks a site for; empty files here."""
 STAND_INS = {
+    "python": "exit 0\n",  # the check before a start: it finds nothing
     "srun": 'exec {python} -S {own} --srun {at} "$@"\n',
     "squeue": 'case "$*" in *%N*) echo nodes;; esac\n',
     "scontrol": 'case "$*" in *hostnames*) cat {at}/nodes;; requeue*) touch {at}/requeued;; esac\n',
@@ -236,15 +238,15 @@ def live(folder: Path) -> int:
     """Run one life of the job; return how its script ended."""
     world = World(folder)
     world.lives += 1
-    world.clock += ASSUMED["queue_seconds"]
-    world.life_began = world.clock
+    world.life_began = world.clock + ASSUMED["queue_seconds"]
+    world.clock = world.life_began + ASSUMED["preflight_seconds"]
     (folder / "requeued").unlink(missing_ok=True)
     (folder / "nodes").write_text("\n".join(world.fit([f"node{n}" for n in range(1, POOL + 1)])[:NODES]) + "\n")
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("SLURM")},
         "PATH": f"{folder}:{os.environ['PATH']}",
         **{"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": str(world.lives - 1), "SLURM_SUBMIT_DIR": str(ROOT)},
-        **{"RUN_DIR": str(folder / "run"), "TRAIN_DATA": "[data]", "PYTHON": sys.executable, "PRESET": world.preset},
+        **{"RUN_DIR": str(folder / "run"), "TRAIN_DATA": "[data]", "PYTHON": str(folder / "python"), "PRESET": world.preset},
         **{name: str(folder / name) for name in ENCODERS},
     }
     with (folder / "out.txt").open("a") as out:
