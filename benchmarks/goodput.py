@@ -246,7 +246,12 @@ def live(folder: Path) -> int:
         **{key: value for key, value in os.environ.items() if not key.startswith("SLURM")},
         "PATH": f"{folder}:{os.environ['PATH']}",
         **{"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": str(world.lives - 1), "SLURM_SUBMIT_DIR": str(ROOT)},
-        **{"RUN_DIR": str(folder / "run"), "TRAIN_DATA": "[data]", "PYTHON": str(folder / "python"), "PRESET": world.preset},
+        **{
+            "RUN_DIR": str(folder / "run"),
+            "TRAIN_DATA": "[data]",
+            "PYTHON": str(folder / "python"),
+            "PRESET": world.preset,
+        },
         **{name: str(folder / name) for name in ENCODERS},
     }
     with (folder / "out.txt").open("a") as out:

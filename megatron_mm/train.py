@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import textwrap
+from pathlib import Path
 
 from megatron_mm import config as configs
 from megatron_mm.errors import ConfigError, DataError, RunStopped
@@ -23,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(_describe(config, options.world_size)))
         elif options.check:
             _check(config, options.world_size)
+        elif options.evaluate:
+            _evaluate(config, Path(options.evaluate))
         else:
             _train(config)
     except (ConfigError, DataError) as error:
@@ -65,6 +68,19 @@ def _check(config: configs.Config, world_size: int | None) -> None:
     print("everything that can be checked on one CPU fits")
 
 
+def _evaluate(config: configs.Config, path: Path) -> None:
+    from megatron_mm.parallel import mesh as meshes
+    from megatron_mm.training.evaluate import evaluate_checkpoint
+
+    mesh = meshes.initialize(config)
+    losses = evaluate_checkpoint(config, mesh, path)
+    if mesh.speaks:
+        for name, loss in losses.items():
+            print(f"{name:<40} {loss:.4f}")
+        print(json.dumps({"checkpoint": str(path), **losses}))
+    meshes.leave()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_mm.train",
@@ -79,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--describe", action="store_true", help="print what the preset amounts to, as JSON, and exit")
     parser.add_argument(
         "--check", action="store_true", help="check all that a start would, on one CPU, writing nothing, and exit"
+    )
+    parser.add_argument(
+        "--evaluate",
+        metavar="CHECKPOINT",
+        help="print the held-out losses of a checkpoint, by source and dataset, and exit",
     )
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="ranks of the run to describe or check (default: tp x cp x pp)"

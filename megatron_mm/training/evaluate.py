@@ -1,16 +1,29 @@
-"""The loss on held-out documents."""
+"""The loss on held-out documents, of a run as it goes or of a checkpoint alone."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
+from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.kernels import ops
 from megatron_mm.modality import Source
-from megatron_mm.training.state import TrainState, settle_parameters
+from megatron_mm.model.loss import by_name
+from megatron_mm.model.multimodal import build_chunks
+from megatron_mm.parallel import device
+from megatron_mm.parallel.agreement import together
+from megatron_mm.parallel.mesh import Mesh
+from megatron_mm.training import checkpoint, manifest
+from megatron_mm.training.inputs import check_stored_tokenizer
+from megatron_mm.training.start import load_weights
+from megatron_mm.training.state import ModelState, in_precision, settle_parameters
 from megatron_mm.training.step import run_micro_batches
 
 
-def evaluate(state: TrainState, loader: Loader) -> Tensor:
+def evaluate(state: ModelState, loader: Loader) -> Tensor:
     """Return the loss on evaluation.samples samples of `loader`: (num_datasets, num_sources, 2) sums and counts.
 
     The samples are the same at every evaluation and in every layout; the last batch is filled with empty ones.
@@ -34,3 +47,34 @@ def spread(num_samples: int, *, most: int) -> np.ndarray:
     """Return all samples, or `most` of them at even distances: datasets, end to end, are drawn from by their size."""
     count = min(most, num_samples)
     return np.arange(count) * num_samples // max(1, count)
+
+
+def evaluate_checkpoint(config: Config, mesh: Mesh, path: Path) -> dict[str, float]:
+    """Return the held-out losses of the checkpoint `path` on data.validation, in the layout of `config`, by name.
+
+    Nothing is written and no optimizer is built. Collective over all ranks. Raises ConfigError if there are no held-out
+    shards, they speak of other ids, or the checkpoint is another model's; DataError if it is damaged.
+    """
+    ops.select(config.training.kernels, device.current())
+    loader = together(lambda: _held_out(config, mesh, path))
+    is_committed = (path / manifest.COMMITTED).exists()  # an import is not: its sizes are checked as it is read
+    problems = checkpoint.find_damage(mesh, path) if is_committed else []
+    if problems:
+        raise DataError("the checkpoint is damaged:\n  " + "\n  ".join(problems))
+    chunks = build_chunks(config, mesh)
+    load_weights(chunks, config=config, mesh=mesh, path=path)
+    losses = evaluate(ModelState(config, mesh, chunks, in_precision(chunks)), loader)
+    return by_name(losses, datasets=loader.datasets)
+
+
+def _held_out(config: Config, mesh: Mesh, path: Path) -> Loader:
+    if not config.data.validation:
+        raise ConfigError("data.validation is empty: there is nothing to evaluate on. Name held-out shards there.")
+    if not (path / manifest.MANIFEST).exists():
+        raise ConfigError(
+            f"{path} is no checkpoint: it has no {manifest.MANIFEST}. Name a folder step_N of a run_dir's "
+            "checkpoints, or one that tools/convert_checkpoint.py from-hf has written."
+        )
+    loader = Loader(config.data.validation, config=config, mesh=mesh, report_apart=True)
+    check_stored_tokenizer(path, loader.shards[0], what="data.validation")
+    return loader

@@ -15,7 +15,7 @@ from megatron_mm.config import Config, flat
 from megatron_mm.data.samples import Samples
 from megatron_mm.errors import ConfigError
 from megatron_mm.hf.encoders import find_weights
-from megatron_mm.shards import fingerprints, stored_tokenizer
+from megatron_mm.shards import ShardReader, fingerprints, stored_tokenizer
 from megatron_mm.training import manifest
 
 log = logging.getLogger(__name__)
@@ -207,20 +207,26 @@ def check_tokenizers(config: Config, samples: Samples, heldout: Samples | None) 
             f"data.validation={heldout.shards[0].prefix} comes from another tokenizer than {own.prefix} of data.train: "
             "the same id means different text. Preprocess it again with the tokenizer of the training data."
         )
-    stored = Path(config.training.start_from or "") / TOKENIZER
-    if not config.training.start_from:
-        return
-    content = stored_tokenizer(own.prefix)
+    if config.training.start_from:
+        check_stored_tokenizer(Path(config.training.start_from), own, what="training.start_from")
+
+
+def check_stored_tokenizer(path: Path, shards: ShardReader, *, what: str) -> None:
+    """Pass if the ids of `shards` mean what those of the checkpoint `path` do; warn where that cannot be told.
+
+    Raises ConfigError that names both tokenizers; `what` is the setting that is wrong then.
+    """
+    stored, content = path / TOKENIZER, stored_tokenizer(shards.prefix)
     if not stored.exists() or content is None:
+        lacking = path if content is not None else shards.prefix
         log.warning(
-            "whether the ids of training.start_from=%s mean what those of %s do cannot be told: one has no tokenizer",
-            *(config.training.start_from, own.prefix),
+            "whether ids mean the same in %s and %s cannot be told: %s has no tokenizer", path, shards.prefix, lacking
         )
     elif not _extends(json.loads(content), json.loads(stored.read_bytes())):
         raise ConfigError(
-            f"training.start_from={config.training.start_from} was trained with another tokenizer "
-            f"({manifest.hash_file(stored)[:SHORT]}) than the shards {own.prefix} come from "
-            f"({own.tokenizer.sha256[:SHORT]}): its embeddings mean other text. Preprocess the data with {stored}."
+            f"{what}: {path} was trained with another tokenizer ({manifest.hash_file(stored)[:SHORT]}) than the shards "
+            f"{shards.prefix} come from ({shards.tokenizer.sha256[:SHORT]}): the same id means other text. Preprocess "
+            f"the data with {stored}."
         )
 
 

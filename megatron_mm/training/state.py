@@ -10,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from megatron_mm.config import Config
 from megatron_mm.config.resume import shifts_loss
@@ -24,15 +25,21 @@ from megatron_mm.training.optimizer import build_optimizer, build_scheduler
 
 
 @dataclass
-class TrainState:
-    """The model of one rank, its optimizer, and how far the run has come."""
+class ModelState:
+    """The model of one rank, to be run forward."""
 
     config: Config
     mesh: Mesh
     chunks: list[MultimodalModel]
     """This rank's model chunks, bare."""
-    models: list[DistributedDataParallel]
-    """The same, wrapped for data parallelism: what schedules run."""
+    models: list[nn.Module]
+    """The same, wrapped for their precision, and for data parallelism where they are trained: what schedules run."""
+
+
+@dataclass
+class TrainState(ModelState):
+    """The model of one rank, its optimizer, and how far the run has come."""
+
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     own_gradients: OwnGradients
@@ -77,8 +84,7 @@ def build_state(config: Config, mesh: Mesh, *, backend: Backend | None = None) -
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    wrapped = [Float16Module(transformer, chunk) for chunk in chunks] if transformer.bf16 else chunks
-    models = [DistributedDataParallel(transformer, ddp, module) for module in wrapped]
+    models = [DistributedDataParallel(transformer, ddp, module) for module in in_precision(chunks)]
     if mesh.dp_cp_group.size() == 1 and not (parallel.overlap_grad_reduce or parallel.overlap_param_gather):
         _exchange_nothing(models)
     optimizer = build_optimizer(config, models)
@@ -92,6 +98,12 @@ def build_state(config: Config, mesh: Mesh, *, backend: Backend | None = None) -
     return TrainState(config, mesh, chunks, models, optimizer, scheduler, OwnGradients(chunks, models), consumption)
 
 
+def in_precision(chunks: list[MultimodalModel]) -> list[nn.Module]:
+    """Return model chunks wrapped so that they run in the precision of their settings."""
+    transformer = chunks[0].config
+    return [Float16Module(transformer, chunk) for chunk in chunks] if transformer.bf16 else list(chunks)
+
+
 def _exchange_nothing(models: list[DistributedDataParallel]) -> None:
     """Keep megatron-core from reducing gradients and gathering parameters in a group of one rank: gloo copies them."""
     for model in models:
@@ -101,12 +113,12 @@ def _exchange_nothing(models: list[DistributedDataParallel]) -> None:
             group.start_param_sync = lambda force_sync=False: None
 
 
-def settle_parameters(state: TrainState) -> None:
+def settle_parameters(state: ModelState) -> None:
     """Wait until every parameter is what the last step made it. Collective over dp_cp.
 
     With parallel.overlap_param_gather each forward pass gathers them as it goes; who reads them otherwise calls this.
     """
-    if state.config.parallel.overlap_param_gather:
+    if isinstance(state, TrainState) and state.config.parallel.overlap_param_gather:
         for model in state.models:
             model.disable_forward_pre_hook(param_sync=True)
             model.enable_forward_pre_hook()

@@ -16,7 +16,7 @@ from megatron_mm.modality import Source
 from megatron_mm.model.loss import sum_and_count
 from megatron_mm.parallel import device
 from megatron_mm.training.optimizer import clip_gradients, leave_out
-from megatron_mm.training.state import TrainState
+from megatron_mm.training.state import ModelState, TrainState
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _unused(state: TrainState, counts: TokenCounts) -> Iterator[Tensor]:
                 yield from part.parameters()
 
 
-def run_micro_batches(state: TrainState, micro_batches: list[MicroBatch], *, forward_only: bool) -> Totals:
+def run_micro_batches(state: ModelState, micro_batches: list[MicroBatch], *, forward_only: bool) -> Totals:
     """Run all micro-batches through the pipeline and return what they amount to over all ranks.
 
     Collective over all ranks.

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from launch import run_command, run_ranks
-from small import SMALL, pretrained, save_tokenizer, write_shards
+from small import SMALL, layout, pretrained, save_tokenizer, write_shards
 from test_failures import run_of, train
 
 from megatron_mm import config as configs
@@ -26,6 +26,7 @@ from megatron_mm.parallel import mesh as meshes
 from megatron_mm.shards import merge
 from megatron_mm.tokenizer import train_tokenizer
 from megatron_mm.training import checkpoint, manifest
+from megatron_mm.training.evaluate import evaluate_checkpoint
 from megatron_mm.training.metrics import read_metrics
 from megatron_mm.training.state import TrainState
 from megatron_mm.training.step import StepResult
@@ -450,6 +451,39 @@ def test_a_check_says_what_fits_and_writes_nothing(stopped: Path) -> None:
     ended = run_command("tiny", "--check", *settings, f"run_dir={stopped}/new", f"data.validation=[{stopped}/train]")
     assert ended.status == 2
     assert "is trained on" in ended.stderr
+
+
+def evaluated(config: Config, path: Path) -> dict[str, float]:
+    return evaluate_checkpoint(config, meshes.cut(config), path)
+
+
+def test_a_checkpoint_is_evaluated_alone_as_its_run_was(stopped: Path) -> None:
+    (then,) = [one for one in read_metrics(stopped / "run") if one["step"] == 3 and "heldout/loss" in one]
+    config = own_run(stopped)
+    path, before = checkpoint.newest(config), everything(stopped / "run")
+    for ranks, text in ((1, ""), (2, "tp=2")):
+        for found in run_ranks(ranks, evaluated, own_run(stopped, *layout(text)), path):
+            assert found["loss"] == pytest.approx(then["heldout/loss"], rel=1e-5)
+            assert found["loss/text"] == pytest.approx(then["heldout/loss/text"], rel=1e-5)
+            assert f"loss/dataset/{stopped}/heldout" in found
+    data = (f"data.train=[{stopped}/train]", f"data.validation=[{stopped}/heldout]")
+    ended = run_command(f"{stopped}/run/config.yaml", "--evaluate", str(path), *data)
+    assert ended.status == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["loss"] == pytest.approx(then["heldout/loss"], rel=1e-5)
+    assert everything(stopped / "run") == before
+
+
+def test_what_cannot_be_evaluated_is_named(stopped: Path) -> None:
+    path = checkpoint.newest(own_run(stopped))
+    assert "data.validation is empty" in refusal(1, evaluated, own_run(stopped, "data.validation=[]"), path)
+    assert "is no checkpoint" in refusal(1, evaluated, own_run(stopped), stopped)
+    assert "model.num_layers" in refusal(
+        1, evaluated, own_run(stopped, "model.num_layers=5", "parallel.embedding_slot=false"), path
+    )
+    other = train_tokenizer(["other words than the first ones had " * 50], vocab_size=280)
+    other.save(str(stopped / "tokenizer.json"))
+    write_shards(stopped, "heldout", seed=5, text_only=True)
+    assert "was trained with another tokenizer" in refusal(1, evaluated, own_run(stopped), path)
 
 
 def test_a_check_of_a_run_that_goes_on_compares_it_with_its_checkpoint(stopped: Path) -> None:
