@@ -52,7 +52,8 @@ def _is_fresh(record: Mapping[str, Any], heartbeat_seconds: float) -> bool:
 def _is_process(record: Mapping[str, Any]) -> bool:
     """Return whether the process of a heartbeat of this host is there, and not another one with its number."""
     try:
-        started = psutil.Process(record["pid"]).create_time()
+        process = psutil.Process(record["pid"])
+        started, is_dead = process.create_time(), process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-    return record["pid"] != os.getpid() and abs(started - record.get("process_started", started)) < 1.0
+    return not is_dead and record["pid"] != os.getpid() and abs(started - record.get("process_started", started)) < 1.0

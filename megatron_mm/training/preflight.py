@@ -2,8 +2,11 @@
 
 import logging
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
@@ -18,6 +21,9 @@ from megatron_mm.training.living import check_nobody_lives
 from megatron_mm.training.start import check_start_from
 
 log = logging.getLogger(__name__)
+
+LISTING_SECONDS = 90.0
+"""How long the ranks may see different checkpoints: longer than an NFS client keeps a folder's contents."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,9 @@ def prepare(config: Config, mesh: Mesh) -> Ready:
     check_alike(describe_software(), what="software")
     check_alike(settings_by_key(config), what="settings")
     together(lambda: check_run_dir(config) if mesh.speaks else None)
+    check_alike(_await_same_checkpoints(config, mesh), what="checkpoints")
     ready = together(lambda: examine(config, mesh))
-    check_alike({**ready.inputs.by_name(), **_checkpoints(config)}, what="data and checkpoints")
+    check_alike(ready.inputs.by_name(), what="data and files")
     if ready.goes_on_from is None:
         return ready
     return replace(ready, inputs=together(lambda: compare(ready, config, looks=mesh.speaks)))
@@ -101,8 +108,25 @@ def newest_checkpoint(config: Config) -> Path | None:
     return whole
 
 
+def _await_same_checkpoints(config: Config, mesh: Mesh) -> dict[str, str]:
+    """Return what this rank sees of the run's checkpoints, once all see the same or after LISTING_SECONDS.
+
+    NFS shows a node what a folder held up to a minute ago. Collective over all ranks.
+    """
+    deadline = time.monotonic() + LISTING_SECONDS
+    while True:
+        own = _checkpoints(config)
+        everywhere: list[tuple[dict[str, str], bool]] = [({}, False)] * mesh.world_size
+        dist.all_gather_object(everywhere, (own, time.monotonic() > deadline))
+        if all(seen == own for seen, _ in everywhere) or any(is_late for _, is_late in everywhere):
+            return own
+        if mesh.speaks:
+            log.warning("the ranks see different checkpoints in %s: looking again", checkpoint.folder(config))
+        time.sleep(LISTING_SECONDS / 20)
+
+
 def _checkpoints(config: Config) -> dict[str, str]:
-    """Return what this rank sees of the run's checkpoints: a run_dir that is not the same folder on all nodes shows."""
+    """Return the run's committed checkpoints, each by what its manifest is known by."""
     found = {}
     for path in manifest.whole_ones(checkpoint.folder(config)):
         try:

@@ -25,7 +25,7 @@ from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.parallel import mesh as meshes
 from megatron_mm.shards import merge
 from megatron_mm.tokenizer import train_tokenizer
-from megatron_mm.training import checkpoint, manifest
+from megatron_mm.training import checkpoint, manifest, preflight
 from megatron_mm.training.evaluate import evaluate_checkpoint
 from megatron_mm.training.metrics import read_metrics
 from megatron_mm.training.state import TrainState
@@ -105,8 +105,21 @@ def test_a_rank_with_other_shards_under_the_same_prefix_is_named(tmp_path: Path)
         shutil.copy(tmp_path / "tokenizer.json", folder)
         write_shards(folder, seed=seed, text_only=True)
     message = refusal(2, train_from_own_folder, run_of("train", tmp_path / "run"), list(map(str, folders)))
-    assert "do not have the same data and checkpoints" in message
+    assert "do not have the same data and files" in message
     assert "data.train train" in message
+
+
+def train_in_own_run_dir(config: Config, folders: list[str]) -> None:
+    os.chdir(folders[torch.distributed.get_rank()])
+    preflight.LISTING_SECONDS = 1.0
+    train(config.model_copy(update={"run_dir": "run"}))
+
+
+def test_a_rank_that_sees_another_run_dir_is_named(stopped: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    message = refusal(2, train_in_own_run_dir, own_run(stopped), [str(stopped), str(tmp_path)])
+    assert "do not have the same checkpoints" in message
+    assert "run_dir step_00000003 none" in message
 
 
 def test_shards_that_are_missing_on_one_node_are_named_with_the_rank(shards: Path, tmp_path: Path) -> None:
