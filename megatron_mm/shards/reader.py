@@ -251,19 +251,19 @@ def stored_tokenizer(prefix: str) -> bytes | None:
     return content
 
 
-def fingerprints(prefix: str) -> dict[str, str]:
-    """Return what identifies the contents of each set of shards that `prefix` stands for, by its own prefix.
+def fingerprints(prefix: str) -> list[tuple[str, str]]:
+    """Return (own prefix, what identifies its contents) of each set of shards that `prefix` stands for, in order.
 
     A SHA-256 over the checksums of all files and of the tokenizer: names, paths and merging do not change it, any other
     document, order or tokenizer does. Parts without documents, which hold nothing, are left out. Raises DataError if
     there are no finished shards.
     """
-    found = {}
+    found = []
     for part in _parts(prefix):
         manifest = _read_manifest(part)
         if manifest["documents"]:
             content = {"tokenizer": manifest["tokenizer"]["sha256"], "files": manifest["files"]}
-            found[part] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+            found.append((part, hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()))
     return found
 
 

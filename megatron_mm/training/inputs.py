@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_mm.config import Config, flat
-from megatron_mm.data.samples import Samples
 from megatron_mm.errors import ConfigError
 from megatron_mm.hf.encoders import find_weights
 from megatron_mm.shards import ShardReader, fingerprints, stored_tokenizer
@@ -66,10 +65,10 @@ def read_inputs(config: Config, tokenizer: str, *, hash_files: bool) -> Inputs:
     Files of weights, a gigabyte or two, are read only with `hash_files`. Raises DataError if shards are missing.
     """
     datasets = {
-        name: [one for prefix in name.split(",") for one in fingerprints(prefix).values()]
+        name: [own for prefix in name.split(",") for _, own in fingerprints(prefix)]
         for name in config.data.train_datasets
     }
-    validation = {prefix: list(fingerprints(prefix).values()) for prefix in config.data.validation}
+    validation = {prefix: [own for _, own in fingerprints(prefix)] for prefix in config.data.validation}
     named = {
         "training.start_from": config.training.start_from,
         "vision.pretrained": config.vision.pretrained,
@@ -114,15 +113,15 @@ def check_held_out(config: Config) -> None:
     trained: dict[str, str] = {}
     problems = []
     for prefix in [prefix for name in config.data.train_datasets for prefix in name.split(",")]:
-        for part, print_ in fingerprints(prefix).items():
-            if print_ in trained:
-                problems.append(f"data.train holds the same shards twice, {_named(trained[print_], part)}")
-            trained[print_] = part
+        for part, own in fingerprints(prefix):
+            if own in trained:
+                problems.append(f"data.train holds the same shards twice, {_named(trained[own], part)}")
+            trained[own] = part
     for prefix in config.data.validation:
-        for part, print_ in fingerprints(prefix).items():
-            if print_ in trained:
+        for part, own in fingerprints(prefix):
+            if own in trained:
                 problems.append(
-                    f"data.validation={prefix} is trained on: {_named(trained[print_], part)} of data.train holds the "
+                    f"data.validation={prefix} is trained on: {_named(trained[own], part)} of data.train holds the "
                     "same documents"
                 )
     if problems:
@@ -152,7 +151,8 @@ def check_same_inputs(saved: Inputs, now: Inputs, *, configs: tuple[Config, Conf
         if prefix not in saved.validation:
             changed.append(f"data.validation: {prefix} is held out since step {step}")
         elif saved.validation[prefix] != now.validation[prefix]:
-            refused.append(_other("data.validation", prefix, now.validation[prefix], prefix, saved.validation[prefix]))
+            own, then = _short_all(now.validation[prefix]), _short_all(saved.validation[prefix])
+            refused.append(f"data.validation: {prefix} holds {own}, and held {then} when the run was saved")
     for key, found in now.files.items():
         then, own = saved.files.get(key, "none"), flat(configs[1])[key]
         if found not in (then, GONE, "none"):
@@ -192,23 +192,13 @@ def _drawn(config: Config, inputs: Inputs, step: int) -> list[tuple[str, dict[st
     return [(what, {name: inputs.datasets[name] for name in names}) for what, names in named.items()]
 
 
-def _other(what: str, name: str, prints: list[str], before: str, saved: list[str]) -> str:
-    return f"{what}: {name} holds {_short_all(prints)}, the run's {before} held {_short_all(saved)}"
-
-
-def check_tokenizers(config: Config, samples: Samples, heldout: Samples | None) -> None:
-    """Pass if the held-out shards, and the checkpoint that the run starts from, speak of the same ids.
-
-    Raises ConfigError that names both sides.
-    """
-    own = samples.shards[0]
-    if heldout is not None and heldout.shards[0].tokenizer != own.tokenizer:
+def check_tokenizers(trained: ShardReader, held_out: ShardReader) -> None:
+    """Pass if shards that are trained on and held-out ones speak of the same ids; raise ConfigError if not."""
+    if held_out.tokenizer != trained.tokenizer:
         raise ConfigError(
-            f"data.validation={heldout.shards[0].prefix} comes from another tokenizer than {own.prefix} of data.train: "
-            "the same id means different text. Preprocess it again with the tokenizer of the training data."
+            f"data.validation={held_out.prefix} comes from another tokenizer than {trained.prefix} of data.train: the "
+            "same id means different text. Preprocess it again with the tokenizer of the training data."
         )
-    if config.training.start_from:
-        check_stored_tokenizer(Path(config.training.start_from), own, what="training.start_from")
 
 
 def check_stored_tokenizer(path: Path, shards: ShardReader, *, what: str) -> None:

@@ -16,7 +16,14 @@ from megatron_mm.hf.encoders import check_pretrained
 from megatron_mm.parallel.agreement import check_alike, describe_software, together
 from megatron_mm.parallel.mesh import Mesh, settings_by_key
 from megatron_mm.training import checkpoint, manifest
-from megatron_mm.training.inputs import Inputs, check_held_out, check_same_inputs, check_tokenizers, read_inputs
+from megatron_mm.training.inputs import (
+    Inputs,
+    check_held_out,
+    check_same_inputs,
+    check_stored_tokenizer,
+    check_tokenizers,
+    read_inputs,
+)
 from megatron_mm.training.living import check_nobody_lives
 from megatron_mm.training.start import check_start_from
 
@@ -69,7 +76,9 @@ def examine(config: Config, mesh: Mesh) -> Ready:
     heldout = None
     if config.data.validation:
         heldout = Loader(config.data.validation, config=config, mesh=mesh, report_apart=True)
-    check_tokenizers(config, loader.samples, heldout.samples if heldout else None)
+        check_tokenizers(loader.shards[0], heldout.shards[0])
+    if path is None and config.training.start_from:
+        check_stored_tokenizer(Path(config.training.start_from), loader.shards[0], what="training.start_from")
     inputs = read_inputs(config, loader.shards[0].tokenizer.sha256, hash_files=path is None)
     return Ready(loader, heldout, inputs, path)
 

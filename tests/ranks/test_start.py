@@ -246,7 +246,7 @@ def test_weights_of_another_tokenizer_are_not_started_from(stopped: Path, tmp_pa
     write_shards(tmp_path / "new", text_only=True)
     config = run_of(tmp_path / "new" / "train", tmp_path / "run", f"training.start_from={weights}")
     message = refusal(1, train, config)
-    assert f"training.start_from={weights} was trained with another tokenizer" in message
+    assert f"training.start_from: {weights} was trained with another tokenizer" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -269,6 +269,12 @@ def test_held_out_shards_are_known_by_content(spelling: str, stopped: Path) -> N
     assert f"data.validation={stopped}/{spelling} is trained on" in message
     twice = own_run(stopped, f"data.train=[{stopped}/train, {stopped}/{spelling}]", f"run_dir={stopped}/new")
     assert "data.train holds the same shards twice" in refusal(1, train, twice)
+
+
+def test_a_list_that_names_shards_twice_is_refused(stopped: Path) -> None:
+    merge(stopped / "merged", [str(stopped / "train"), str(stopped / "train")])
+    message = refusal(1, train, own_run(stopped, f"data.train=[{stopped}/merged]", f"run_dir={stopped}/new"))
+    assert f"data.train holds the same shards twice, {stopped}/train" in message
 
 
 def test_a_learning_rate_may_change_and_does_not_come_back(stopped: Path) -> None:
