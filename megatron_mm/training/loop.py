@@ -127,7 +127,7 @@ def _train_on(run: Run) -> bool:
         _record(run, run.saver.poll())
         if stopping and not save_wanted:
             break
-    if bad := run.guard.unsettled(state.step):
+    if (bad := run.guard.unsettled(state.step)) and (save_wanted or not stopping):
         return _go_back(run, bad)
     watch.beat("save", step=state.step)
     _record(run, run.saver.finish())

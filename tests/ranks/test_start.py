@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -444,6 +445,23 @@ def test_a_run_that_saves_nothing_is_not_marked_as_done(shards: Path, tmp_path: 
     (seen,) = run_ranks(1, train, run_of(shards, tmp_path, "checkpoint.interval=0"))
     assert "the weights after step 5, the last, are not saved" in seen["said"]
     assert not (tmp_path / "DONE").exists()
+
+
+def spoil_and_stop(state: TrainState, result: StepResult) -> StepResult | None:
+    """Ask the run to end after step 3, whose gradient is not finite."""
+    if state.step == 3:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return StepResult(result.losses, float("inf"), result.lr, False)
+    return None
+
+
+def test_a_run_that_is_asked_to_stop_at_a_bad_step_goes_on_to_a_good_one(shards: Path, tmp_path: Path) -> None:
+    config = run_of(shards, tmp_path, "checkpoint.interval=100")
+    (seen,) = run_ranks(1, train, config, spoil_and_stop)
+    assert seen["step"] == 4
+    assert checkpoint.newest(config).name == "step_00000004"
+    nothing = run_of(shards, tmp_path / "nothing", "checkpoint.interval=0")
+    assert run_ranks(1, train, nothing, spoil_and_stop)[0]["step"] == 3
 
 
 # Without starting.
