@@ -19,18 +19,21 @@ SKEW_SECONDS = 120.0
 def check_nobody_lives(run_dir: str | Path, *, heartbeat_seconds: float) -> None:
     """Pass if no other run is at work in `run_dir`; it may take some heartbeats to tell.
 
-    A rank of this host is asked for by its process; one of another host lives if its heartbeat moves on. A life of the
-    same SLURM job, which SLURM has given up when it starts the next one, may be taken over: checkpoints are fenced.
-    Raises ConfigError with the host and process of one that lives.
+    A rank of this host is asked for by its process; one of another host lives if its heartbeat moves on, which is
+    waited for as long as that run's own period asks, `heartbeat_seconds` where its record does not say. A life of the
+    same SLURM job on another host, which SLURM has given up when it starts the next one, may be taken over: checkpoints
+    are fenced. Raises ConfigError with the host and process of one that lives.
     """
     folder = Path(run_dir) / "health"
-    fresh = [record for record in read_health(folder) if _is_fresh(record, heartbeat_seconds)]
-    here = [record for record in fresh if record["host"] == socket.gethostname()]
+    records = [{"period": heartbeat_seconds, **record} for record in read_health(folder)]
+    here = [record for record in records if record["host"] == socket.gethostname()]
     living = next((record for record in here if _is_process(record)), None)
-    elsewhere = {record["rank"]: record["time"] for record in fresh if record not in here}
-    deadline = time.monotonic() + SILENT_BEATS / 2 * heartbeat_seconds
+    fresh = [record for record in records if record not in here and _is_fresh(record)]
+    elsewhere = {record["rank"]: record["time"] for record in fresh}
+    longest = max((record["period"] for record in fresh), default=0.0)
+    deadline = time.monotonic() + SILENT_BEATS / 2 * longest
     while living is None and elsewhere and time.monotonic() < deadline:
-        time.sleep(min(0.2, heartbeat_seconds / 4))
+        time.sleep(min(0.2, longest / 4))
         moved = (one for one in read_health(folder) if one["time"] > elsewhere.get(one["rank"], float("inf")))
         living = next(moved, None)
     if living is not None:
@@ -41,12 +44,12 @@ def check_nobody_lives(run_dir: str | Path, *, heartbeat_seconds: float) -> None
         )
 
 
-def _is_fresh(record: Mapping[str, Any], heartbeat_seconds: float) -> bool:
-    """Return whether a heartbeat may be that of a living run of another job."""
+def _is_fresh(record: Mapping[str, Any]) -> bool:
+    """Return whether a heartbeat of another host may be that of a living run of another job."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is not None and record.get("job") == job:
         return False
-    return time.time() - record["time"] < SILENT_BEATS * heartbeat_seconds + SKEW_SECONDS
+    return time.time() - record["time"] < SILENT_BEATS * record["period"] + SKEW_SECONDS
 
 
 def _is_process(record: Mapping[str, Any]) -> bool:

@@ -57,6 +57,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._write(0.0)  # at once: a second command in this run_dir looks for it
         self._thread.start()
         return self
 
@@ -119,6 +120,7 @@ class Watch:
             "pid": os.getpid(),
             "process_started": self._process_started,
             "job": os.environ.get("SLURM_JOB_ID"),
+            "period": self._period,
             "step": self._step,
             "phase": self._phase,
             "since": self._since,

@@ -379,6 +379,24 @@ def test_a_heartbeat_of_another_host_is_watched_until_it_moves(stopped: Path) ->
     assert run_ranks(1, train, own_run(stopped))[0]["step"] == 5
 
 
+def test_a_run_that_beats_seldom_is_left_alone(stopped: Path) -> None:
+    heartbeat(stopped / "run", time=time.time() - 500.0, period=200.0)
+    assert f"process {os.getpid()}, is at step 7" in refusal(1, train, own_run(stopped))
+
+
+def test_a_run_of_the_same_slurm_job_is_left_alone_while_its_process_lives(stopped: Path) -> None:
+    """Two commands in one allocation are of one job."""
+    heartbeat(stopped / "run", job="77")
+    assert "is being written by another run" in refusal(1, train_in_job, own_run(stopped), "77")
+    heartbeat(stopped / "run", job="77", pid=2**22 - 3)
+    assert run_ranks(1, train_in_job, own_run(stopped), "77")[0]["step"] == 5
+
+
+def train_in_job(config: Config, job: str) -> dict[str, Any]:
+    os.environ["SLURM_JOB_ID"] = job
+    return train(config)
+
+
 def test_a_process_that_is_gone_keeps_nobody_out(stopped: Path) -> None:
     heartbeat(stopped / "run", pid=2**22 - 3)
     heartbeat(stopped / "run", process_started=1.0)  # another process has its number
