@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,8 @@ def resume(state: TrainState) -> Path | None:
     A damaged one is named with what is wrong with it, and set aside. Collective over all ranks.
     Raises DataError if there are only damaged ones: to start anew instead would lose the run in silence.
     """
-    paths = manifest.whole_ones(folder(state.config))
+    own = folder(state.config)
+    paths = sorted([*manifest.whole_ones(own), *manifest.unfinished_ones(own)], key=manifest.step_of)
     dist.barrier()  # all have looked before any may write
     for path in reversed(paths):
         problems = find_damage(state.mesh, path)
@@ -209,7 +209,7 @@ def _take_facts(state: TrainState, path: Path, facts: dict[str, Any], changed: d
 def consumption_of(config: Config, path: Path | None) -> Consumption:
     """Return what a run of `config` consumes that goes on from the checkpoint `path`, or starts anew without one.
 
-    Raises DataError if the checkpoint is too old to tell.
+    Raises DataError if the checkpoint is too old to tell, or left_out.json is damaged.
     """
     if path is None:
         return Consumption(((0, config.training.global_batch_size),))
@@ -221,9 +221,10 @@ def consumption_of(config: Config, path: Path | None) -> Consumption:
         )
     saved = configs.load_saved(path / "config.yaml")
     sizes = facts.get("batch_sizes", [(0, saved.training.global_batch_size)])
-    left_out = _read_left_out(config, run=facts.get("run", "")) or facts.get("left_out", [])
-    parts = tuple(LeftOut(*map(int, part)) for part in left_out)
-    consumption = Consumption(tuple((int(step), int(size)) for step, size in sizes), parts)
+    left_out = _read_left_out(config, run=facts.get("run", ""))
+    if left_out is None:
+        left_out = [LeftOut(*map(int, part)) for part in facts.get("left_out", [])]
+    consumption = Consumption(tuple((int(step), int(size)) for step, size in sizes), tuple(left_out))
     return consumption.resize(config.training.global_batch_size, step=int(facts["step"]))
 
 
@@ -245,16 +246,26 @@ def _left_out_file(config: Config) -> Path:
     return Path(config.run_dir) / "left_out.json"
 
 
-def _read_left_out(config: Config, *, run: str) -> list[Sequence[int]] | None:
-    """Return what that file says of the run; None if there is none, or it is another run's."""
+def _read_left_out(config: Config, *, run: str) -> list[LeftOut] | None:
+    """Return what that file says of the run; None if there is none, or it is another run's.
+
+    Raises DataError if it is damaged.
+    """
     path = _left_out_file(config)
     if not path.exists():
         return None
-    content = json.loads(path.read_text())
-    if content["run"] != run:
+    try:
+        content = json.loads(path.read_text())
+        owner, left_out = content["run"], [LeftOut(*map(int, part)) for part in content["left_out"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}, which says what the run has left out, cannot be read ({type(error).__name__}: {error}). Restore "
+            "it; without it (move it away) the run leaves out what its checkpoint says, which may be less."
+        ) from error
+    if owner != run:
         log.warning("%s is of another run than the checkpoint, and is not heeded", path)
         return None
-    return content["left_out"]
+    return left_out
 
 
 def forget_former_run(config: Config) -> None:

@@ -37,6 +37,12 @@ def whole_ones(folder: Path) -> list[Path]:
     return sorted((path for path in found if (path / COMMITTED).exists()), key=step_of)
 
 
+def unfinished_ones(folder: Path) -> list[Path]:
+    """Return the folders that are called as checkpoints are but were never committed: copies that were cut short."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted((path for path in found if not (path / COMMITTED).exists()), key=step_of)
+
+
 def step_of(path: Path) -> int:
     """Return the step in a checkpoint's name."""
     return int(path.name.removeprefix("step_"))

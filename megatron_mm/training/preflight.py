@@ -69,6 +69,7 @@ def examine(config: Config, mesh: Mesh) -> Ready:
     if path is not None:
         saved = configs.load_saved(path / "config.yaml")
         configs.check_resume(saved, config, step=manifest.step_of(path), source=str(path))
+        checkpoint.consumption_of(config, path)
     else:
         _check_weights(config)
     check_held_out(config)
@@ -106,10 +107,11 @@ def newest_checkpoint(config: Config) -> Path | None:
         )
     problems = {path: manifest.find_damage(path, names=("config.yaml",)) for path in reversed(paths)}
     whole = next((path for path, found in problems.items() if not found), None)
+    problems |= {path: [f"{path} has no {manifest.COMMITTED}"] for path in manifest.unfinished_ones(folder)}
     damaged = sorted(path.name for path in folder.glob("step_*.damaged"))
-    if whole is None and (paths or damaged):
+    if whole is None and (problems or damaged):
         reasons = "".join(f"\n  {line}" for found in problems.values() for line in found)
-        names = ", ".join([*(path.name for path in paths), *damaged])
+        names = ", ".join([*(path.name for path in problems), *damaged])
         raise DataError(
             f"no checkpoint of {folder} is whole: {names} are damaged.{reasons}\nRestore one (its name without "
             ".damaged), or give another run_dir to start anew."

@@ -426,6 +426,43 @@ def test_what_another_run_left_out_is_not_heeded_by_the_one_that_goes_on(stopped
     assert "is of another run than the checkpoint" in seen["said"]
 
 
+@pytest.mark.parametrize("content", ["{", '{"run": "r"}', '{"run": "", "left_out": [[1]]}', "[]"])
+def test_a_damaged_list_of_what_was_left_out_is_named_before_anything_is_touched(content: str, stopped: Path) -> None:
+    (stopped / "run" / "left_out.json").write_text(content)
+    before = everything(stopped / "run")
+    message = refusal(1, train, own_run(stopped), error=DataError)
+    assert "left_out.json, which says what the run has left out, cannot be read" in message
+    assert everything(stopped / "run") == before
+
+
+def test_a_checkpoint_that_counts_batches_is_refused_before_anything_is_touched(stopped: Path) -> None:
+    path = checkpoint.newest(own_run(stopped))
+    facts = {**json.loads((path / "manifest.json").read_text()), "skipped_batches": 2}
+    (path / "manifest.json").write_text(json.dumps(facts))
+    (path / "COMMITTED").write_text(manifest.hash_file(path / "manifest.json"))
+    before = everything(stopped / "run")
+    assert "counts what it left out in batches" in refusal(1, train, own_run(stopped), error=DataError)
+    assert everything(stopped / "run") == before
+
+
+def test_a_checkpoint_that_was_copied_in_part_does_not_keep_its_step_from_being_saved(stopped: Path) -> None:
+    folder = stopped / "run" / "checkpoints"
+    shutil.copytree(folder / "step_00000003", folder / "step_00000004")
+    (folder / "step_00000004" / "COMMITTED").unlink()
+    (seen,) = run_ranks(1, train, own_run(stopped, "training.stop_after=4"))
+    assert "step_00000004 is damaged" in seen["said"]
+    assert checkpoint.newest(own_run(stopped)).name == "step_00000004"
+    assert (folder / "step_00000004.damaged").exists()
+
+
+def test_a_run_of_nothing_but_parts_of_checkpoints_is_not_started_anew(stopped: Path) -> None:
+    for path in (stopped / "run" / "checkpoints").glob("step_*"):
+        (path / "COMMITTED").unlink()
+    before = everything(stopped / "run")
+    assert "has no COMMITTED" in refusal(1, train, own_run(stopped), error=DataError)
+    assert everything(stopped / "run") == before
+
+
 # At the end.
 
 
