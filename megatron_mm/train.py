@@ -119,9 +119,9 @@ def _explain_fields() -> str:
 
 def _set_up_logging() -> None:
     """Let rank 0 speak at INFO and the others, with their rank, at WARNING."""
-    rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s", level=logging.WARNING)
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    rank = os.environ.get("RANK", "0")
+    logging.basicConfig(format="%(message)s" if rank == "0" else f"[rank {rank}] %(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO if rank == "0" else logging.WARNING)
 
 
 if __name__ == "__main__":

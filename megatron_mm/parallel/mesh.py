@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from megatron_mm.config import Config, check_world, flat
+from megatron_mm.errors import ConfigError
 from megatron_mm.parallel import device, rendezvous
 from megatron_mm.parallel.agreement import check_alike
 
@@ -71,8 +72,13 @@ class Mesh:
 
 
 def world_size() -> int:
-    """Return the number of ranks that torchrun (or srun) started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of ranks that torchrun (or srun) started; 1 without it. Raises ConfigError if it is none."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or size == "0":
+        raise ConfigError(
+            f"WORLD_SIZE={size} is no number of ranks. Start the ranks with torchrun or srun, or unset it."
+        )
+    return int(size)
 
 
 def initialize(config: Config) -> Mesh:

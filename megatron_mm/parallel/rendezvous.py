@@ -41,10 +41,10 @@ def meet(world_size: int, *, timeout: timedelta) -> Store:
             f"WORLD_SIZE={world_size}, but {', '.join(missing)} is not set. Start the ranks with torchrun or srun "
             "(examples/launch.sh), which set all four, or unset WORLD_SIZE to run on one rank."
         )
-    rank, place = int(os.environ["RANK"]), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    rank, place = own_rank(world_size), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     with _complaining(f"rank {rank} on {socket.gethostname()} has not reached rank 0 at {place}"):
         store = _connect(rank, world_size, place=place, timeout=timeout)
-    store.set(f"arrived/{rank}", socket.gethostname())
+    _arrive(store, rank, world_size, place=place)
     if rank == 0:
         _await_all(store, world_size, timeout=timeout)
         store.set("complete", "yes")
@@ -54,6 +54,37 @@ def meet(world_size: int, *, timeout: timedelta) -> Store:
         except (DistStoreError, DistNetworkError) as error:
             raise RanksMissing(f"rank {rank} waited for all ranks at {place}: {_first_line(error)}") from error
     return store
+
+
+def own_rank(world_size: int) -> int:
+    """Return the rank of this process. Raises ConfigError if RANK or MASTER_PORT is no such number."""
+    rank, port = os.environ["RANK"], os.environ["MASTER_PORT"]
+    if not (rank.isdecimal() and int(rank) < world_size):
+        raise ConfigError(f"RANK={rank} is none of the ranks 0 to {world_size - 1} of WORLD_SIZE={world_size}.")
+    if not (port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(f"MASTER_PORT={port} is no port: give a number from 1 to 65535.")
+    return int(rank)
+
+
+def _arrive(store: Store, rank: int, world_size: int, *, place: str) -> None:
+    """Say that this rank has come. Raises ConfigError if it was told of another number of ranks, or came before."""
+    host, wrong = socket.gethostname(), None
+    size = int(store.compare_set("world_size", "", str(world_size)).decode())
+    number = store.add(f"arrivals/{rank}", 1)
+    if size != world_size:
+        wrong = (
+            f"rank {rank} on {host} has WORLD_SIZE={world_size}, and a rank that came to {place} before has "
+            f"WORLD_SIZE={size}. Start all ranks with the same, and other runs with another MASTER_PORT."
+        )
+    elif number > 1:
+        wrong = (
+            f"rank {rank} on {host} is process {number} that came to {place} with RANK={rank}; the first is on "
+            f"{store.get(f'arrived/{rank}').decode()}. Give each process its own RANK."
+        )
+    if wrong is not None:
+        store.set("refused", wrong)
+        raise ConfigError(wrong)
+    store.set(f"arrived/{rank}", host)
 
 
 def _connect(rank: int, world_size: int, *, place: str, timeout: timedelta) -> Store:
@@ -75,10 +106,15 @@ def _connect(rank: int, world_size: int, *, place: str, timeout: timedelta) -> S
 
 
 def _await_all(store: Store, world_size: int, *, timeout: timedelta) -> None:
-    """Return when every rank has come; say every PATIENCE_SECONDS who has and who has not."""
+    """Return when every rank has come; say every PATIENCE_SECONDS who has and who has not.
+
+    Raises ConfigError if a process came that does not belong to these ranks.
+    """
     began = said = time.monotonic()
     absent = list(range(world_size))
     while absent := [rank for rank in absent if not store.check([f"arrived/{rank}"])]:
+        if store.check(["refused"]):
+            raise ConfigError(store.get("refused").decode())
         now = time.monotonic()
         if now - began > timeout.total_seconds():
             raise RanksMissing(f"after {now - began:.0f} s {_describe(store, absent, world_size)}")

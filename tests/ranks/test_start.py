@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from launch import run_command, run_ranks
+from launch import Ended, _main, run_alone, run_command, run_ranks
 from small import SMALL, layout, pretrained, save_tokenizer, write_shards
 from test_failures import run_of, train
 
@@ -131,6 +131,20 @@ def test_shards_that_are_missing_on_one_node_are_named_with_the_rank(shards: Pat
     assert f"rank 1 on {socket.gethostname()}: train.json is missing" in message
 
 
+def train_impatiently_from_own_folder(config: Config, folders: list[str]) -> None:
+    checkpoint.VISIBLE_SECONDS = 0.5
+    train_from_own_folder(config, folders)
+
+
+def test_a_run_dir_that_is_another_folder_on_some_ranks_is_named(shards: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "node0", tmp_path / "node1"]
+    for folder in folders:
+        folder.mkdir()
+    message = refusal(2, train_impatiently_from_own_folder, run_of(shards, "run"), list(map(str, folders)))
+    assert f"rank 1 on {socket.gethostname()}: run_dir=run, here {folders[1]}/run, is not the folder" in message
+    assert not (folders[1] / "run").exists()
+
+
 MEET = """
 import sys
 from datetime import timedelta
@@ -180,6 +194,46 @@ def test_a_port_that_is_taken_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert f"ConfigError MASTER_PORT={port} is in use on" in meeting(0, 2, port, 5.0).communicate(timeout=120)[0]
+
+
+def test_a_rank_that_was_told_of_another_number_of_ranks_is_named_by_both() -> None:
+    port = free_port()
+    ranks = [meeting(0, 2, port, 20.0), meeting(1, 4, port, 20.0)]
+    for said in [rank.communicate(timeout=120)[0] for rank in ranks]:
+        assert "ConfigError rank" in said
+        assert "WORLD_SIZE=2" in said
+        assert "WORLD_SIZE=4" in said
+
+
+def test_two_processes_of_one_rank_are_named() -> None:
+    port = free_port()
+    ranks = [meeting(rank, 3, port, 20.0) for rank in (0, 1, 1)]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    wanted = f"ConfigError rank 1 on {socket.gethostname()} is process 2 that came to 127.0.0.1:{port} with RANK=1"
+    assert wanted in said[0]
+    assert sum(wanted in one for one in said[1:]) == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "x"}, "RANK=x is none of the ranks 0 to 1 of WORLD_SIZE=2"),
+        ({"RANK": "2"}, "RANK=2 is none of the ranks 0 to 1 of WORLD_SIZE=2"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http is no port"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of ranks"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is no number of ranks"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+    ],
+)
+def test_what_a_launcher_says_wrongly_is_named(variables: dict[str, str], message: str, tmp_path: Path) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+    ended = run_alone(command_where, {**place, **variables}, tmp_path)
+    assert (ended.status, message in ended.stderr) == (2, True), ended.stderr
+
+
+def command_where(variables: dict[str, str], run_dir: Path) -> Ended:
+    os.environ.update(variables)
+    return _main(["tiny", *SMALL, *pretrained("ls960"), "data.train=[none]", f"run_dir={run_dir}"])
 
 
 # Between a run and its resumes.
