@@ -28,6 +28,7 @@ from megatron_mm.config import Config
 from megatron_mm.data.consumption import Consumption, LeftOut
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.pickles import only_plain_pickles
+from megatron_mm.parallel.agreement import together
 from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.shards import stored_tokenizer
 from megatron_mm.training import manifest
@@ -40,6 +41,9 @@ from megatron_mm.training.state import TrainState, settle_parameters
 from megatron_mm.training.watch import forget_heartbeats
 
 log = logging.getLogger(__name__)
+
+VISIBLE_SECONDS = 90.0
+"""How long another node may not see a new file: NFS keeps for up to a minute that there was none."""
 
 
 def folder(config: Config) -> Path:
@@ -61,7 +65,7 @@ def make_saver(state: TrainState, fence: Fence | None = None) -> Saver:
 def take_over(config: Config, mesh: Mesh) -> Fence:
     """Make this job the owner of a run, from whatever job wrote it before. Collective over all ranks.
 
-    Raises ConfigError if the run_dir cannot be written.
+    Raises ConfigError if the run_dir cannot be written, or is another folder on some ranks.
     """
     taken: list[Fence | str] = [""]
     if mesh.speaks:
@@ -73,7 +77,22 @@ def take_over(config: Config, mesh: Mesh) -> Fence:
     dist.broadcast_object_list(taken, src=0)
     if isinstance(taken[0], str):
         raise ConfigError(f"run_dir={config.run_dir} cannot be written: {taken[0]}. Give one that can.")
-    return taken[0]
+    fence = taken[0]
+    together(lambda: _check_shared(config, fence))
+    return fence
+
+
+def _check_shared(config: Config, fence: Fence) -> None:
+    """Pass once this rank sees what rank 0 has written to the run_dir; a network's file system may need a while."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not fence.holds(folder(config)):
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"run_dir={config.run_dir}, here {folder(config).parent.absolute()}, is not the folder that rank 0 "
+                "writes to: a checkpoint needs the files of all ranks in one place. Give an absolute path on a file "
+                "system that all nodes share."
+            )
+        time.sleep(0.2)
 
 
 def begin_save(state: TrainState, saver: Saver) -> Saved | None:

@@ -156,6 +156,13 @@ class Fence:
             shutil.rmtree(path, ignore_errors=True)
         return cls(folder, token)
 
+    def holds(self, folder: Path) -> bool:
+        """Return whether the checkpoints in `folder`, as this node sees it, are this job's."""
+        try:
+            return (folder / OWNER).read_text().strip() == self.token
+        except OSError:
+            return False
+
     def check(self) -> None:
         """Pass if this job still owns the run; raise TakenOver if not."""
         owner = self._path.read_text().strip() if self._path.exists() else "nobody"
