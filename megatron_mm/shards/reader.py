@@ -135,13 +135,28 @@ class ShardReader:
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Check every byte against the manifest's checksums; raise DataError at the first block that differs."""
-        for suffix, expected in self.manifest["files"].items():
+        for suffix in self.manifest["files"]:
             for block, crc32 in enumerate(_block_checksums(self.prefix + suffix, progress)):
-                if crc32 != expected["block_crc32"][block]:
-                    raise DataError(
-                        f"{self.prefix}{suffix}: bytes {block * BLOCK_BYTES} to {(block + 1) * BLOCK_BYTES} differ "
-                        "from what was written. Preprocess the inputs again, or restore the file from a copy."
-                    )
+                self._compare(suffix, block, crc32)
+
+    @property
+    def blocks(self) -> list[tuple[str, int]]:
+        """The blocks that the manifest has checksums of: (suffix of the file, number of the block)."""
+        files = self.manifest["files"].items()
+        return [(suffix, block) for suffix, own in files for block in range(len(own["block_crc32"]))]
+
+    def check_block(self, suffix: str, block: int) -> None:
+        """Pass if a block holds what was written; raise DataError if not."""
+        with open(self.prefix + suffix, "rb") as file:
+            file.seek(block * BLOCK_BYTES)
+            self._compare(suffix, block, zlib.crc32(file.read(BLOCK_BYTES)))
+
+    def _compare(self, suffix: str, block: int, crc32: int) -> None:
+        if crc32 != self.manifest["files"][suffix]["block_crc32"][block]:
+            raise DataError(
+                f"{self.prefix}{suffix}: bytes {block * BLOCK_BYTES} to {(block + 1) * BLOCK_BYTES} differ from what "
+                "was written. Preprocess the inputs again, or restore the file from a copy."
+            )
 
     def _read(self, file: int, suffix: str, offset: int, num_bytes: int) -> bytes:
         data = os.pread(file, num_bytes, offset)

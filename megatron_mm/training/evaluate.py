@@ -76,5 +76,5 @@ def _held_out(config: Config, mesh: Mesh, path: Path) -> Loader:
             "checkpoints, or one that tools/convert_checkpoint.py from-hf has written."
         )
     loader = Loader(config.data.validation, config=config, mesh=mesh, report_apart=True)
-    check_stored_tokenizer(path, loader.shards[0], what="data.validation")
+    check_stored_tokenizer(path, loader.shards[0], what="data.validation", speaks=mesh.speaks)
     return loader

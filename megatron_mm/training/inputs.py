@@ -6,7 +6,8 @@ Recorded with every checkpoint, compared between ranks at the start and with the
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +27,8 @@ GONE = "gone"
 EDGE_BYTES = 1 << 20
 TOKENIZER = "tokenizer.json"
 """Beside the tensors of a checkpoint."""
+READ_BLOCKS = 4
+"""Blocks of shards, of 16 MiB, that a rank compares with their checksums at a start."""
 SHORT = 12
 """Digits of a hash that messages show."""
 
@@ -68,7 +71,7 @@ def read_inputs(config: Config, tokenizer: str, *, hash_files: bool) -> Inputs:
         name: [own for prefix in name.split(",") for _, own in fingerprints(prefix)]
         for name in config.data.train_datasets
     }
-    validation = {prefix: [own for _, own in fingerprints(prefix)] for prefix in config.data.validation}
+    validation = {prefix: [own for _, own in fingerprints(prefix)] for prefix in config.data.validation_datasets}
     named = {
         "training.start_from": config.training.start_from,
         "vision.pretrained": config.vision.pretrained,
@@ -106,7 +109,7 @@ def _hash_checkpoint(path: Path) -> str:
 
 
 def check_held_out(config: Config) -> None:
-    """Pass if nothing is trained on twice, or held out and trained on: shards count by content, however they are named.
+    """Pass if nothing is trained on twice, held out twice, or both: shards count by content, however they are named.
 
     Raises ConfigError with both names of the shards that are.
     """
@@ -117,8 +120,12 @@ def check_held_out(config: Config) -> None:
             if own in trained:
                 problems.append(f"data.train holds the same shards twice, {_named(trained[own], part)}")
             trained[own] = part
-    for prefix in config.data.validation:
+    held_out: dict[str, str] = {}
+    for prefix in config.data.validation_datasets:
         for part, own in fingerprints(prefix):
+            if own in held_out:
+                problems.append(f"data.validation holds the same shards twice, {_named(held_out[own], part)}")
+            held_out[own] = part
             if own in trained:
                 problems.append(
                     f"data.validation={prefix} is trained on: {_named(trained[own], part)} of data.train holds the "
@@ -126,8 +133,8 @@ def check_held_out(config: Config) -> None:
                 )
     if problems:
         raise ConfigError(
-            ";\n".join(problems) + ".\nTake one of the two out: held-out documents must not be trained on, and tokens "
-            "not be repeated in silence."
+            ";\n".join(problems) + ".\nTake one of the two out: held-out documents must not be trained on, and no "
+            "document count twice in silence."
         )
 
 
@@ -192,32 +199,48 @@ def _drawn(config: Config, inputs: Inputs, step: int) -> list[tuple[str, dict[st
     return [(what, {name: inputs.datasets[name] for name in names}) for what, names in named.items()]
 
 
-def check_tokenizers(trained: ShardReader, held_out: ShardReader) -> None:
-    """Pass if shards that are trained on and held-out ones speak of the same ids; raise ConfigError if not."""
-    if held_out.tokenizer != trained.tokenizer:
+def check_tokenizers(trained: ShardReader, held_out: ShardReader | None, *, speaks: bool) -> None:
+    """Pass if shards that are trained on and held-out ones speak of the same ids, and the tokenizer is that of the ids.
+
+    One rank `speaks` of what is missing. Raises ConfigError that names both sides, DataError if the tokenizer.json
+    beside the shards is not the one that they were made with.
+    """
+    if stored_tokenizer(trained.prefix) is None and speaks:
+        log.warning("%s has no %s beside it: checkpoints and exports will have no tokenizer", trained.prefix, TOKENIZER)
+    if held_out is not None and held_out.tokenizer != trained.tokenizer:
         raise ConfigError(
             f"data.validation={held_out.prefix} comes from another tokenizer than {trained.prefix} of data.train: the "
             "same id means different text. Preprocess it again with the tokenizer of the training data."
         )
 
 
-def check_stored_tokenizer(path: Path, shards: ShardReader, *, what: str) -> None:
-    """Pass if the ids of `shards` mean what those of the checkpoint `path` do; warn where that cannot be told.
+def check_stored_tokenizer(path: Path, shards: ShardReader, *, what: str, speaks: bool) -> None:
+    """Pass if the ids of `shards` mean what those of the checkpoint `path` do; one rank `speaks` where it cannot tell.
 
     Raises ConfigError that names both tokenizers; `what` is the setting that is wrong then.
     """
     stored, content = path / TOKENIZER, stored_tokenizer(shards.prefix)
-    if not stored.exists() or content is None:
+    if (not stored.exists() or content is None) and speaks:
         lacking = path if content is not None else shards.prefix
         log.warning(
             "whether ids mean the same in %s and %s cannot be told: %s has no tokenizer", path, shards.prefix, lacking
         )
-    elif not _extends(json.loads(content), json.loads(stored.read_bytes())):
+    if stored.exists() and content is not None and not _extends(json.loads(content), json.loads(stored.read_bytes())):
         raise ConfigError(
             f"{what}: {path} was trained with another tokenizer ({manifest.hash_file(stored)[:SHORT]}) than the shards "
             f"{shards.prefix} come from ({shards.tokenizer.sha256[:SHORT]}): the same id means other text. Preprocess "
             f"the data with {stored}."
         )
+
+
+def check_bytes(shards: Sequence[ShardReader], *, share: int, of: int) -> None:
+    """Pass if files of the shards hold what their manifests say: each of `of` ranks reads some blocks of its share.
+
+    All of a small set are read at every start, and of a large one others each time. Raises DataError.
+    """
+    blocks = [(shard, *block) for shard in shards for block in shard.blocks][share::of]
+    for shard, suffix, block in random.sample(blocks, min(len(blocks), READ_BLOCKS)):
+        shard.check_block(suffix, block)
 
 
 def _extends(tokenizer: Mapping[str, Any], base: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from megatron_mm.parallel.mesh import Mesh, settings_by_key
 from megatron_mm.training import checkpoint, manifest
 from megatron_mm.training.inputs import (
     Inputs,
+    check_bytes,
     check_held_out,
     check_same_inputs,
     check_stored_tokenizer,
@@ -77,9 +78,11 @@ def examine(config: Config, mesh: Mesh) -> Ready:
     heldout = None
     if config.data.validation:
         heldout = Loader(config.data.validation, config=config, mesh=mesh, report_apart=True)
-        check_tokenizers(loader.shards[0], heldout.shards[0])
+    check_tokenizers(loader.shards[0], heldout.shards[0] if heldout else None, speaks=mesh.speaks)
+    check_bytes([*loader.shards, *(heldout.shards if heldout else [])], share=mesh.rank, of=mesh.world_size)
     if path is None and config.training.start_from:
-        check_stored_tokenizer(Path(config.training.start_from), loader.shards[0], what="training.start_from")
+        source = Path(config.training.start_from)
+        check_stored_tokenizer(source, loader.shards[0], what="training.start_from", speaks=mesh.speaks)
     inputs = read_inputs(config, loader.shards[0].tokenizer.sha256, hash_files=path is None)
     return Ready(loader, heldout, inputs, path)
 

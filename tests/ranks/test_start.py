@@ -326,10 +326,46 @@ def test_held_out_shards_are_known_by_content(spelling: str, stopped: Path) -> N
     assert "data.train holds the same shards twice" in refusal(1, train, twice)
 
 
-def test_a_list_that_names_shards_twice_is_refused(stopped: Path) -> None:
-    merge(stopped / "merged", [str(stopped / "train"), str(stopped / "train")])
-    message = refusal(1, train, own_run(stopped, f"data.train=[{stopped}/merged]", f"run_dir={stopped}/new"))
-    assert f"data.train holds the same shards twice, {stopped}/train" in message
+def test_shards_that_count_twice_are_named_however_they_are_joined(stopped: Path) -> None:
+    twice, held_twice = merge_of(stopped, "twice", "train", "train"), merge_of(stopped, "t", "heldout", "heldout")
+    for override, message in (
+        (f"data.train=[{twice}]", "data.train holds the same shards twice"),
+        (f"data.validation=[{held_twice}]", "data.validation holds the same shards twice"),
+        (f"data.validation=[{stopped}/heldout,{stopped}/./heldout]", "data.validation holds the same"),
+        (f"data.validation=['{stopped}/heldout,{stopped}/train']", f"data.validation={stopped}/train is trained on"),
+    ):
+        assert message in refusal(1, train, own_run(stopped, override, f"run_dir={stopped}/new"))
+    write_shards(stopped, "more", seed=6, text_only=True)
+    joined = own_run(stopped, f"data.validation=['{stopped}/heldout,{stopped}/more']", f"run_dir={stopped}/new")
+    assert run_ranks(1, train, joined)[0]["step"] == 5
+    losses = next(record for record in read_metrics(stopped / "new") if "heldout/loss" in record)
+    assert {f"heldout/loss/dataset/{stopped}/{name}" for name in ("heldout", "more")} <= losses.keys()
+
+
+def merge_of(folder: Path, name: str, *parts: str) -> Path:
+    merge(folder / name, [str(folder / part) for part in parts])
+    return folder / name
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("train", ".bin"), ("heldout", ".idx"), ("train", ".media.idx")])
+def test_files_that_are_not_those_of_their_manifest_are_refused(name: str, suffix: str, stopped: Path) -> None:
+    path = stopped / f"{name}{suffix}"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    before = everything(stopped / "run")
+    message = refusal(1, train, own_run(stopped), error=DataError)
+    assert str(path) in message or f"{path.with_suffix('')} is" in message
+    assert everything(stopped / "run") == before
+
+
+def test_a_tokenizer_that_was_swapped_beside_the_shards_is_refused(stopped: Path) -> None:
+    path = stopped / "train.tokenizer"
+    path.write_bytes(path.read_bytes() + b" ")
+    assert f"{path} is not the tokenizer that" in refusal(1, train, own_run(stopped), error=DataError)
+    path.unlink()
+    (seen,) = run_ranks(1, train, own_run(stopped))
+    assert "checkpoints and exports will have no tokenizer" in seen["said"]
 
 
 def test_a_learning_rate_may_change_and_does_not_come_back(stopped: Path) -> None:
