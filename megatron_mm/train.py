@@ -22,7 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
         config = configs.load(options.preset, options.overrides)
         if options.describe:
             print(json.dumps(_describe(config, options.world_size)))
-        elif options.check:
+            return 0
+        configs.check_own_run(options.preset, config)
+        if options.check:
             _check(config, options.world_size)
         elif options.evaluate:
             _evaluate(config, Path(options.evaluate))

@@ -1,7 +1,10 @@
 """Settings: schema, presets, loading, and the rules that span several of them."""
 
 from megatron_mm.config.load import (
+    anchor,
+    anchor_prefix,
     changes,
+    check_own_run,
     describe_fields,
     differences,
     flat,
@@ -33,7 +36,10 @@ __all__ = [
     "ParallelConfig",
     "TrainingConfig",
     "VisionConfig",
+    "anchor",
+    "anchor_prefix",
     "changes",
+    "check_own_run",
     "check_resume",
     "check_start",
     "check_world",

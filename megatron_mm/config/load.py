@@ -1,7 +1,8 @@
 """From a preset and overrides to a checked `Config`, and back to YAML."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_mm.config import rules
-from megatron_mm.config.schema import Config
+from megatron_mm.config.schema import RANDOM, Config
 from megatron_mm.errors import ConfigError
 
 PRESET_DIR = Path(__file__).parent / "presets"
@@ -66,11 +67,57 @@ def to_yaml(config: Config) -> str:
 
 
 def save(config: Config) -> Path:
-    """Write `config` to config.yaml in its run_dir, and return the file."""
+    """Write `config`, with absolute paths, to config.yaml in its run_dir, and return the file."""
     path = Path(config.run_dir) / "config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_yaml(config))
+    path.write_text(to_yaml(anchor(config)))
     return path
+
+
+def anchor(config: Config) -> Config:
+    """Return `config` with absolute paths: what a run saves of itself means the same in whatever folder it is read."""
+
+    def blend(train: Mapping[str, float]) -> dict[str, float]:
+        return {anchor_prefix(name): weight for name, weight in train.items()}
+
+    data, train = config.data, config.data.train
+    changed: dict[str, Any] = {
+        "train": blend(train) if isinstance(train, Mapping) else tuple(anchor_prefix(name) for name in train),
+        "changes": tuple(change.model_copy(update={"train": blend(change.train)}) for change in data.changes),
+        "validation": tuple(anchor_prefix(name) for name in data.validation),
+    }
+    files = {
+        section: {key: value if value in (None, RANDOM) else os.path.abspath(value)}
+        for section, key in (("training", "start_from"), ("vision", "pretrained"), ("audio", "pretrained"))
+        for value in [getattr(getattr(config, section), key)]
+    }
+    sections = {name: getattr(config, name).model_copy(update=own) for name, own in (("data", changed), *files.items())}
+    preset = os.path.abspath(config.preset) if Path(config.preset).is_file() else config.preset
+    return config.model_copy(update={**sections, "run_dir": os.path.abspath(config.run_dir), "preset": preset})
+
+
+def anchor_prefix(name: str) -> str:
+    """Return the absolute prefix of shards, or prefixes if commas join several."""
+    return ",".join(os.path.abspath(prefix) for prefix in name.split(","))
+
+
+def check_own_run(preset: str, config: Config) -> None:
+    """Pass unless `preset` is the config.yaml of a run that was moved, and `config` would start another in its stead.
+
+    Raises ConfigError with both folders.
+    """
+    file, run_dir = Path(preset).absolute(), Path(config.run_dir).absolute()
+    folder = file.parent.parent.parent if file.parent.parent.name == "checkpoints" else file.parent
+    saved = any((folder / "checkpoints").glob("step_*/COMMITTED"))
+    goes_on = run_dir.resolve() == folder.resolve() or any((run_dir / "checkpoints").glob("step_*/COMMITTED"))
+    if file.is_file() and file.name == "config.yaml" and saved and not goes_on:
+        then = _build(preset, ())[0]
+        if then is not None and Path(then.run_dir).absolute() == run_dir:
+            raise ConfigError(
+                f"{preset} lies in the run {folder}, but names run_dir={config.run_dir}, where there is no checkpoint: "
+                f"the folder was moved or copied. Give run_dir={folder} to go on with the run, or the run_dir of a new "
+                "one."
+            )
 
 
 def differences(before: Config, after: Config) -> dict[str, str]:

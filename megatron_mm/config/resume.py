@@ -5,7 +5,7 @@ docs/resume.md shows these lists, and a test compares it with them.
 
 from collections.abc import Mapping
 
-from megatron_mm.config.load import differences
+from megatron_mm.config.load import anchor, differences
 from megatron_mm.config.rules import untrained_encoders
 from megatron_mm.config.schema import Config
 from megatron_mm.errors import ConfigError
@@ -89,7 +89,7 @@ def check_resume(saved: Config, now: Config, *, step: int, source: str) -> dict[
     `source` names the checkpoint in messages. What lies behind paths is compared elsewhere, by content. Raises
     ConfigError with every setting that a resumed run cannot change.
     """
-    changed = differences(saved, now)
+    changed = differences(anchor(saved), anchor(now))
     if untrained := untrained_encoders(saved):
         files = " ".join(f"{name}.pretrained=FILE" for name in untrained)
         raise ConfigError(

@@ -108,7 +108,10 @@ def begin_save(state: TrainState, saver: Saver) -> Saved | None:
         lambda: _sharded_state(state, metadata, loading=False),
         metadata=content,
         facts=_facts(state),
-        texts={"config.yaml": configs.to_yaml(state.config), **(_tokenizer(state.config) if state.mesh.speaks else {})},
+        texts={
+            "config.yaml": configs.to_yaml(configs.anchor(state.config)),
+            **(_tokenizer(state.config) if state.mesh.speaks else {}),
+        },
     )
     return before if state.config.checkpoint.background else saver.finish()
 

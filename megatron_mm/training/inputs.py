@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_mm.config import Config, flat
+from megatron_mm.config import Config, anchor_prefix, flat
 from megatron_mm.errors import ConfigError
 from megatron_mm.hf.encoders import find_weights
 from megatron_mm.shards import ShardReader, fingerprints, stored_tokenizer
@@ -52,8 +52,12 @@ class Inputs:
         return None if facts is None else cls(**facts)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what a manifest records."""
-        return asdict(self)
+        """Return what a manifest records: with absolute names, as the config.yaml beside it has them."""
+        datasets, validation = (
+            {anchor_prefix(name): prints for name, prints in named.items()}
+            for named in (self.datasets, self.validation)
+        )
+        return {**asdict(self), "datasets": datasets, "validation": validation}
 
     def by_name(self) -> dict[str, str]:
         """Return every content as text by what it is, to be compared between ranks."""
@@ -154,12 +158,16 @@ def check_same_inputs(saved: Inputs, now: Inputs, *, configs: tuple[Config, Conf
             f"the shards come from tokenizer {now.tokenizer[:SHORT]}, the run's from {saved.tokenizer[:SHORT]}"
         )
     refused += list(_other_datasets(saved, now, configs=configs, step=step))
-    for prefix in now.validation:
-        if prefix not in saved.validation:
+    held_out = {anchor_prefix(prefix): prints for prefix, prints in saved.validation.items()}
+    for prefix, prints in now.validation.items():
+        before = held_out.get(anchor_prefix(prefix))
+        if before is None:
             changed.append(f"data.validation: {prefix} is held out since step {step}")
-        elif saved.validation[prefix] != now.validation[prefix]:
-            own, then = _short_all(now.validation[prefix]), _short_all(saved.validation[prefix])
-            refused.append(f"data.validation: {prefix} holds {own}, and held {then} when the run was saved")
+        elif before != prints:
+            refused.append(
+                f"data.validation: {prefix} holds {_short_all(prints)}, and held {_short_all(before)} when the run was "
+                "saved"
+            )
     for key, found in now.files.items():
         then, own = saved.files.get(key, "none"), flat(configs[1])[key]
         if found not in (then, GONE, "none"):

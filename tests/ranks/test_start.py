@@ -428,6 +428,43 @@ def test_a_run_goes_on_from_its_own_settings_when_the_file_it_came_from_is_gone(
     assert checkpoint.newest(configs.load_saved(tmp_path / "run" / "config.yaml")).name == "step_00000002"
 
 
+def test_a_run_of_relative_paths_goes_on_from_its_own_settings_in_another_folder(tmp_path: Path) -> None:
+    write_shards(tmp_path / "home" / "d", text_only=True)
+    write_shards(tmp_path / "home" / "d", "heldout", seed=5, text_only=True)
+    (tmp_path / "elsewhere").mkdir()
+    settings = [*SMALL, *pretrained("ls960"), "training.global_batch_size=2", "checkpoint.interval=1"]
+    settings += ["data.train={d/train: 1}", "data.validation=[d/heldout]", "run_dir=runs/own"]
+    begun = run_alone(command_in, tmp_path / "home", ["tiny", *settings, "training.stop_after=1"])
+    assert begun.status == 0, begun.stderr
+    own = tmp_path / "home" / "runs" / "own"
+    ended = run_alone(command_in, tmp_path / "elsewhere", [str(own / "config.yaml"), "training.stop_after=2"])
+    assert ended.status == 0, ended.stderr
+    again = run_alone(command_in, tmp_path / "home", ["tiny", *settings, "training.stop_after=3"])
+    assert again.status == 0, again.stderr
+    assert [record["step"] for record in read_metrics(own) if "grad_norm" in record] == [1, 2, 3]
+    assert not [line for record in read_metrics(own) for line in record.get("changed", []) if "d/" in line]
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def command_in(folder: Path, arguments: list[str]) -> Ended:
+    os.chdir(folder)
+    return _main(arguments)
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "checkpoints/step_00000004/config.yaml"])
+def test_a_run_that_was_moved_is_not_started_anew_where_it_was(file: str, begun: Path, tmp_path: Path) -> None:
+    shutil.copytree(begun, tmp_path / "old")
+    run_ranks(1, train, own_run(tmp_path / "old", "training.stop_after=4"))
+    (tmp_path / "old" / "run").rename(tmp_path / "moved")
+    ended = run_command(str(tmp_path / "moved" / file))
+    assert ended.status == 2
+    assert f"Give run_dir={tmp_path}/moved to go on with the run" in ended.stderr
+    assert not (tmp_path / "old" / "run").exists()
+    ended = run_command(str(tmp_path / "moved" / file), f"run_dir={tmp_path}/moved")
+    assert ended.status == 0, ended.stderr
+    assert run_command(str(tmp_path / "moved" / "config.yaml"), f"run_dir={tmp_path}/new", "--check").status == 0
+
+
 # Between two runs in one folder.
 
 
