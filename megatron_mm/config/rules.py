@@ -224,6 +224,14 @@ def _defaults(config: Config, section: str) -> Any:
     return SimpleNamespace(**{name: field.default for name, field in fields.items()})
 
 
+def _guard(config: Config) -> Iterator[str]:
+    if config.guard.spike_window == 1:
+        yield (
+            "guard.spike_window=1 keeps one loss, which says nothing about how much losses differ: no spike would ever "
+            "be found. Use 2 or more, or 0 to look for none."
+        )
+
+
 def _never_comes(config: Config) -> Iterator[str]:
     """Name what would come at a step that the run never reaches, or from data that it has not."""
     training, checkpoint = config.training, config.checkpoint
@@ -257,6 +265,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _schedule,
     _blend,
     _without_effect,
+    _guard,
     _never_comes,
 )
 

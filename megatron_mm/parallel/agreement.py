@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import socket
 from collections import Counter, defaultdict
@@ -15,12 +16,14 @@ import torch.distributed as dist
 from megatron_mm.errors import ConfigError, DataError
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy", "tokenizers", "transformers")
+NUMERICS = ("NVTE_", "TORCH_ALLOW_TF32", "NVIDIA_TF32", "CUBLAS_WORKSPACE", "NCCL_ALGO", "NCCL_PROTO")
+"""Beginnings of environment variables that change what libraries compute, or must be alike on all ranks."""
 NAMED = 8
 """Ranks that a message names."""
 
 
 def describe_software() -> dict[str, str]:
-    """Return the version of everything that computes on this rank, our own sources included."""
+    """Return the version of everything that computes on this rank, our own sources and its environment included."""
     versions = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     for package in PACKAGES:
         try:
@@ -30,6 +33,7 @@ def describe_software() -> dict[str, str]:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
+    versions |= {f"${name}": value for name, value in os.environ.items() if name.startswith(NUMERICS)}
     return {**versions, "megatron_mm sources": digest.hexdigest()[:12]}
 
 

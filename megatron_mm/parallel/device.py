@@ -91,6 +91,11 @@ def prepare(local_rank: int = 0, local_world_size: int = 1) -> torch.device:
     return current()
 
 
+def name() -> str:
+    """Return what kind of device this rank computes on."""
+    return torch.cuda.get_device_name() if has_gpu() else "cpu"
+
+
 def memory_gib() -> float:
     """Return the peak device memory in GiB since start: allocated on a GPU, resident on a CPU."""
     if has_gpu():

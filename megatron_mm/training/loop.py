@@ -57,7 +57,8 @@ def train(config: Config, mesh: Mesh) -> TrainState:
     harm.
     """
     kernels, backend = ops.select(config.training.kernels, device.current()), choose(config)
-    ready = prepare(config, mesh)
+    computes = {"kernels": str(kernels), "layers": backend.name, "attention": backend.attention}
+    ready = prepare(config, mesh, computes={**computes, "device": device.name()})
     fence = checkpoint.take_over(config, mesh)
     with Watch(config.guard, mesh, config.run_dir) as watch, StopRequest(mesh) as stop:
         state = build_state(config, mesh)

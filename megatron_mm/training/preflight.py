@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,14 +46,15 @@ class Ready:
     """The newest committed checkpoint of the run, None if this start is its first."""
 
 
-def prepare(config: Config, mesh: Mesh) -> Ready:
+def prepare(config: Config, mesh: Mesh, *, computes: Mapping[str, str]) -> Ready:
     """Return what a run needs, once everything is checked; nothing on the disk is changed. Collective over all ranks.
 
+    `computes` are what this rank has chosen to compute with: kernels, layers, attention, device.
     Raises ConfigError or DataError, on all ranks alike, for settings, software, shards, tokenizers or files that differ
     between ranks or do not fit one another, the model, or the checkpoint that the run goes on from; for a run_dir that
     cannot be written, or in which another run lives.
     """
-    check_alike(describe_software(), what="software")
+    check_alike({**describe_software(), **computes}, what="software")
     check_alike(settings_by_key(config), what="settings")
     together(lambda: check_run_dir(config) if mesh.speaks else None)
     check_alike(_await_same_checkpoints(config, mesh), what="checkpoints")

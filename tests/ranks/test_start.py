@@ -131,6 +131,32 @@ def test_shards_that_are_missing_on_one_node_are_named_with_the_rank(shards: Pat
     assert f"rank 1 on {socket.gethostname()}: train.json is missing" in message
 
 
+def train_in_environment(config: Config, name: str) -> None:
+    if torch.distributed.get_rank() == 1:
+        os.environ[name] = "0"
+    train(config)
+
+
+@pytest.mark.parametrize("name", ["NVTE_FLASH_ATTN", "NVIDIA_TF32_OVERRIDE", "NCCL_ALGO"])
+def test_a_rank_of_another_environment_is_named(name: str, shards: Path, tmp_path: Path) -> None:
+    message = refusal(2, train_in_environment, run_of(shards, tmp_path / "run"), name)
+    assert f"${name} 0, most ranks have none: rank 1" in message
+    assert not (tmp_path / "run").exists()
+
+
+def train_with_kernels(config: Config) -> None:
+    from megatron_mm.training import loop
+
+    if torch.distributed.get_rank() == 1:
+        loop.ops.select = lambda *_: "native"
+    train(config)
+
+
+def test_a_rank_that_computes_with_other_kernels_is_named(shards: Path, tmp_path: Path) -> None:
+    message = refusal(2, train_with_kernels, run_of(shards, tmp_path / "run"))
+    assert "kernels native, most ranks have fused: rank 1" in message
+
+
 def train_impatiently_from_own_folder(config: Config, folders: list[str]) -> None:
     checkpoint.VISIBLE_SECONDS = 0.5
     train_from_own_folder(config, folders)

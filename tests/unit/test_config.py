@@ -84,6 +84,12 @@ def test_each_rule_says_what_is_wrong(override: str, message: str) -> None:
         configs.load("tiny", [override])
 
 
+def test_a_window_of_one_loss_that_would_find_no_spike_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"guard\.spike_window=1 keeps one loss"):
+        configs.load("tiny", ["guard.spike_window=1"])
+    configs.load("tiny", ["guard.spike_window=2"])
+
+
 @pytest.mark.parametrize(
     ("without", "settings"),
     [
