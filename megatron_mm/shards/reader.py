@@ -140,10 +140,13 @@ class ShardReader:
                 self._compare(suffix, block, crc32)
 
     @property
-    def blocks(self) -> list[tuple[str, int]]:
-        """The blocks that the manifest has checksums of: (suffix of the file, number of the block)."""
-        files = self.manifest["files"].items()
-        return [(suffix, block) for suffix, own in files for block in range(len(own["block_crc32"]))]
+    def blocks(self) -> list[tuple[str, int, int]]:
+        """The blocks that the manifest has checksums of: (suffix of the file, number of the block, its bytes)."""
+        return [
+            (suffix, block, min(BLOCK_BYTES, own["bytes"] - block * BLOCK_BYTES))
+            for suffix, own in self.manifest["files"].items()
+            for block in range(len(own["block_crc32"]))
+        ]
 
     def check_block(self, suffix: str, block: int) -> None:
         """Pass if a block holds what was written; raise DataError if not."""

@@ -27,8 +27,8 @@ GONE = "gone"
 EDGE_BYTES = 1 << 20
 TOKENIZER = "tokenizer.json"
 """Beside the tensors of a checkpoint."""
-READ_BLOCKS = 4
-"""Blocks of shards, of 16 MiB, that a rank compares with their checksums at a start."""
+READ_BYTES = 64 << 20
+"""Of shards, that a rank compares with their checksums at a start."""
 SHORT = 12
 """Digits of a hash that messages show."""
 
@@ -242,13 +242,18 @@ def check_stored_tokenizer(path: Path, shards: ShardReader, *, what: str, speaks
 
 
 def check_bytes(shards: Sequence[ShardReader], *, share: int, of: int) -> None:
-    """Pass if files of the shards hold what their manifests say: each of `of` ranks reads some blocks of its share.
+    """Pass if files of the shards hold what their manifests say: each of `of` ranks reads READ_BYTES of its share.
 
-    All of a small set are read at every start, and of a large one others each time. Raises DataError.
+    All of a small set are read at every start, and of a large one other blocks each time. Raises DataError.
     """
     blocks = [(shard, *block) for shard in shards for block in shard.blocks][share::of]
-    for shard, suffix, block in random.sample(blocks, min(len(blocks), READ_BLOCKS)):
+    random.shuffle(blocks)
+    left = READ_BYTES
+    for shard, suffix, block, num_bytes in blocks:
+        if left <= 0:
+            break
         shard.check_block(suffix, block)
+        left -= num_bytes
 
 
 def _extends(tokenizer: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
