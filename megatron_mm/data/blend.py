@@ -52,6 +52,13 @@ class Blend:
             datasets[own], indexes[own] = dataset, index + self._drawn_before[stretch][dataset]
         return datasets, indexes
 
+    def drawn(self, position: int) -> np.ndarray:
+        """Return how many samples of each dataset come before `position`: (num_datasets,) int64."""
+        stretch = int(np.searchsorted(self._starts, position, "right")) - 1
+        counts = self._drawn_before[stretch].copy()
+        counts[self._named[stretch]] += _counts(self._weights[stretch], position - int(self._starts[stretch]))
+        return counts
+
 
 def _whole(weights: Mapping[str, float]) -> np.ndarray:
     """Return the weight of every dataset that is named as a whole number: (num_named,) int64."""

@@ -87,6 +87,11 @@ class Samples:
             samples[own] = self.first_sample[dataset] + self.orders[dataset].samples(positions[own])
         return samples
 
+    def epochs(self, step: int) -> dict[str, float]:
+        """Return how often each dataset is read before optimizer step `step`, by its name."""
+        counts = self.blend.drawn(int(self.consumption.positions(step)[0]))
+        return {name: int(count) / plan.num_samples for name, count, plan in zip(self.datasets, counts, self.plans)}
+
     def dataset_of(self, sample: int) -> int:
         """Return which dataset a sample belongs to."""
         return int(self.first_sample.searchsorted(sample, "right")) - 1

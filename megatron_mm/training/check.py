@@ -51,6 +51,8 @@ def check(config: Config, world_size: int) -> Iterator[str]:
     yield _start_line(config, ready)
     yield from _disk_lines(config, model)
     samples.follow(checkpoint.consumption_of(config, ready.goes_on_from))
+    for name, epochs in samples.epochs(config.training.steps).items():
+        yield f"epochs      {name}: read {epochs:,.2f} times by step {config.training.steps}"
     yield from _first_batch(samples, step=0 if ready.goes_on_from is None else manifest.step_of(ready.goes_on_from))
     yield "left open   software, files and run_dir on the other nodes, GPUs: the ranks compare those as they start"
 

@@ -689,6 +689,7 @@ def test_a_check_says_what_fits_and_writes_nothing(stopped: Path) -> None:
         "a new run",
         "MB each",
         "first batch step 1",
+        f"epochs      {stopped}/train: read",
         "fits",
     ):
         assert part in ended.stdout, ended.stdout

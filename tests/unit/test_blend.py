@@ -65,3 +65,10 @@ def test_positions_of_a_long_run_cost_what_the_first_ones_do() -> None:
     datasets, indexes = Blend([(0, MANY)]).locate(np.arange(2**41, 2**41 + 1_000))
     share = np.asarray(list(MANY.values())) / sum(MANY.values())
     np.testing.assert_allclose(indexes, 2**41 * share[datasets], rtol=1e-3)
+
+
+def test_what_was_drawn_before_a_position_is_what_was_located_there() -> None:
+    blend = Blend([(0, {"a": 2, "b": 1}), (50, {"b": 1, "c": 3}), (90, {"a": 1, "b": 1, "c": 1})])
+    for position in (0, 1, 49, 50, 51, 90, 133):
+        datasets, _ = blend.locate(np.arange(position))
+        assert blend.drawn(position).tolist() == np.bincount(datasets, minlength=3).tolist()

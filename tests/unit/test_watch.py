@@ -28,7 +28,7 @@ def test_without_a_limit_it_writes_at_heartbeats_and_ends_nothing(
         own.started()
         time.sleep(1.6)
         assert json.loads((tmp_path / "health" / "rank_0.json").read_text())["rank"] == 0
-    assert len(written) == 1 and not ended
+    assert len(written) == 2 and not ended, "at once, for a second command to see, and after a second"
     assert len(looks) <= 1
     assert not (tmp_path / "health" / "rank_0.json").exists(), "a rank that has ended keeps no other out"
 
