@@ -214,7 +214,7 @@ def step_line(step: int, values: Mapping[str, Any]) -> str:
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Return the records of a run's metrics.jsonl, in order, without a line that a killed run was writing."""
-    return [record for _, record in _records((Path(run_dir) / "metrics.jsonl").read_text())]
+    return [record for _, record in _records((Path(run_dir) / "metrics.jsonl").read_text(errors="replace"))]
 
 
 def _short(number: float) -> str:
@@ -254,7 +254,7 @@ def _forget_after(path: Path, step: int) -> _Kept:
     """
     keys = [f"{field.name}_tokens" for field in fields(TokenCounts)]
     kept, lost_seconds, last = [], [], {"step": 0, **dict.fromkeys(keys, 0)}
-    for line, record in _records(path.read_text()) if path.exists() else ():
+    for line, record in _records(path.read_text(errors="replace")) if path.exists() else ():
         if record["step"] <= step:
             kept.append(line + "\n")
             last = record if all(key in record for key in keys) else last
@@ -269,9 +269,18 @@ def _forget_after(path: Path, step: int) -> _Kept:
 
 
 def _records(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each line of metrics.jsonl with its record, but for one that was cut off as the run was killed."""
-    for line in text.splitlines():
+    """Yield each line of metrics.jsonl with its record, but for one that was cut off as the run was killed.
+
+    Other lines that hold no record are passed over with a warning: what a disk has damaged ends no run.
+    """
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            yield line, json.loads(line)
-        except ValueError:
+            record = json.loads(line)
+            if not isinstance(record["step"], int):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                log.warning("line %d of metrics.jsonl holds no record, and is passed over: %.60s", number, line)
             continue
+        yield line, record

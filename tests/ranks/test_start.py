@@ -579,6 +579,17 @@ def test_what_another_run_left_out_is_not_heeded_by_the_one_that_goes_on(stopped
     assert "is of another run than the checkpoint" in seen["said"]
 
 
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"[]", b"{}", b"3", b'{"step": null}'])
+def test_a_damaged_line_of_the_metrics_ends_no_run(line: bytes, stopped: Path) -> None:
+    path = stopped / "run" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:2], line, *lines[2:], b""]))
+    (seen,) = run_ranks(1, train, own_run(stopped))
+    assert seen["step"] == 5
+    assert "line 3 of metrics.jsonl holds no record" in seen["said"]
+    assert [record["step"] for record in read_metrics(stopped / "run") if "grad_norm" in record] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("content", ["{", '{"run": "r"}', '{"run": "", "left_out": [[1]]}', "[]"])
 def test_a_damaged_list_of_what_was_left_out_is_named_before_anything_is_touched(content: str, stopped: Path) -> None:
     (stopped / "run" / "left_out.json").write_text(content)
