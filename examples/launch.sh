@@ -81,7 +81,6 @@ else
 fi
 life=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} logs=$RUN_DIR/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 mkdir -p "$logs" || fail "$RUN_DIR cannot be written"
-! is_done || { say "done already: remove $RUN_DIR/DONE to train for longer"; exit 0; }
 scontrol show job "$SLURM_JOB_ID" >"$logs/job.txt" 2>&1
 { git rev-parse HEAD 2>/dev/null; printf '%s\n' "${environment[@]}" "${train[*]}"; } >"$logs/launch.txt"
 
@@ -157,6 +156,7 @@ train_once() { # on the first TRAIN_NODES of good
 # All that a start would check, on this host's CPU, before any rank runs: a mistake ends the job in a minute.
 "${container_of_one[@]}" env CUDA_VISIBLE_DEVICES= timeout "${CHECK_SECONDS:-300}" "$python" "${train[@]:1}" --check --world-size "$world" >"$logs/check.txt" 2>&1 & await $!; status=$?
 if ((status == 2)); then fail "$(grep -v '^media are' "$logs/check.txt" | tail -12)"; fi
+! grep -qs '^start .*nothing is left to do' "$logs/check.txt" || { say "done already: give more training.steps to train for longer"; exit 0; }
 ((status == 0)) || say "the check before the start ended with $status (see $logs/check.txt); the ranks check again"
 
 stalls=0 try=0 first_step=$(saved_step)

@@ -60,7 +60,10 @@ def check(config: Config, world_size: int) -> Iterator[str]:
 def _start_line(config: Config, ready: Ready) -> str:
     if ready.goes_on_from is None:
         return f"start       a new run in {config.run_dir}, of {config.training.steps} steps"
-    return f"start       goes on from {ready.goes_on_from}, to step {config.training.steps}"
+    step = manifest.step_of(ready.goes_on_from)
+    if step >= config.last_step:
+        return f"start       nothing is left to do: step {step} of {config.last_step} is saved in {ready.goes_on_from}"
+    return f"start       goes on from {ready.goes_on_from}, to step {config.last_step}"
 
 
 def checkpoint_bytes(config: Config, model: MultimodalModel) -> int:

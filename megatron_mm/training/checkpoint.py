@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import time
-from dataclasses import astuple
+from collections.abc import Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from megatron_mm.shards import stored_tokenizer
 from megatron_mm.training import manifest
 from megatron_mm.training.inputs import TOKENIZER
 from megatron_mm.training.manifest import Fence
+from megatron_mm.training.metrics import run_of_metrics
 from megatron_mm.training.optimizer import build_scheduler, load_optimizer
 from megatron_mm.training.optimizer_shards import LOADED_AS, describe_shards
 from megatron_mm.training.saver import Saved, SaveFailed, Saver
@@ -250,9 +252,9 @@ def consumption_of(config: Config, path: Path | None) -> Consumption:
     return consumption.resize(config.training.global_batch_size, step=int(facts["step"]))
 
 
-def leave_out(state: TrainState, steps: range) -> None:
-    """Leave out what `steps`, counted from 0, have consumed, also after a restart. Collective over all ranks."""
-    state.consumption = state.consumption.leave_out(steps)
+def leave_out(state: TrainState, left_out: Sequence[LeftOut]) -> None:
+    """Let the run leave out these samples, and no others, also after a restart. Collective over all ranks."""
+    state.consumption = replace(state.consumption, left_out=tuple(left_out))
     dist.barrier()  # all have read the file: a rank that loads late would take these for left out twice
     if state.mesh.speaks:
         path = _left_out_file(state.config)
@@ -290,15 +292,21 @@ def _read_left_out(config: Config, *, run: str) -> list[LeftOut] | None:
     return left_out
 
 
-def forget_former_run(config: Config) -> None:
-    """Set aside what an earlier run has left in run_dir: a new one starts from nothing. One rank calls it."""
-    folder_ = Path(config.run_dir)
-    aside = folder_ / f"former-{time.strftime('%Y%m%dT%H%M%S')}"
-    for name in ("metrics.jsonl", "left_out.json", "DONE", "tensorboard", "loss.png"):
-        if (folder_ / name).exists():
+def set_former_run_aside(state: TrainState) -> None:
+    """Move away what another run has left in run_dir; one rank calls it.
+
+    A new run starts from nothing; one that goes on keeps what it wrote itself.
+    """
+    own = Path(state.config.run_dir)
+    aside = own / f"former-{time.strftime('%Y%m%dT%H%M%S')}"
+    names = ["metrics.jsonl", "left_out.json", "DONE", "tensorboard", "loss.png"]
+    if state.step and run_of_metrics(own) in (None, state.run):
+        return
+    for name in names if not state.step else ["metrics.jsonl", "tensorboard"]:
+        if (own / name).exists():
             aside.mkdir(exist_ok=True)
-            os.replace(folder_ / name, aside / name)
-            log.warning("run_dir holds %s of an earlier run without checkpoints: it is now in %s", name, aside)
+            os.replace(own / name, aside / name)
+            log.warning("run_dir holds %s of another run: it is now in %s", name, aside)
 
 
 def _chunk_keys(state: TrainState) -> list[str]:

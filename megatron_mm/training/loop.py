@@ -70,7 +70,8 @@ def train(config: Config, mesh: Mesh) -> TrainState:
         _announce(state, ready.loader, chosen, parameters)
         with Metrics(config, mesh, first_step=state.step) as metrics:
             changed = [line for one in state.changes if one["step"] == state.step for line in one["settings"].values()]
-            metrics.start(step=state.step, layout=mesh.describe(), parameters=parameters, changed=changed)
+            where = {"layout": mesh.describe(), "parameters": parameters, "run": state.run}
+            metrics.start(step=state.step, **where, changed=changed)
             run = Run(state, ready.loader, ready.heldout, metrics, Guard(config.guard), saver, watch, stop)
             run.guard.remember(metrics.losses(config.guard.spike_window))
             if state.step == 0 and config.evaluation.interval:
@@ -181,11 +182,12 @@ def _go_back(run: Run, bad: BadSteps) -> bool:
     """Bring the run to its last checkpoint and leave out the batches of the bad steps; return that it is not over."""
     state = run.state
     run.guard.roll_back(bad)
+    left_out = state.consumption.leave_out(range(bad.first - 1, bad.last)).left_out  # as these steps consumed them
     _record(run, run.saver.finish())
     path = checkpoint.resume(state)
     if path is None:
         raise TrainingDiverged(f"{bad}, and there is no checkpoint to go back to.")
-    checkpoint.leave_out(state, range(bad.first - 1, bad.last))
+    checkpoint.leave_out(state, left_out)
     run.metrics.go_back(step=state.step, reason=str(bad))
     run.guard.remember(run.metrics.losses(state.config.guard.spike_window))
     if state.mesh.speaks:
@@ -205,9 +207,9 @@ def _begin(state: TrainState, ready: Ready) -> None:
         names = [uuid.uuid4().hex[:16]]
         dist.broadcast_object_list(names, src=0)
         state.run = names[0]
-        if state.mesh.speaks:
-            checkpoint.forget_former_run(state.config)
         start(state)
+    if state.mesh.speaks:
+        checkpoint.set_former_run_aside(state)
     if state.mesh.speaks and state.step < state.config.last_step:
         done_marker(state.config).unlink(missing_ok=True)
 

@@ -79,15 +79,15 @@ class Metrics:
             self._lines.close()
             self._plot(lambda board: board.close())
 
-    def start(self, *, step: int, layout: str, parameters: int, changed: Sequence[str] = ()) -> None:
+    def start(self, *, step: int, layout: str, parameters: int, run: str = "", changed: Sequence[str] = ()) -> None:
         """Record that the run starts, or goes on, after step `step`, and what it lost by having been cut off.
 
-        `changed` are lines about the settings that it goes on with and did not have before.
+        `run` names the run; `changed` are lines about the settings that it goes on with and did not have before.
         """
         if self._speaks:
             seconds = time.time() - psutil.Process().create_time()
             values = {"layout": layout, "parameters": parameters, "start_seconds": seconds, **self._kept.as_values()}
-            values |= {"changed": list(changed)} if changed else {}
+            values |= ({"run": run} if run else {}) | ({"changed": list(changed)} if changed else {})
             self._write(step, values, plot=False)
 
     def go_back(self, *, step: int, reason: str) -> None:
@@ -210,6 +210,13 @@ def step_line(step: int, values: Mapping[str, Any]) -> str:
             f"{values['peak_gib']:.1f} GiB",
         )
     )
+
+
+def run_of_metrics(run_dir: str | Path) -> str | None:
+    """Return which run has written metrics.jsonl, as its starts say; None if there is none, or it does not say."""
+    path = Path(run_dir) / "metrics.jsonl"
+    records = (record for _, record in _records(path.read_text(errors="replace"))) if path.exists() else ()
+    return next((record["run"] for record in records if "run" in record), None)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -566,10 +566,18 @@ def test_leftovers_of_an_earlier_run_do_not_act_on_a_new_one(stopped: Path) -> N
     heartbeat(run_dir, rank=6, pid=2**22 - 3)
     (seen,) = run_ranks(1, train, own_run(stopped, "training.stop_after=2"))
     assert seen["left_out"] == ()
-    assert "of an earlier run without checkpoints" in seen["said"]
+    assert "run_dir holds DONE of another run" in seen["said"]
     assert [record["step"] for record in read_metrics(run_dir) if "grad_norm" in record] == [1, 2]
     assert len(list(run_dir.glob("former-*/metrics.jsonl"))) == 1
     assert not (run_dir / "left_out.json").exists()
+
+
+def test_metrics_of_another_run_are_not_gone_on_with(stopped: Path) -> None:
+    own = [{**one, "run": "another"} if "layout" in one else one for one in read_metrics(stopped / "run")]
+    (stopped / "run" / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in own))
+    (seen,) = run_ranks(1, train, own_run(stopped))
+    assert "run_dir holds metrics.jsonl of another run" in seen["said"]
+    assert [one["step"] for one in read_metrics(stopped / "run") if "grad_norm" in one] == [4, 5]
 
 
 def test_what_another_run_left_out_is_not_heeded_by_the_one_that_goes_on(stopped: Path) -> None:
@@ -746,6 +754,9 @@ def test_what_cannot_be_evaluated_is_named(stopped: Path) -> None:
 def test_a_check_of_a_run_that_goes_on_compares_it_with_its_checkpoint(stopped: Path) -> None:
     settings = str(stopped / "run" / "config.yaml")
     own = (f"run_dir={stopped}/run", f"data.train=[{stopped}/train]", f"data.validation=[{stopped}/heldout]")
+    ended = run_command(settings, "--check", *own)
+    assert "nothing is left to do: step 3 of 3 is saved" in ended.stdout, ended.stderr
+    own = (*own, "training.stop_after=null")
     ended = run_command(settings, "--check", *own)
     assert ended.status == 0, ended.stderr
     assert "goes on from" in ended.stdout
