@@ -62,8 +62,8 @@ if [ -n "${DRY_RUN:-}" ] || [ -z "${SLURM_JOB_ID:-}" ]; then
   echo "srun $(steps_of "$TRAIN_NODES" "$TASKS") --kill-on-bad-exit=1 --wait=60 ${container[*]} ${train[*]}"
   case "${DRY_RUN:-}" in
     brief) ;;
-    "") CUDA_VISIBLE_DEVICES= "${check[@]}" || exit 1 ;;
-    *) "${check[0]}" "${train[@]:1}" --describe --world-size "$world" || exit 1 ;;
+    "") CUDA_VISIBLE_DEVICES= "${check[@]}" || exit ;;
+    *) "${check[0]}" "${train[@]:1}" --describe --world-size "$world" || exit ;;
   esac
   exit 0
 fi
@@ -169,7 +169,7 @@ while :; do
   train_once
   # srun's status is the largest of all ranks', those that it killed included: files tell what happened.
   ! is_done || { say "done"; exit 0; }
-  first=$(cat "$RUN_DIR/health/hang.txt" 2>/dev/null; grep -hE '^(\[rank [0-9]+\] )?(error: |[A-Za-z_.]*(Error|Exception|Diverged|Differ|Failed|TakenOver): )' "$try_logs"/rank_*.log 2>/dev/null | sort | uniq -c | sort -rn | head -5)
+  first=$(cat "$RUN_DIR/health/hang.txt" 2>/dev/null; grep -hE '^(\[rank [0-9]+\] )?(error: |[A-Za-z_.]*(Error|Exception|Diverged|Differ|Failed|Missing|TakenOver): )' "$try_logs"/rank_*.log 2>/dev/null | sort | uniq -c | sort -rn | head -5)
   [ -z "$first" ] || say "the ranks said:"$'\n'"$first"
   [ -z "$over" ] || break
   ! grep -qsE '^(\[rank [0-9]+\] )?error: ' "$try_logs"/rank_*.log || fail "a setting or a file is wrong: trying again will not help"

@@ -16,7 +16,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 [ ! -e examples/site.env ] || . examples/site.env
 
 for name in INPUT OUTPUT TOKENIZER; do
-  [ -n "${!name:-}" ] || { echo "error: set $name: see the head of examples/preprocess_array.sh"; exit 1; }
+  [ -n "${!name:-}" ] || { echo "error: set $name: see the head of examples/preprocess_array.sh" >&2; exit 2; }
 done
 # The number of shares is that of the whole array, also when only element 17 of it is submitted again.
 TASK=${SLURM_ARRAY_TASK_ID:-0} TASKS=${TASKS:-${SLURM_ARRAY_TASK_COUNT:-1}}

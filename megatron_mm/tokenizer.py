@@ -17,7 +17,7 @@ import orjson
 from gigatoken.gigatoken_rs import BPETokenizer, SentencePieceTokenizer, load_hf_json
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_mm.errors import DataError
+from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.shards import TokenizerInfo
 
 SPECIAL_TOKENS = {
@@ -94,8 +94,15 @@ class TextTokenizer:
                 f"{path} does not exist: a tokenizer is a local tokenizer.json file. Make one with "
                 "`python tools/train_tokenizer.py`, or copy that of a Hugging Face model."
             ) from None
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read: {error.strerror}. A tokenizer is a local tokenizer.json file."
+            ) from error
         except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(f"{path} is not a tokenizer.json file: {error}") from error
+            raise DataError(
+                f"{path} is not a tokenizer.json file ({error}). Copy it again, or make one with "
+                "tools/train_tokenizer.py."
+            ) from error
         self._tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS.values()])
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -190,8 +197,11 @@ class TextTokenizer:
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Learn a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) of `vocab_size` ids, special tokens last.
 
-    Raises DataError if the texts are too few for so many ids.
+    Raises DataError if the texts are too few for so many ids, ConfigError if there are more bytes than ids.
     """
+    least = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise ConfigError(f"--vocab-size {vocab_size} is less than every byte and special token needs: {least}.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

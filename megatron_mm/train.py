@@ -3,61 +3,68 @@
 import argparse
 import json
 import logging
-import os
 import sys
 import textwrap
 from pathlib import Path
 
 from megatron_mm import config as configs
-from megatron_mm.errors import ConfigError, DataError, RunStopped
+from megatron_mm import endings
+from megatron_mm.environment import read_number
+from megatron_mm.training import manifest
 
 log = logging.getLogger("megatron_mm")
 
 
+MEMORY = (
+    "Give each rank fewer weights (raise parallel.tp or parallel.pp), or fewer activations (lower "
+    "training.micro_batch_size or data.seq_len, set training.recompute=full)."
+)
+"""What helps a run that asks for more memory than there is."""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit status: 2 for a mistake that the user can mend, 1 for a stopped run."""
+    """Run the command line; return the exit status, as endings.py has it."""
     options = _parser().parse_intermixed_args(arguments)
+    return endings.run(lambda: _run(options), memory=MEMORY)
+
+
+def _run(options: argparse.Namespace) -> None:
     _set_up_logging()
-    try:
-        config = configs.load(options.preset, options.overrides)
-        if options.describe:
-            print(json.dumps(_describe(config, options.world_size)))
-            return 0
-        configs.check_own_run(options.preset, config)
-        if options.check:
-            _check(config, options.world_size)
-        elif options.evaluate:
-            _evaluate(config, Path(options.evaluate))
-        else:
-            _train(config)
-    except (ConfigError, DataError) as error:
-        _say(f"error: {error}")
-        return 2
-    except RunStopped as stopped:
-        _say(f"{type(stopped).__name__}: {stopped}")
-        return 1
-    return 0
-
-
-def _say(message: str) -> None:
-    """Print why this rank ends; each speaks, for torchrun ends the others as soon as one has failed."""
-    rank = os.environ.get("RANK", "0")
-    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
+    config = configs.load(options.preset, options.overrides)
+    if options.describe:
+        print(json.dumps(_describe(config, options.world_size)))
+        return
+    configs.check_own_run(options.preset, config)
+    if options.check:
+        _check(config, options.world_size)
+    elif options.evaluate:
+        _evaluate(config, Path(options.evaluate))
+    else:
+        _train(config)
 
 
 def _train(config: configs.Config) -> None:
     from megatron_mm.parallel import mesh as meshes
     from megatron_mm.training.loop import train
 
-    mesh = meshes.initialize(config)
-    train(config, mesh)
-    meshes.leave()
+    with endings.note(stop=lambda: _kept(config), disk=f"run_dir={config.run_dir}"):
+        mesh = meshes.initialize(config)
+        train(config, mesh)
+        meshes.leave()
+
+
+def _kept(config: configs.Config) -> str:
+    """Return what a run that is cut off leaves, and how it goes on."""
+    saved = manifest.whole_ones(Path(config.run_dir) / "checkpoints")
+    if not saved:
+        return f"no checkpoint is saved in run_dir={config.run_dir}, so the same command starts anew"
+    return f"{saved[-1]} is saved, and the same command goes on from it"
 
 
 def _describe(config: configs.Config, world_size: int | None) -> dict:
     from megatron_mm.model import accounting
 
-    size = world_size or config.parallel.ranks_per_replica
+    size = config.parallel.ranks_per_replica if world_size is None else world_size
     configs.check_world(config, size)
     return accounting.describe(config, size)
 
@@ -65,7 +72,7 @@ def _describe(config: configs.Config, world_size: int | None) -> dict:
 def _check(config: configs.Config, world_size: int | None) -> None:
     from megatron_mm.training.check import check
 
-    for line in check(config, world_size or config.parallel.ranks_per_replica):
+    for line in check(config, config.parallel.ranks_per_replica if world_size is None else world_size):
         print(line)
     print("everything that can be checked on one CPU fits")
 
@@ -84,7 +91,7 @@ def _evaluate(config: configs.Config, path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = endings.Parser(
         prog="python -m megatron_mm.train",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a multimodal decoder. Without torchrun it runs on one rank; without a GPU, on the CPU.",
@@ -104,7 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         help="print the held-out losses of a checkpoint, by source and dataset, and exit",
     )
     parser.add_argument(
-        "--world-size", type=int, metavar="N", help="ranks of the run to describe or check (default: tp x cp x pp)"
+        "--world-size",
+        type=endings.at_least(1),
+        metavar="N",
+        help="ranks of the run to describe or check (default: tp x cp x pp)",
     )
     return parser
 
@@ -121,9 +131,9 @@ def _explain_fields() -> str:
 
 def _set_up_logging() -> None:
     """Let rank 0 speak at INFO and the others, with their rank, at WARNING."""
-    rank = os.environ.get("RANK", "0")
-    logging.basicConfig(format="%(message)s" if rank == "0" else f"[rank {rank}] %(message)s", level=logging.WARNING)
-    log.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    rank = read_number("RANK", 0)
+    logging.basicConfig(format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 if __name__ == "__main__":

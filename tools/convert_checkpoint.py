@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm import endings
+from megatron_mm.errors import ConfigError
 from megatron_mm.hf.export import KINDS, Options, export, verify
 from megatron_mm.hf.load import import_folder
 from megatron_mm.hf.tensors import PRECISIONS
@@ -25,12 +26,7 @@ M_MMAP_THRESHOLD = -3
 def main() -> int:
     arguments = _parser().parse_args()
     _give_memory_back()
-    try:
-        arguments.run(arguments)
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return endings.run(lambda: arguments.run(arguments))
 
 
 def _give_memory_back() -> None:
@@ -41,7 +37,7 @@ def _give_memory_back() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = endings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     to_hf = commands.add_parser("to-hf", help="write Hugging Face folders from a checkpoint")
     to_hf.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder RUN_DIR/checkpoints/step_N")
@@ -52,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     for kind in KINDS:
         to_hf.add_argument(f"--{kind}", action="store_true", help=f"write OUT/{kind} (default: all three)")
     to_hf.add_argument("--dtype", choices=PRECISIONS, help="of the weights (default: as they were trained)")
-    to_hf.add_argument("--kv-replicate", type=int, default=1, metavar="R", help="write each key/value head R times")
+    to_hf.add_argument(
+        "--kv-replicate", type=endings.at_least(1), default=1, metavar="R", help="write each key/value head R times"
+    )
     to_hf.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a shard (default 5)")
     to_hf.add_argument(
         "--gate",
@@ -82,7 +80,11 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     dtype = PRECISIONS[arguments.dtype] if arguments.dtype else None
     options = Options(kinds, dtype, arguments.kv_replicate, int(arguments.shard_gb * 1e9))
     tokenizer, gate = arguments.tokenizer, _gate(arguments)
-    export(arguments.checkpoint, arguments.out, tokenizer_path=tokenizer, options=options, gate=gate)
+    if arguments.shard_gb <= 0:
+        raise ConfigError(f"--shard-gb {arguments.shard_gb} holds nothing: give a number above 0.")
+    kept = f"what is whole is kept in {arguments.out}.partial, and the same command goes on behind it"
+    with endings.note(stop=lambda: kept, disk=f"OUT={arguments.out}"):
+        export(arguments.checkpoint, arguments.out, tokenizer_path=tokenizer, options=options, gate=gate)
     for kind in kinds:
         print(arguments.out / kind)
 

@@ -11,10 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_mm import endings
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.generate import Sampling, generate, opened
 from megatron_mm.hf.tensors import PRECISIONS
-from megatron_mm.ingest.document import Document, Segment, TextSegment
+from megatron_mm.ingest.document import Document, Rejection, Segment, TextSegment
 from megatron_mm.ingest.read import read_file, read_lines
 from megatron_mm.modality import Source
 from megatron_mm.noise import silence
@@ -23,26 +24,25 @@ from megatron_mm.noise import silence
 def main() -> int:
     silence()
     arguments = _parser().parse_args()
-    try:
-        sampling = Sampling(
-            arguments.max_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed
-        )
-        if arguments.batch_size < 1:
-            raise ConfigError(f"--batch-size {arguments.batch_size} cannot be: give 1 or more.")
-        prompts = _prompts(arguments)
-        dtype = PRECISIONS[arguments.dtype] if arguments.dtype else None
-        with opened(arguments.model, tokenizer_path=arguments.tokenizer, dtype=dtype) as speaker:
-            for start in range(0, len(prompts), arguments.batch_size):
-                batch = prompts[start : start + arguments.batch_size]
-                alone = len(prompts) == 1
-                stream = (lambda text: print(text, end="", flush=True)) if alone else None
-                texts = generate(speaker, batch, sampling=sampling, on_text=stream)
-                for number, text in enumerate(texts, start=start + 1):
-                    print("" if alone else f"[{number}] {text}")
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return endings.run(lambda: _run(arguments), memory="Give fewer or shorter prompts: lower --batch-size.")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    sampling = Sampling(
+        arguments.max_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed
+    )
+    if arguments.batch_size < 1:
+        raise ConfigError(f"--batch-size {arguments.batch_size} cannot be: give 1 or more.")
+    prompts = _prompts(arguments)
+    dtype = PRECISIONS[arguments.dtype] if arguments.dtype else None
+    with opened(arguments.model, tokenizer_path=arguments.tokenizer, dtype=dtype) as speaker:
+        for start in range(0, len(prompts), arguments.batch_size):
+            batch = prompts[start : start + arguments.batch_size]
+            alone = len(prompts) == 1
+            stream = (lambda text: print(text, end="", flush=True)) if alone else None
+            texts = generate(speaker, batch, sampling=sampling, on_text=stream)
+            for number, text in enumerate(texts, start=start + 1):
+                print("" if alone else f"[{number}] {text}")
 
 
 def _prompts(arguments: argparse.Namespace) -> list[Document]:
@@ -50,10 +50,12 @@ def _prompts(arguments: argparse.Namespace) -> list[Document]:
         if arguments.parts:
             raise ConfigError("--jsonl holds whole prompts: leave --text and --file out.")
         if not arguments.jsonl.is_file():
-            raise DataError(f"{arguments.jsonl} does not exist.")
+            raise DataError(f"--jsonl {arguments.jsonl} is no file. Give one.")
         documents, rejections = read_lines(arguments.jsonl)
         if rejections:
-            raise DataError(f"{rejections[0].path}: {rejections[0].reason}")
+            raise _unreadable(rejections[0])
+        if not documents:
+            raise DataError(f"--jsonl {arguments.jsonl} holds no prompt. Give one with lines.")
         return documents
     segments: list[Segment] = []
     for kind, value in arguments.parts or []:
@@ -61,14 +63,22 @@ def _prompts(arguments: argparse.Namespace) -> list[Document]:
             segments.append(TextSegment(value))
             continue
         if not Path(value).is_file():
-            raise DataError(f"{value} is a folder." if Path(value).is_dir() else f"{value} does not exist.")
+            raise DataError(
+                f"--file {value} is a folder: give a file."
+                if Path(value).is_dir()
+                else f"--file {value} does not exist. Give one that does."
+            )
         documents, rejections = read_file(Path(value))
         if not documents:
-            raise DataError(f"{rejections[0].path}: {rejections[0].reason}")
+            raise _unreadable(rejections[0])
         segments += [segment for document in documents for segment in document.segments]
     if not segments:
         raise ConfigError("give a prompt: --text, --file or --jsonl.")
     return [Document(segments, Source.TEXT)]
+
+
+def _unreadable(rejection: Rejection) -> DataError:
+    return DataError(f"{rejection.path}: {rejection.reason.rstrip('.')}. Mend it, or give another file.")
 
 
 class _Part(argparse.Action):
@@ -79,7 +89,7 @@ class _Part(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = endings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL", help="an export, or a checkpoint")
     parser.add_argument("--text", action=_Part, dest="parts", metavar="TEXT", help="text of the prompt")
     parser.add_argument("--file", action=_Part, dest="parts", metavar="F", help="image, recording, PDF or text file")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mm import config as configs
+from megatron_mm import endings
 from megatron_mm.data.packing import plan_packing
 from megatron_mm.data.samples import Samples
 from megatron_mm.data.show import piece_of, render_page, render_text, stored_document
@@ -28,68 +29,93 @@ from megatron_mm.training import checkpoint
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = endings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", metavar="T", help="the tokenizer.json of --input and --shards")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--input", type=Path, metavar="FILE", help="a file, read and encoded now")
     what.add_argument("--shards", metavar="P", help="the prefix of shards")
     what.add_argument("--run", metavar="R", help="a run_dir, a preset or a YAML file: with --step")
-    parser.add_argument("--step", type=int, metavar="N", help="which step of the run, counted from 1 as in its log")
-    parser.add_argument("--document", type=int, default=0, metavar="N", help="which of their documents (default 0)")
-    parser.add_argument("--sample", type=int, metavar="N", help="which of their packed samples, instead of a document")
-    parser.add_argument("--seq-len", type=int, default=8192, metavar="L", help="tokens of a sample (default 8192)")
+    parser.add_argument(
+        "--step", type=endings.at_least(0), metavar="N", help="which step of the run, counted from 1 as in its log"
+    )
+    parser.add_argument(
+        "--document", type=endings.at_least(0), default=0, metavar="N", help="which of their documents (default 0)"
+    )
+    parser.add_argument(
+        "--sample", type=endings.at_least(0), metavar="N", help="which of their packed samples, instead of a document"
+    )
+    parser.add_argument(
+        "--seq-len",
+        type=endings.at_least(1, below=2**31),
+        default=8192,
+        metavar="L",
+        help="tokens of a sample (default 8192)",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows media, instead of printing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of --run that differ")
     arguments = parser.parse_intermixed_args()
     if (arguments.run is None) == (arguments.tokenizer is None) or (arguments.run is None) != (arguments.step is None):
         parser.error("--input and --shards go with --tokenizer, --run with --step")
-    try:
-        if arguments.run:
-            samples, batch = _step(arguments.run, arguments.step, arguments.overrides)
-            if arguments.html is None:
-                print("\n".join(_order(samples, batch)))
-                return 0
-            tokenizer = TextTokenizer(samples.shards[0].prefix + TOKENIZER_SUFFIX)
-            documents = list(_batch(samples, batch))
-        else:
-            tokenizer = TextTokenizer(arguments.tokenizer)
-            documents = list(_file(arguments.input, tokenizer) if arguments.input else _stored(arguments, tokenizer))
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    return endings.run(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.run:
+        samples, batch = _step(arguments.run, arguments.step, arguments.overrides)
+        if arguments.html is None:
+            print("\n".join(_order(samples, batch)))
+            return
+        tokenizer = TextTokenizer(samples.shards[0].prefix + TOKENIZER_SUFFIX)
+        documents = list(_batch(samples, batch))
+    else:
+        tokenizer = TextTokenizer(arguments.tokenizer)
+        documents = list(_file(arguments.input, tokenizer) if arguments.input else _stored(arguments, tokenizer))
     if arguments.html:
         arguments.html.write_text(render_page(documents, tokenizer), encoding="utf-8")
         print(f"{len(documents)} documents: {arguments.html}")
     else:
         for title, document in documents:
             print(f"{title}\n{render_text(document, tokenizer)}")
-    return 0
 
 
 def _file(path: Path, tokenizer: TextTokenizer) -> Iterator[tuple[str, EncodedDocument]]:
-    count = 0
+    if not path.is_file():
+        raise DataError(
+            f"{path} is a folder: give a file." if path.is_dir() else f"{path} does not exist. Give a file."
+        )
+    count, reason = 0, "it is empty"
     for documents, rejections in read_all(Work(path), DEFAULTS):
         for rejection in rejections:
-            print(f"rejected {rejection.path}: {rejection.reason}", file=sys.stderr)
+            reason = rejection.reason
+            print(f"rejected {rejection.path}: {reason}", file=sys.stderr)
         for document in documents:
             yield f"{path}, document {count}", encode_document(document, tokenizer)
             count += 1
     if not count:
-        raise DataError(f"{path} gives no document")
+        raise DataError(f"{path} gives no document: {reason}. Give another file.")
 
 
 def _stored(arguments: argparse.Namespace, tokenizer: TextTokenizer) -> Iterator[tuple[str, EncodedDocument]]:
     shards = open_shards([arguments.shards])
     if shards[0].tokenizer != tokenizer.info:
-        raise DataError(f"{arguments.shards} was made with another tokenizer than {arguments.tokenizer}")
+        raise DataError(
+            f"{arguments.shards} was made with another tokenizer than {arguments.tokenizer}: give "
+            f"{shards[0].prefix}{TOKENIZER_SUFFIX}."
+        )
     if arguments.sample is None:
         if not 0 <= arguments.document < shards[0].num_documents:
-            raise DataError(f"{arguments.shards} has {shards[0].num_documents} documents, counted from 0")
+            raise ConfigError(
+                f"--document {arguments.document} is none of the {shards[0].num_documents} of {arguments.shards}. Use "
+                f"0 to {shards[0].num_documents - 1}."
+            )
         yield f"{arguments.shards}, document {arguments.document}", stored_document(shards[0], arguments.document)
         return
     plan = plan_packing(shards, seq_len=arguments.seq_len)
     if not 0 <= arguments.sample < plan.num_samples:
-        raise DataError(f"{arguments.shards} has {plan.num_samples} samples of {arguments.seq_len} tokens")
+        raise ConfigError(
+            f"--sample {arguments.sample} is none of the {plan.num_samples} of {arguments.shards} with --seq-len "
+            f"{arguments.seq_len}. Use 0 to {plan.num_samples - 1}."
+        )
     for piece in plan.sample(arguments.sample):
         yield f"sample {arguments.sample}: {_describe(piece)}", piece_of(shards, piece)
 

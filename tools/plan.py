@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mm import config as configs
+from megatron_mm import endings
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError
 from megatron_mm.planning import pictures
 from megatron_mm.planning.cost import GPUS, Gpu
 from megatron_mm.planning.layouts import USABLE, Planned, forecast, passes, plan, with_layout
-from megatron_mm.planning.rehearsal import RankReport, RehearsalFailed, check_messages, rehearse_apart, stage_ranks
+from megatron_mm.planning.rehearsal import RankReport, check_messages, rehearse_apart, stage_ranks
 from megatron_mm.planning.report import check_folders, explain, page
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -19,23 +20,23 @@ PICTURES = (".png", ".svg", ".pdf")
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        _check_files(options)
-        config = configs.load(options.preset, options.overrides)
-        gpu, gpus = GPUS[options.gpu], options.gpus
-        from megatron_mm.model.accounting import build_on_meta, count_parameters
+    return endings.run(lambda: _run(options))
 
-        counts = count_parameters(model := build_on_meta(config))
-        media = sum(count for name, count in counts.items() if name.startswith(("vision", "audio")))
-        frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
-        extra = {"extra_parameters": media, "extra_trained": media - frozen}  # nothing else is ever frozen
-        planned, too_big = plan(config, gpus=gpus, gpu=gpu, **extra)
-        rehearsed: list[RankReport] = []
-        if options.rehearse:
-            planned, rehearsed = _rehearsed(config, planned, gpus=gpus, gpu=gpu)
-    except (ConfigError, RehearsalFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+def _run(options: argparse.Namespace) -> None:
+    _check_files(options)
+    config = configs.load(options.preset, options.overrides)
+    gpu, gpus = GPUS[options.gpu], options.gpus
+    from megatron_mm.model.accounting import build_on_meta, count_parameters
+
+    counts = count_parameters(model := build_on_meta(config))
+    media = sum(count for name, count in counts.items() if name.startswith(("vision", "audio")))
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    extra = {"extra_parameters": media, "extra_trained": media - frozen}  # nothing else is ever frozen
+    planned, too_big = plan(config, gpus=gpus, gpu=gpu, **extra)
+    rehearsed: list[RankReport] = []
+    if options.rehearse:
+        planned, rehearsed = _rehearsed(config, planned, gpus=gpus, gpu=gpu)
     ahead = forecast(config, planned[0], gpus=gpus, gpu=gpu, parameters=counts["total"])
     lines = explain(config, planned, too_big, ahead, parameters=counts["total"])
     print("\n".join(lines))
@@ -44,11 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
         options.html.write_text(page(title, config, planned, lines, gpu, rehearsed))
     if options.timeline:
         pictures.save(pictures.timeline(passes(config, planned[0], gpu), planned[0].describe()), options.timeline)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = endings.Parser(description=__doc__)
     parser.add_argument("preset", help="a preset's name, or a YAML file")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the job")

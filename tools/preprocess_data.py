@@ -10,19 +10,22 @@ Over many machines, as a SLURM array: each task reads its share of the same inpu
 
 import argparse
 import logging
-import os
 import sys
 
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm import endings
+from megatron_mm.environment import read_number
+from megatron_mm.errors import ConfigError
 from megatron_mm.ingest.pipeline import Options, Report, Share, preprocess
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = endings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, and folders of files")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="where the shards go")
     parser.add_argument("--tokenizer", required=True, metavar="T", help="a local tokenizer.json")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read (default 1)")
+    parser.add_argument(
+        "--workers", type=endings.at_least(1), default=1, metavar="N", help="processes that read (default 1)"
+    )
     parser.add_argument(
         "--bad-input",
         choices=("fail", "skip"),
@@ -34,7 +37,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--max-audio-seconds",
-        type=int,
+        type=endings.at_least(1),
         default=Options.max_audio_seconds,
         metavar="S",
         help="cut longer recordings into items of this length (default %(default)s)",
@@ -47,9 +50,13 @@ def main() -> int:
         help="take texts of these languages only (ISO 639-1, en de ...), as py3langid tells them by their start",
     )
     parser.add_argument(
-        "--min-tokens", type=int, default=Options.min_tokens, metavar="N", help="leave out shorter documents"
+        "--min-tokens",
+        type=endings.at_least(0),
+        default=Options.min_tokens,
+        metavar="N",
+        help="leave out shorter documents",
     )
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="leave out longer documents")
+    parser.add_argument("--max-tokens", type=endings.at_least(1), metavar="N", help="leave out longer documents")
     parser.add_argument(
         "--tokenizer-engine",
         choices=("auto", "reference"),
@@ -59,23 +66,29 @@ def main() -> int:
     parser.add_argument(
         "--task",
         type=int,
-        default=int(os.environ.get("SLURM_ARRAY_TASK_ID", 0)),
         metavar="I",
         help="which share of the inputs to read, from 0 (default: the task of a SLURM array)",
     )
     parser.add_argument(
         "--tasks",
         type=int,
-        default=int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1)),
         metavar="N",
         help="shares that the inputs are cut into (default: the tasks of a SLURM array, or 1)",
     )
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
-    if not 0 <= arguments.task < arguments.tasks:
-        parser.error(f"--task {arguments.task} is not one of --tasks {arguments.tasks}: they count from 0")
-    share = Share(arguments.task, arguments.tasks)
-    try:
+    return endings.run(lambda: _run(arguments), memory="Use fewer --workers.")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    share = _share(arguments)
+    if arguments.max_tokens is not None and arguments.max_tokens < arguments.min_tokens:
+        raise ConfigError(
+            f"--min-tokens {arguments.min_tokens} is above --max-tokens {arguments.max_tokens}: no document is both. "
+            "Lower it."
+        )
+    kept = "what is done is kept, and the same command goes on behind it"
+    with endings.note(stop=lambda: kept, disk=f"--output-prefix {arguments.output_prefix}"):
         report = preprocess(
             arguments.input,
             output_prefix=arguments.output_prefix,
@@ -92,11 +105,16 @@ def main() -> int:
             engine=arguments.tokenizer_engine,
             share=share,
         )
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     print(_summary(report, share.prefix(arguments.output_prefix)))
-    return 0
+
+
+def _share(arguments: argparse.Namespace) -> Share:
+    """Return which share of the inputs is read: as the command line has it, or the task of a SLURM array."""
+    task = read_number("SLURM_ARRAY_TASK_ID", 0) if arguments.task is None else arguments.task
+    tasks = read_number("SLURM_ARRAY_TASK_COUNT", 1) if arguments.tasks is None else arguments.tasks
+    if not 0 <= task < tasks:
+        raise ConfigError(f"--task {task} is not one of --tasks {tasks}: they count from 0. Give both alike.")
+    return Share(task, tasks)
 
 
 def _summary(report: Report, prefix: str) -> str:

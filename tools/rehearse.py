@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm import config as configs
+from megatron_mm import endings
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError
 from megatron_mm.planning.rehearsal import (
     STANDS_FOR,
     RankReport,
-    RehearsalFailed,
     check_messages,
     distinct_ranks,
     rehearse_apart,
@@ -23,35 +23,36 @@ from megatron_mm.planning.report import check_folders, rehearsal_page
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        check_folders({"--json": options.json, "--html": options.html})
-        config = configs.load(options.preset, options.overrides)
-        how = {"world_size": options.world_size, "on": options.on, "media": options.media}
-        reports = []
-        for rank in _chosen(options.ranks, config, options.world_size):
-            reports.append(rehearse_apart(config, rank=rank, **how))
-            print(describe(reports[-1]), flush=True)
-        check_messages(reports)
-    except (ConfigError, RehearsalFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return endings.run(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    check_folders({"--json": options.json, "--html": options.html})
+    config = configs.load(options.preset, options.overrides)
+    how = {"world_size": options.world_size, "on": options.on, "media": options.media}
+    reports = []
+    for rank in _chosen(options.ranks, config, options.world_size):
+        reports.append(rehearse_apart(config, rank=rank, **how))
+        print(describe(reports[-1]), flush=True)
+    check_messages(reports)
     if options.on == "gpu":
         print("\n".join(f"{key}: {text}" for key, text in STANDS_FOR.items()))
     if options.json:
         options.json.write_text(json.dumps([_record(report) for report in reports], indent=1))
     if options.html:
         options.html.write_text(rehearsal_page(f"{options.preset} on {options.world_size:,} ranks, rehearsed", reports))
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = endings.Parser(description=__doc__)
     parser.add_argument("preset", help="a preset's name, or a YAML file")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--world-size", type=int, required=True, help="ranks of the job")
     parser.add_argument("--ranks", default="distinct", help="distinct, stages, all, or numbers: 0,8,1023")
     parser.add_argument("--on", choices=("gpu", "cpu"), default="gpu", help="whose code path is rehearsed")
-    parser.add_argument("--media", type=int, default=1, help="images and seconds of sound on each encoding rank")
+    parser.add_argument(
+        "--media", type=endings.at_least(0), default=1, help="images and seconds of sound on each encoding rank"
+    )
     parser.add_argument("--json", type=Path, help="write the reports there too")
     parser.add_argument("--html", type=Path, help="draw memory by rank and over the step there")
     return parser

@@ -10,13 +10,13 @@ import sys
 
 from tqdm import tqdm
 
-from megatron_mm.errors import DataError
+from megatron_mm import endings
 from megatron_mm.ingest.deduplicate import deduplicate
 from megatron_mm.shards import merge, open_shards
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = endings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     check = actions.add_parser("verify", help="check every byte")
     check.add_argument("prefixes", nargs="+", metavar="P", help="prefixes of shards")
@@ -36,24 +36,26 @@ def main() -> int:
         "is usual)",
     )
     arguments = parser.parse_args()
-    try:
-        if arguments.action == "verify":
-            _verify(arguments.prefixes)
-        elif arguments.action == "deduplicate":
-            _deduplicate(arguments.prefixes, arguments.output_prefix, arguments.near)
-        else:
-            parts = [part.removesuffix(".json") for part in arguments.parts]
-            manifest = merge(arguments.output_prefix, parts)
-            print(f"{arguments.output_prefix}: {len(parts)} parts, {manifest['documents']} documents")
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return endings.run(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.action == "verify":
+        _verify(arguments.prefixes)
+    elif arguments.action == "deduplicate":
+        _deduplicate(arguments.prefixes, arguments.output_prefix, arguments.near)
+    else:
+        parts = [part.removesuffix(".json") for part in arguments.parts]
+        manifest = merge(arguments.output_prefix, parts)
+        print(f"{arguments.output_prefix}: {len(parts)} parts, {manifest['documents']} documents")
 
 
 def _deduplicate(prefixes: list[str], output_prefix: str, near: float | None) -> None:
     total = sum(reader.num_documents for reader in open_shards(prefixes))
-    with tqdm(total=total, unit="document", desc="deduplicate") as progress:
+    with (
+        endings.note(disk=f"--output-prefix {output_prefix}"),
+        tqdm(total=total, unit="document", desc="deduplicate") as progress,
+    ):
         counts = deduplicate(prefixes, output_prefix=output_prefix, threshold=near, progress=progress.update)
     print(f"{total} documents: {counts.documents} stay, {counts.rejected} are listed in {output_prefix}.rejected.jsonl")
 

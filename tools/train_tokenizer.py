@@ -4,26 +4,31 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_mm.errors import DataError
+from megatron_mm import endings
+from megatron_mm.errors import ConfigError
 from megatron_mm.ingest.pipeline import read_texts
 from megatron_mm.tokenizer import train_tokenizer
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = endings.Parser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, and folders of files")
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids, special tokens included")
+    parser.add_argument(
+        "--vocab-size", type=endings.at_least(1), required=True, metavar="N", help="ids, special tokens included"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="T", help="the tokenizer.json to write")
     arguments = parser.parse_args()
-    try:
-        tokenizer = train_tokenizer(read_texts(arguments.input), vocab_size=arguments.vocab_size)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return endings.run(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.output.is_dir():
+        raise ConfigError(f"--output {arguments.output} is a folder: give the file to write.")
+    tokenizer = train_tokenizer(read_texts(arguments.input), vocab_size=arguments.vocab_size)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(arguments.output))
+    with endings.note(disk=f"--output {arguments.output}"):
+        arguments.output.write_text(tokenizer.to_str(pretty=True))
     print(f"{arguments.output}: {tokenizer.get_vocab_size()} ids")
-    return 0
 
 
 if __name__ == "__main__":

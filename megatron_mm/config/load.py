@@ -1,5 +1,6 @@
 """From a preset and overrides to a checked `Config`, and back to YAML."""
 
+import contextlib
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from megatron_mm.config.schema import RANDOM, Config
 from megatron_mm.errors import ConfigError
 
 PRESET_DIR = Path(__file__).parent / "presets"
+SHOWN_CHARACTERS = 80
+"""Of a value that cannot be, in a message."""
 
 
 def preset_names() -> list[str]:
@@ -54,11 +57,38 @@ def _build(preset: str, overrides: Sequence[str]) -> tuple[Config | None, list[s
     try:
         return Config(**{"preset": preset, **settings}), problems
     except ValidationError as error:
-        problems += [
-            f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']} (found {detail['input']!r})"
-            for detail in error.errors()
-        ]
+        problems += [line for detail in error.errors() if (line := _explain_value(detail, settings))]
     return None, problems
+
+
+SHAPES = {
+    "tuple_type": "Write a list, [first, second]",
+    "dict_type": "Write pairs, {name: value}",
+    "model_type": "It is a section: write {key: value} in a file, or section.key=value",
+}
+"""What to do, by pydantic's name of a mistake, where pydantic's own words are about Python."""
+
+
+def _explain_value(detail: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a value, by its key; None of a form that the value was not meant to have.
+
+    Where a list or pairs may stand, pydantic reports both: pairs are held against pairs, and all else against a list.
+    """
+    key, value, pairs = [], settings, False
+    for part in detail["loc"]:
+        if isinstance(part, str) and part.startswith(("tuple[", "dict[")):
+            pairs = isinstance(value, dict)
+            if part.startswith("dict[") != pairs:
+                return None
+            continue
+        key.append(str(part))
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            value = value[part]
+    if detail["type"] == "missing":
+        return f"{'.'.join(key)} is missing, and has no default. Give it."
+    found = repr(detail["input"])
+    found = found if len(found) <= SHOWN_CHARACTERS else found[:SHOWN_CHARACTERS] + "..."
+    return f"{'.'.join(key)}: {SHAPES.get(detail['type'], detail['msg'])} (found {found})"
 
 
 def to_yaml(config: Config) -> str:
@@ -152,18 +182,25 @@ def describe_fields() -> Iterator[tuple[str, str, str, str]]:
 
 def _read(preset: str, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the settings of a preset, with those that it extends; `extended_by` are the files that led here."""
-    path = _find(preset, beside=extended_by[-1].parent if extended_by else None)
+    path = _find(preset, extended_by=extended_by[-1] if extended_by else None)
     if path in extended_by:
         loop = " extends ".join(str(one) for one in (*extended_by[extended_by.index(path) :], path))
         raise ConfigError(f"{loop}: a preset cannot extend itself. Take one `extends` out.")
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.load(path.read_text(), _OnceOnly)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
+        raise ConfigError(
+            f"{path}{place} cannot be read as YAML: {error.problem}. Mend it there, or a little before."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        raise ConfigError(f"{path} is not YAML ({type(error).__name__}: {error}). Give a text file.") from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"{path} cannot be read: {error.strerror}. Give a file that can.") from error
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path} holds {type(settings).__name__}, not sections of settings.")
+        what = "is empty" if settings is None else f"holds a {type(settings).__name__}, not sections of settings"
+        raise ConfigError(f"{path} {what}. Write `extends: PRESET` and, below it, `section: {{key: value}}`.")
     base = settings.pop("extends", None)
     if base is None:
         return settings
@@ -172,15 +209,44 @@ def _read(preset: str, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merged(_read(base, extended_by=(*extended_by, path)), settings)
 
 
-def _find(preset: str, *, beside: Path | None) -> Path:
-    """Return the file of a preset: one of the package's, one `beside` the file that extends it, or a path."""
-    candidates = [PRESET_DIR / f"{preset}.yaml", *([beside / preset] if beside else []), Path(preset)]
+class _OnceOnly(yaml.SafeLoader):
+    """Reads YAML, and refuses a key that stands twice in a section, where YAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node."""
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _find(preset: str, *, extended_by: Path | None) -> Path:
+    """Return the file of a preset: one of the package's, one beside the file that extends it, or a path."""
+    beside = [extended_by.parent / preset] if extended_by else []
+    candidates = [PRESET_DIR / f"{preset}.yaml", *beside, Path(preset)]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
-        near = difflib.get_close_matches(preset, preset_names(), n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"no preset and no file is called {preset!r}: the presets are {preset_names()}.{hint}")
+        who = f"{extended_by} extends {preset!r}, but no" if extended_by else "no"
+        raise ConfigError(
+            f"{who} preset and no file is called {preset!r}: the presets are {preset_names()}.{_hint(preset)}"
+        )
     return found.resolve()
+
+
+def _hint(preset: str) -> str:
+    """Return what may have been meant by the name of a preset that is none, as a sentence."""
+    path = Path(preset)
+    if (path / "config.yaml").is_file():
+        return f" {preset} is a run_dir: did you mean {path / 'config.yaml'}?"
+    if path.is_dir():
+        return f" {preset} is a folder: give a file."
+    if preset.startswith("~") or "$" in preset:
+        return " ~ and $ are expanded by the shell, and only without quotes."
+    files = [str(file) for file in path.parent.glob("*.y*ml")] if path.suffix else []
+    near = difflib.get_close_matches(preset, [*preset_names(), *files], n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _merged(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -237,8 +303,9 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _unknown(key: str) -> str:
+    known = list(dict(_fields(Config))) if "." in key else list(Config.model_fields)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5 if "." in key else 0.7)
     known = list(dict(_fields(Config)))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     same_leaf = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
     hint = (near or same_leaf)[:1]
     return f"{key} is not a setting." + (f" Did you mean {hint[0]}?" if hint else " See --help for all of them.")
@@ -250,7 +317,7 @@ def _take_out_unknown(settings: dict[str, Any]) -> list[str]:
     for name, value in list(settings.items()):
         field = Config.model_fields.get(name)
         if field is None:
-            problems.append(_unknown(name))
+            problems.append(_unknown(str(name)))
             del settings[name]
         elif isinstance(value, dict):
             for inner in [inner for inner in value if inner not in field.annotation.model_fields]:

@@ -4,6 +4,8 @@ Much of what megatron-core needs is checked only in `megatron.training`'s argume
 those checks live here.
 """
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,8 @@ from megatron_mm.errors import ConfigError
 
 def divisors(number: int) -> list[int]:
     """Return the divisors of `number`, ascending."""
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    low = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    return sorted({*low, *(number // candidate for candidate in low)})
 
 
 def _tensor_parallel(config: Config) -> Iterator[str]:
@@ -183,7 +186,10 @@ def _schedule(config: Config) -> Iterator[str]:
             "the schedule to decay over. Use fewer."
         )
     if config.optimizer.min_lr > config.optimizer.lr:
-        yield f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}."
+        yield (
+            f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}. Use a smaller "
+            "optimizer.min_lr."
+        )
 
 
 def _blend(config: Config) -> Iterator[str]:
@@ -253,6 +259,24 @@ def _never_comes(config: Config) -> Iterator[str]:
         )
 
 
+def _paths(config: Config) -> Iterator[str]:
+    """Name paths as a shell would have had to expand them: here they would be folders called `~` and `$HOME`."""
+    start_from, vision, audio = config.training.start_from, config.vision.pretrained, config.audio.pretrained
+    for key, paths in (
+        ("run_dir", [config.run_dir]),
+        ("data.train", [prefix for name in config.data.train_datasets for prefix in name.split(",")]),
+        ("data.validation", config.data.validation),
+        ("training.start_from", [start_from] if start_from else []),
+        ("vision.pretrained", [vision] if vision else []),
+        ("audio.pretrained", [audio] if audio else []),
+    ):
+        for path in paths:
+            if path.strip().startswith("~") or re.search(r"\$[A-Za-z_{]", path):
+                yield f"{key}={path}: ~ and $ are expanded by the shell, not here. Write the path out."
+            elif key == "run_dir" and not path.strip():
+                yield f"{key}={path!r} is no folder. Name one."
+
+
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _tensor_parallel,
     _query_groups,
@@ -264,6 +288,7 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _fp8,
     _schedule,
     _blend,
+    _paths,
     _without_effect,
     _guard,
     _never_comes,

@@ -1,8 +1,14 @@
 """Every setting of a run: frozen, typed, explained under its field. What can be derived is a property."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+"""Whole numbers that torch and numpy can hold."""
+MAX_SECONDS = 1e9
+"""What a thread can wait for."""
 
 RANDOM = "random"
 """What vision.pretrained and audio.pretrained say for an encoder that starts from random weights on purpose."""
@@ -11,7 +17,9 @@ RANDOM = "random"
 class Section(BaseModel):
     """A group of settings; `python -m megatron_mm.train --help` prints the docstring of each field."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class ModelConfig(Section):
@@ -108,13 +116,13 @@ class DataConfig(Section):
     """best_fit cuts no document that fits into a sample, and no media; concatenate lays texts end to end and cuts."""
     validation: tuple[str, ...] = ()
     """Prefixes of held-out shards; empty: no validation."""
-    seq_len: PositiveInt
+    seq_len: Annotated[int, Field(gt=0, lt=2**31)]
     """Tokens of one packed sample."""
     seed: NonNegativeInt = 1234
     """Key of the order in which samples are seen."""
     prefetch_steps: NonNegativeInt = 1
     """Steps that are read and decoded ahead in a background thread; 0 reads in the foreground."""
-    stall_seconds: PositiveFloat = 240.0
+    stall_seconds: PositiveFloat = Field(240.0, le=MAX_SECONDS)
     """Seconds for a step after which the thread that reads ahead counts as hung and another one takes its place; after
     three of them the run ends. Keep three times this below guard.hang_seconds."""
     decoder: Literal["auto", "reference", "dali"] = "auto"
@@ -275,9 +283,9 @@ class GuardConfig(Section):
     """Steps in a row that stand out after which the run goes back to its last checkpoint, without their batches."""
     max_rollbacks: NonNegativeInt = 3
     """Times that a run may go back before it stops."""
-    heartbeat_seconds: PositiveFloat = 10.0
+    heartbeat_seconds: PositiveFloat = Field(10.0, le=MAX_SECONDS)
     """How often each rank writes where it is to run_dir/health; at least four times in guard.hang_seconds."""
-    hang_seconds: NonNegativeFloat = 900.0
+    hang_seconds: NonNegativeFloat = Field(900.0, le=MAX_SECONDS)
     """How long a rank may stand still in one phase before the run names who waits for whom, and ends. 0 waits as long
     as collectives do, and names nobody."""
     slow_rank_interval: NonNegativeInt = 100

@@ -22,6 +22,8 @@ from megatron_mm.model.vision import VisionEncoder
 
 log = logging.getLogger(__name__)
 
+NAMED = 8
+"""Tensors of a kind that a message names."""
 VISION_LEFT_BEHIND = r"(vit\.)?(head|fc_norm|classifier|pooler)\..*"
 AUDIO_LEFT_BEHIND = (
     r"(aux|lm_head|quantizer|project_q|project_hid|classifier|projector)\..*|(wav2vec2\.)?masked_spec_embed"
@@ -230,7 +232,11 @@ def _fill(tower: nn.Module, weights: dict[str, Tensor], path: Path, *, encoder: 
         if weights[name].shape != own[name].shape
     ]
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": sorted(other)}
-    wrong = [f"{len(names)} {what}: {', '.join(names)}" for what, names in lists.items() if names]
+    wrong = [
+        f"{len(names)} {what}: {', '.join(names[:NAMED])}{' ...' * (len(names) > NAMED)}"
+        for what, names in lists.items()
+        if names
+    ]
     if wrong:
         raise DataError(f"{path} does not fit the encoder ({hint}).\n" + "\n".join(wrong))
     if any(parameter.is_meta for parameter in own.values()):

@@ -49,6 +49,7 @@ class Sampling:
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "temperature": (0.0 <= self.temperature < float("inf"), "0 or more; 0 takes the most probable token"),
             "top_k": (self.top_k >= 0, "0 or more; 0 chooses among all tokens"),
+            "seed": (0 <= self.seed < 2**63, "0 or more, below 2**63"),
             "top_p": (0.0 < self.top_p <= 1.0, "above 0 and at most 1; 1 chooses among all tokens"),
         }
         for name, (fits, what) in allowed.items():
@@ -101,7 +102,10 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> Speaker:
     # The package's own copy of the code that a full export carries: nothing in the folder is executed.
     from megatron_mm.hf.code.modeling_megatron_mm import MegatronMMForConditionalGeneration
 
-    description = json.loads((folder / "config.json").read_text())
+    try:
+        description = dict(json.loads((folder / "config.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{folder / 'config.json'} is damaged ({error}). Write the export again.") from error
     kind = description.get("model_type")
     classes = {
         "internvl": (AutoModelForImageTextToText, {Media.IMAGE}),

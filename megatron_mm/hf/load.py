@@ -179,7 +179,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({error}): a Hugging Face folder has a config.json.") from error
+        raise DataError(f"{path} cannot be read ({error}): a Hugging Face folder has one. Copy it again.") from error
 
 
 def _targets(reader: SafetensorsReader, config: Config, *, kind: str) -> list[Target]:

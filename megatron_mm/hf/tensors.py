@@ -346,12 +346,18 @@ def _check_sizes(path: Path) -> int:
         manifest = json.loads((path / "manifest.json").read_text())
         sizes, step = dict(manifest["bytes"]), int(manifest["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
+        inside = sorted(str(file.parent) for file in path.glob("**/step_*/manifest.json"))
+        hint = f" Did you mean {inside[-1]}?" if inside else ""
+        reason = (
+            f"manifest.json: {error.strerror}" if isinstance(error, OSError) else f"manifest.json is damaged: {error}"
+        )
         raise DataError(
-            f"{path} is not a checkpoint of this package ({type(error).__name__}: {error}). A checkpoint is a folder "
-            "RUN_DIR/checkpoints/step_N."
+            f"{path} is not a checkpoint of this package ({reason}). A checkpoint is a folder "
+            f"RUN_DIR/checkpoints/step_N.{hint}"
         ) from error
     for name, size in sizes.items():
         found = (path / name).stat().st_size if (path / name).exists() else None
         if found != size:
-            raise DataError(f"{path / name} has {found} bytes, its manifest says {size}: the checkpoint is damaged.")
+            what = "is missing" if found is None else f"has {found} bytes"
+            raise DataError(f"{path / name} {what}, its manifest says {size}: the checkpoint is damaged.")
     return step

@@ -7,10 +7,12 @@ of the signatures; a pair that shares a band counts if its signatures agree in a
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from rensa import RMinHash
 
+from megatron_mm.errors import ConfigError
 from megatron_mm.modality import Media
 from megatron_mm.shards import Counts, EncodedDocument, MediaItem, ShardReader, ShardWriter, open_shards
 
@@ -37,6 +39,10 @@ def deduplicate(
     are a digest of each document and, with a `threshold`, half a kilobyte for each text.
     """
     shards = open_shards(prefixes)
+    if Path(output_prefix).resolve() in [Path(one).resolve() for one in (*prefixes, *(own.prefix for own in shards))]:
+        raise ConfigError(f"--output-prefix {output_prefix} is read too: the copy would replace it. Give another.")
+    if threshold is not None and not 0.0 < threshold <= 1.0:
+        raise ConfigError(f"--near {threshold} is no part of a text: give a number above 0 and up to 1.")
     finder = _Finder(threshold)
     with ShardWriter(output_prefix, tokenizer=shards[0].tokenizer) as writer:
         for shard in shards:

@@ -144,7 +144,7 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
         found = [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file())
         files += [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
-        raise DataError(f"there are no files under {', '.join(inputs)}.")
+        raise DataError(f"there are no files under {', '.join(inputs)}. Give --input files, or folders that hold some.")
     return files
 
 
@@ -254,4 +254,4 @@ def _first_bad(rejections: Sequence[Rejection]) -> str:
     if not rejections:
         return ""
     first = rejections[0]
-    return f"{first.path}: {first.reason}. Mend it, or leave out what cannot be read with --bad-input skip."
+    return f"{first.path}: {first.reason.rstrip('.')}. Mend it, or leave out what cannot be read with --bad-input skip."

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megatron_mm import endings
+
 AHEAD_PER_WORKER = 4
 """Work items under way or done and waiting for their turn, for each worker: few enough to bound memory."""
 GIVEN_PER_WORKER = 2
@@ -189,7 +191,8 @@ class _Worker:
         self.process = context.Process(
             target=_serve, args=(other, self.make_task, self.limits, self.folder), daemon=True
         )
-        self.process.start()
+        with endings.out_of_reach_of_ctrl_c():
+            self.process.start()
         other.close()
         self.deadline = time.monotonic() + START_SECONDS
 
@@ -235,7 +238,6 @@ class _Worker:
 
 def _serve(connection: Connection, make_task: Callable[[], Callable[[Any], Any]], limits: Limits, folder: str) -> None:
     """Be a worker: do every item that arrives, within the limits that the system keeps."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     tempfile.tempdir = folder
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     try:

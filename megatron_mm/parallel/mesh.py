@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from megatron_mm.config import Config, check_world, flat
+from megatron_mm.environment import read_number
 from megatron_mm.errors import ConfigError
 from megatron_mm.parallel import device, rendezvous
 from megatron_mm.parallel.agreement import check_alike
@@ -89,11 +90,11 @@ def initialize(config: Config) -> Mesh:
     """
     size = world_size()
     check_world(config, size)
-    device.prepare(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    device.prepare(read_number("LOCAL_RANK", 0), read_number("LOCAL_WORLD_SIZE", 1))
     if not dist.is_initialized():
         if size > 1:
             store = rendezvous.meet(size, timeout=TIMEOUT)
-            rank = int(os.environ["RANK"])
+            rank = read_number("RANK", 0)
             dist.init_process_group(device.backend(), store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         else:
             dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)

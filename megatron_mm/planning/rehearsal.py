@@ -25,9 +25,11 @@ from megatron.core.tensor_parallel import random as mcore_random
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_mm import endings
 from megatron_mm.batch import MicroBatch, TokenCounts, attention_spans, context_spans
 from megatron_mm.config import Config, check_world
 from megatron_mm.data.loader import Unit, media_units
+from megatron_mm.errors import ConfigError
 from megatron_mm.kernels import ops
 from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_SIZE, IMAGE_TOKENS, audio_frames
 from megatron_mm.model.backend import Backend, local
@@ -55,7 +57,7 @@ NAMED = ("input_layernorm", "self_attention", "core_attention", "pre_mlp_layerno
 NAMED_IN_EMBEDDING = ("word_embeddings", "image.encoder", "image.projector", "audio.encoder", "audio.projector")
 
 
-class RehearsalFailed(RuntimeError):
+class RehearsalFailed(ConfigError):
     """The real job would fail; the message names the rank and the module."""
 
 
@@ -199,7 +201,9 @@ def _some(ranks: tuple[int, ...]) -> str:
 def rehearse_apart(config: Config, *, rank: int, world_size: int, on: str = "gpu", media: int = 1) -> RankReport:
     """Rehearse a rank in a process of its own, as it has in the job; see `rehearse`."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(rehearse, config, rank=rank, world_size=world_size, on=on, media=media).result()
+        with endings.out_of_reach_of_ctrl_c():
+            report = pool.submit(rehearse, config, rank=rank, world_size=world_size, on=on, media=media)
+        return report.result()
 
 
 def prepare(config: Config, mesh: Mesh, ledger: Ledger, *, backend: Backend | None = None) -> TrainState:

@@ -1,5 +1,6 @@
 """Reading shards: checked on opening as far as that is cheap, again at every read, and byte by byte by `verify`."""
 
+import difflib
 import hashlib
 import json
 import os
@@ -291,7 +292,12 @@ def merge(prefix: str | Path, parts: Sequence[str]) -> dict[str, Any]:
     The parts stay where they are and are named relative to the folder of `prefix`. Raises DataError as `open_shards`.
     """
     readers = open_shards(parts)
-    folder = Path(prefix).resolve().parent
+    own, named = Path(prefix).resolve(), [Path(part).resolve() for part in parts]
+    if own in named or Path(f"{own}.bin").exists():
+        raise DataError(f"{prefix}.json is that of shards, which it would no longer name. Give a prefix of its own.")
+    if twice := [part for part, path in zip(parts, named) if named.count(path) > 1]:
+        raise DataError(f"{twice[0]} is given twice: its documents would be there twice. Take one out.")
+    folder = own.parent
     folder.mkdir(parents=True, exist_ok=True)
     manifest = {
         "version": 1,
@@ -317,16 +323,27 @@ def _read_manifest(prefix: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(
             f"{path} is missing: {prefix} is not a finished set of shards. Make it with "
-            f"`python tools/preprocess_data.py --output-prefix {prefix} ...`."
+            f"`python tools/preprocess_data.py --output-prefix {prefix} ...`.{_hint(prefix)}"
         ) from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}. Give shards that can.") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}). Preprocess the inputs again.") from error
     if not isinstance(manifest, dict) or manifest.get("version") != 1:
         version = manifest.get("version") if isinstance(manifest, dict) else None
-        raise DataError(f"{path} has version {version}; this package reads version 1.")
+        raise DataError(f"{path} has version {version}; this package reads version 1. Preprocess the inputs again.")
+    needed = {"documents", "tokens", "tokenizer"}
+    if not (needed <= manifest.keys() and manifest.keys() & {"files", "parts"}):
+        raise DataError(f"{path} lacks what a manifest of shards says. Preprocess the inputs again.")
     return manifest
+
+
+def _hint(prefix: str) -> str:
+    """Return which shards may have been meant by a prefix that has none, as a sentence."""
+    folder = Path(prefix) if Path(prefix).is_dir() else Path(prefix).parent
+    there = sorted(str(path).removesuffix(".idx") for path in folder.glob("*.idx") if ".media" not in path.name)
+    near = there if folder == Path(prefix) else difflib.get_close_matches(prefix, there, n=1)
+    return f" Did you mean {' or '.join(near[:3])}?" if near else ""
 
 
 def _map(path: str, dtype: np.dtype, offset: int, count: int) -> np.ndarray:

@@ -215,13 +215,13 @@ def step_line(step: int, values: Mapping[str, Any]) -> str:
 def run_of_metrics(run_dir: str | Path) -> str | None:
     """Return which run has written metrics.jsonl, as its starts say; None if there is none, or it does not say."""
     path = Path(run_dir) / "metrics.jsonl"
-    records = (record for _, record in _records(path.read_text(errors="replace"))) if path.exists() else ()
+    records = (record for _, record in _records(path)) if path.exists() else ()
     return next((record["run"] for record in records if "run" in record), None)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Return the records of a run's metrics.jsonl, in order, without a line that a killed run was writing."""
-    return [record for _, record in _records((Path(run_dir) / "metrics.jsonl").read_text(errors="replace"))]
+    return [record for _, record in _records(Path(run_dir) / "metrics.jsonl")]
 
 
 def _short(number: float) -> str:
@@ -261,7 +261,7 @@ def _forget_after(path: Path, step: int) -> _Kept:
     """
     keys = [f"{field.name}_tokens" for field in fields(TokenCounts)]
     kept, lost_seconds, last = [], [], {"step": 0, **dict.fromkeys(keys, 0)}
-    for line, record in _records(path.read_text(errors="replace")) if path.exists() else ():
+    for line, record in _records(path) if path.exists() else ():
         if record["step"] <= step:
             kept.append(line + "\n")
             last = record if all(key in record for key in keys) else last
@@ -275,16 +275,16 @@ def _forget_after(path: Path, step: int) -> _Kept:
     return _Kept(counts, step - last["step"], len(lost_seconds), sum(lost_seconds, 0.0))
 
 
-def _records(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each line of metrics.jsonl with its record, but for one that was cut off as the run was killed.
 
     Other lines that hold no record are passed over with a warning: what a disk has damaged ends no run.
     """
-    lines = text.splitlines()
-    for number, line in enumerate(lines, 1):
+    lines = path.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if not isinstance(record["step"], int):
+            if type(record["step"]) is not int:
                 raise TypeError
         except (ValueError, KeyError, TypeError):
             if number < len(lines):

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -115,7 +116,11 @@ class Saver:
         )  # fmt: skip
         writer, outcome = self._strategy.writer, tempfile.TemporaryFile()
         buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets, non_blocking=False)
-        process = multiprocessing.get_context("fork").Process(target=_write, args=(buckets, writer.transforms, outcome))
+        process = multiprocessing.get_context("fork").Process(
+            target=_write,
+            args=(buckets, writer.transforms, outcome),
+            daemon=True,  # it ends with a run that is cut off
+        )
         process.start()
         writer.write_buckets = []  # the other process has them
         stall = time.perf_counter() - started
@@ -221,6 +226,7 @@ def _make_folder(partial: Path, final: Path) -> None:
 
 def _write(buckets: list[tuple], transforms: Any, outcome: Any) -> None:
     """Write the shards of one rank and leave in `outcome` what became of it; runs in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run decides
     done: dict[str, Any] = {"host": socket.gethostname(), "error": None, "results": [], "hashes": {}}
     try:
         for bucket in buckets:

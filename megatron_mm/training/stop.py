@@ -12,6 +12,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from megatron_mm.errors import ConfigError
 from megatron_mm.parallel import device
 from megatron_mm.parallel.mesh import Mesh
 
@@ -21,6 +22,14 @@ DEADLINE = "MEGATRON_MM_DEADLINE"
 """Unix time at which the run is to save and end."""
 
 
+def _deadline() -> float:
+    text = os.environ.get(DEADLINE) or "inf"
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{DEADLINE}={text} in the environment is no Unix time. Give one, or unset it.") from None
+
+
 class StopRequest:
     """Knows whether this process was asked to stop, and what all ranks make of it."""
 
@@ -28,7 +37,7 @@ class StopRequest:
         self._mesh = mesh
         self._signalled = False
         self._file = os.environ.get(STOP_FILE)
-        self._deadline = float(os.environ.get(DEADLINE, "inf"))
+        self._deadline = _deadline()
         self._before = signal.signal(signal.SIGUSR1, self._on_signal)
 
     def _on_signal(self, *_: object) -> None:

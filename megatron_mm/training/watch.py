@@ -61,10 +61,17 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            error.add_note(self._place())
         self._ended.set()
         self._thread.join()
         self._path.unlink(missing_ok=True)
+
+    def _place(self) -> str:
+        if self._phase == "start":
+            return "while the model was built or loaded"
+        return f"in step {self._step}" + ("" if self._phase == "step" else f" ({self._phase})")
 
     def beat(self, phase: str, *, step: int) -> None:
         """Say that this rank has reached `phase` of step `step`: it is alive."""

@@ -201,7 +201,7 @@ def tool_says(arguments: list[str]) -> tuple[int, str, str]:
 )
 def test_a_mistake_is_told_without_a_traceback(arguments: list[str], message: str) -> None:
     status, _, said = tool_says(["tiny", *arguments])
-    assert status == 1
+    assert status == 2
     assert said.startswith("error: ")
     assert message in said
 

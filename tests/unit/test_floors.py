@@ -8,7 +8,7 @@ import megatron_mm
 
 ROOT = Path(megatron_mm.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("errors", "noise", "modality"), 0),
+    **dict.fromkeys(("errors", "endings", "environment", "noise", "modality"), 0),
     **dict.fromkeys(("config", "kernels", "tokenizer", "shards", "batch"), 1),
     **dict.fromkeys(("parallel", "ingest"), 2),
     **dict.fromkeys(("data", "model"), 3),

@@ -226,7 +226,7 @@ def tool() -> Callable[[list[str]], int]:
 )
 def test_a_mistake_is_told_without_a_traceback(arguments: list[str], message: str) -> None:
     status, said = run_alone(told, arguments)
-    assert (status, said.startswith("error: ")) == (1, True)
+    assert (status, said.startswith("error: ")) == (2, True)
     assert message in said
 
 

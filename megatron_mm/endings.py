@@ -1,0 +1,269 @@
+"""How a command of this package ends: what it says, and its exit status. One place decides, for training and tools.
+
+0     it is done
+2     the user mends it: a setting, a file, a machine with too little memory. `error: ...` says what, and how
+1     the run or the world stopped it: a disk, another rank, a run that would do harm; another try may go better. Also a
+      defect of this package, the one thing that shows a traceback
+130   Ctrl-C
+141   nobody reads what it prints (`| head`)
+"""
+
+import argparse
+import contextlib
+import difflib
+import errno
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from multiprocessing import resource_tracker
+from types import FrameType
+from typing import NoReturn
+
+from megatron_mm.errors import ConfigError, DataError, RunStopped
+
+MENDABLE, STOPPED, INTERRUPTED, UNREAD = 2, 1, 130, 141
+GRACE_SECONDS = 10.0
+"""What a command may take to end after Ctrl-C: its main thread may wait for a rank that has left, and never see it."""
+THE_WORLD = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENFILE, errno.EAGAIN)
+"""What a disk, a network or a full table says: no path or setting is wrong."""
+CPU_MEMORY = (
+    *("can't allocate memory", "Cannot allocate memory", "bad_alloc", "not enough memory"),
+    *("Storage size calculation overflowed", "numel: integer multiplication overflow"),
+)
+"""How torch, and the libraries under it, say of a CPU that its memory is full, in a RuntimeError."""
+LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "gloo")
+"""How gloo says, in a RuntimeError, that another rank is gone."""
+SMALLER = "Close other programs, or take a machine with more memory."
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command line; what is wrong with it is said as any other mistake is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one paragraph, and end with the status of a mistake."""
+        options = [option for action in self._actions for option in action.option_strings]
+        wrong = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        near = [match for one in wrong for match in difflib.get_close_matches(one, options, n=1)]
+        hint = f" Did you mean {near[0]}?" if near else ""
+        self.exit(MENDABLE, f"error: {message}.{hint} `{self.prog} --help` explains all arguments.\n")
+
+
+def run(command: Callable[[], object], *, memory: str = SMALLER) -> int:
+    """Run a command, say on stderr why it ended if it did not come to its end, and return its exit status.
+
+    `memory` says what to do when there is too little of it. Whatever knows more of where the command was, or of what it
+    leaves behind, says so in a note on the exception.
+    """
+    with _interruptible():
+        try:
+            command()
+            sys.stdout.flush()
+        except BaseException as error:
+            if isinstance(error, SystemExit | GeneratorExit):
+                raise
+            status, message = explain(error, memory=memory)
+            _say(message)
+            _give_up_output()
+            return status
+    return 0
+
+
+@contextlib.contextmanager
+def note(*, stop: Callable[[], str] = lambda: "the same command starts anew", disk: str = "") -> Iterator[None]:
+    """Let what ends the body say more: of Ctrl-C, what is left behind and how to go on; of a disk, what is written."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note(stop())
+        raise
+    except OSError as error:
+        if disk:
+            error.add_note(disk)
+        raise
+
+
+def at_least(least: int, *, below: int = 2**63) -> Callable[[str], int]:
+    """Return what reads a whole number from a command line: `least` or more, and no more than a computer's word."""
+
+    def whole_number(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if least <= int(text) < below:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+
+    return whole_number
+
+
+def _give_up_output() -> None:
+    """Let what was printed and cannot be written go, where the interpreter would try again as it ends, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def explain(error: BaseException, *, memory: str = SMALLER) -> tuple[int, str]:
+    """Return the exit status that an exception stands for, and what to say of it."""
+    notes = "; ".join(getattr(error, "__notes__", []))
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, f"stopped by Ctrl-C: {notes or 'the same command starts anew'}."
+    if isinstance(error, ConfigError | DataError):
+        return MENDABLE, f"error: {error}"
+    if isinstance(error, RunStopped):
+        return STOPPED, f"{type(error).__name__}: {error}"
+    if (asked := _memory_asked(error)) is not None:
+        return MENDABLE, f"error: out of memory{f' {notes}' if notes else ''}: {asked} {memory}"
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        return UNREAD, ""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in THE_WORLD):
+        return _explain_file(error, notes)
+    if _is_lost_rank(error):
+        first = str(error).strip().splitlines()[0]
+        return STOPPED, f"{type(error).__name__}: another rank has ended, or the network failed ({first}). See its log."
+    lines = "".join(traceback.format_exception(error))
+    return STOPPED, f"{lines}This is a defect of megatron_mm, not a mistake of yours. Please report it: {_versions()}."
+
+
+def _explain_file(error: OSError, notes: str) -> tuple[int, str]:
+    """Return the status and what to say of a file or disk that the system refused."""
+    name = error.filename.decode(errors="replace") if isinstance(error.filename, bytes) else error.filename
+    what = "writing failed" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else "the system refused"
+    where = f"{what}{f' ({notes})' if notes else ''}" if name is None else f"{name}"
+    if error.errno in THE_WORLD:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        todo = "Make room on its disk, and start again." if full else "Look at the storage, and start again."
+        return STOPPED, f"OSError: {where}: {error.strerror}. {todo}"
+    todo = {
+        errno.EACCES: "Give a path that this user may use, or change its permissions.",
+        errno.EPERM: "Give a path that this user may use, or change its permissions.",
+        errno.EROFS: "Give a path on a disk that can be written.",
+        errno.EISDIR: "It is a folder: give a file.",
+        errno.ENOTDIR: "A part of the path is a file: give folders.",
+        errno.EEXIST: "Remove it, or give another path.",
+        errno.ENOTEMPTY: "Remove it, or give another path.",
+    }.get(error.errno or 0, "Give a path that exists.")
+    return MENDABLE, f"error: {where}: {error.strerror}. {todo}"
+
+
+def _memory_asked(error: BaseException) -> str | None:
+    """Return how much memory was asked for and what there is, None if that is not what is wrong."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):  # its message goes on for ten lines
+        facts = re.search(r"Tried to allocate.*?memory in use\.", str(error), re.DOTALL)
+        return " ".join(facts[0].split()) if facts else " ".join(str(error).split())[:300]
+    by_torch = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_MEMORY)
+    by_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if not (isinstance(error, MemoryError) or by_torch or by_system):
+        return None
+    if amount := re.search(r"allocate (\d+) bytes", str(error)):
+        asked = _gib(int(amount[1]))
+    else:
+        amount = re.search(r"allocate ([\d.]+ [KMGTPE]?i?B)", str(error))
+        asked = amount[1] if amount else "more"
+    import psutil  # a library of the system's figures, that only this path needs
+
+    held, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+    return f"it asked for {asked} of the CPU's memory; this process holds {_gib(held)}, and {_gib(free)} are free."
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB"
+
+
+def _is_lost_rank(error: BaseException) -> bool:
+    """Tell whether an exception says that another rank, or the way to it, is gone."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    by_gloo = type(error) is RuntimeError and any(text in str(error) for text in LOST)
+    return by_gloo or isinstance(error, dist.DistError)
+
+
+def _versions() -> str:
+    packages = ("megatron-mm", "torch", "megatron-core")
+    found = {name: metadata.version(name) for name in packages if _is_installed(name)}
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _is_installed(name: str) -> bool:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return bool(metadata.version(name))
+    return False
+
+
+def _say(message: str) -> None:
+    """Print why this process ends; each rank speaks, for torchrun ends the others as soon as one has failed."""
+    rank = os.environ.get("RANK", "0")
+    rank = rank if rank.isdecimal() else "0"
+    if message:
+        with contextlib.suppress(OSError):
+            print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let the first Ctrl-C raise KeyboardInterrupt, and the next ones pass: a launcher sends it again and again.
+
+    A main thread that waits in a collective sees no signal; the process then ends by itself GRACE_SECONDS later, as it
+    would if it were killed, which no file here minds.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # nohup: it is ignored
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # also written while the main thread is blocked
+    threading.Thread(target=_end_late, args=(reading,), name="interrupts", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(writing)
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _end_late(reading: int) -> None:
+    """End the process GRACE_SECONDS after a Ctrl-C, if it is still there."""
+    while (numbers := os.read(reading, 16)) and signal.SIGINT not in numbers:
+        pass
+    if not numbers:
+        os.close(reading)
+        return
+    threading.Event().wait(GRACE_SECONDS)
+    _say("stopped by Ctrl-C: what it waited for did not end. Checkpoints are as they were.")
+    os._exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def out_of_reach_of_ctrl_c() -> Iterator[None]:
+    """Let processes that are started inside never see Ctrl-C, which a terminal sends to all: their parent decides."""
+    resource_tracker.ensure_running()  # or multiprocessing starts it with the first process, and lets signals in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _say_unless_interrupted(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Be quiet about Ctrl-C while a command still imports what it needs."""
+    if issubclass(kind, KeyboardInterrupt):
+        _say("stopped by Ctrl-C before it began: nothing was touched.")
+    else:
+        sys.__excepthook__(kind, error, trace)  # type: ignore[arg-type]
+
+
+sys.excepthook = _say_unless_interrupted
