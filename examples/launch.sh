@@ -102,7 +102,7 @@ requeue() { # [NODES TO AVOID]
   say "queued again${1:+, without $1}"
   scontrol requeue "$SLURM_JOB_ID" || fail "the job cannot be requeued: submit it again"
   # Possible only once the job is pending; and the TERM that follows a requeue also ends a scontrol that is under way.
-  [ -z "${1:-}" ] || for _ in {1..20}; do scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1" && break; sleep 0.3; done
+  [ -z "${1:-}" ] || for _ in {1..60}; do scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1" && break; sleep 0.3; done
   sleep 120; exit 1; }  # SLURM ends this shell
 joined() { local IFS=,; echo "$*"; }
 
@@ -155,7 +155,7 @@ train_once() { # on the first TRAIN_NODES of good
 
 # All that a start would check, on this host's CPU, before any rank runs: a mistake ends the job in a minute.
 "${container_of_one[@]}" env CUDA_VISIBLE_DEVICES= timeout "${CHECK_SECONDS:-300}" "$python" "${train[@]:1}" --check --world-size "$world" >"$logs/check.txt" 2>&1 & await $!; status=$?
-if ((status == 2)); then fail "$(grep -v '^media are' "$logs/check.txt" | tail -12)"; fi
+if ((status == 2)); then fail "trying again will not help: $(sed -n '/^error: /,$ {s/^error: //;p}' "$logs/check.txt")"; fi
 ! grep -qs '^start .*nothing is left to do' "$logs/check.txt" || { say "done already: give more training.steps to train for longer"; exit 0; }
 ((status == 0)) || say "the check before the start ended with $status (see $logs/check.txt); the ranks check again"
 
