@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 run_dir=${1:-runs/demo}
 steps=${DEMO_STEPS:-140}
 shards=$run_dir/shards
-rm -rf "$run_dir"/{shards,checkpoints,tensorboard,export,export.partial,metrics.jsonl,loss.png,config.yaml}
+rm -rf "$run_dir"/{shards,checkpoints,health,tensorboard,export,export.partial,metrics.jsonl,loss.png,config.yaml,DONE}
 
 # 1. Files to shards. An image or recording and the text file of the same name are one document.
 for split in train heldout; do
