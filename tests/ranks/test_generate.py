@@ -244,7 +244,7 @@ def test_a_damaged_export_is_named(damage: str, exports: Path, tmp_path: Path) -
     [
         (["--text", "a", "--batch-size", "0"], "--batch-size 0"),
         (["--jsonl", "prompts.jsonl", "--text", "a"], "leave --text and --file out"),
-        (["--jsonl", "prompts.jsonl"], "prompts.jsonl does not exist"),
+        (["--jsonl", "prompts.jsonl"], "--jsonl prompts.jsonl is no file"),
         (["--file", "absent.jpg"], "absent.jpg does not exist"),
         (["--file", "tests"], "tests is a folder"),
         ([], "give a prompt"),

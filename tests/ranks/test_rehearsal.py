@@ -139,7 +139,7 @@ def failing_message(where: str) -> str:
     try:
         with mock.patch.object(*target):
             rehearse(config, rank=1, world_size=2)
-    except RuntimeError as error:
+    except RehearsalFailed as error:
         return str(error)
     return ""
 

@@ -211,7 +211,7 @@ def flip(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda path: cut(path / "__0_0.distcp"), "its manifest says"),
-        (lambda path: (path / "__0_0.distcp").unlink(), "None bytes"),
+        (lambda path: (path / "__0_0.distcp").unlink(), "is missing, its manifest says"),
         (lambda path: (path / "manifest.json").unlink(), "not a checkpoint"),
         (lambda path: path.rename(path.with_name("step_1.partial")), "half written|not a checkpoint"),
     ],
