@@ -243,7 +243,7 @@ def test_two_processes_of_one_rank_are_named() -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RANK": "x"}, "RANK=x is none of the ranks 0 to 1 of WORLD_SIZE=2"),
+        ({"RANK": "x"}, "RANK=x in the environment is not a whole number"),
         ({"RANK": "2"}, "RANK=2 is none of the ranks 0 to 1 of WORLD_SIZE=2"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT=http is no port"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of ranks"),
@@ -369,7 +369,10 @@ def test_shards_that_count_twice_are_named_however_they_are_joined(stopped: Path
 
 
 def merge_of(folder: Path, name: str, *parts: str) -> Path:
-    merge(folder / name, [str(folder / part) for part in parts])
+    """Name `parts` as one set of shards, which `merge` refuses where one of them comes twice."""
+    merge(folder / name, [str(folder / part) for part in dict.fromkeys(parts)])
+    merged = json.loads((folder / f"{name}.json").read_text())
+    (folder / f"{name}.json").write_text(json.dumps({**merged, "parts": list(parts)}))
     return folder / name
 
 
