@@ -71,8 +71,9 @@ def examine(config: Config, mesh: Mesh) -> Ready:
     path = newest_checkpoint(config)
     if path is not None:
         saved = configs.load_saved(path / "config.yaml")
-        configs.check_resume(saved, config, step=manifest.step_of(path), source=str(path))
-        checkpoint.consumption_of(config, path)
+        left_out = checkpoint.consumption_of(config, path).left_out  # counted with the weights that their steps had
+        settled = max([manifest.step_of(path), *(part.step + 1 for part in left_out)])
+        configs.check_resume(saved, config, step=settled, source=str(path))
     else:
         _check_weights(config)
     check_held_out(config)

@@ -575,6 +575,18 @@ def test_leftovers_of_an_earlier_run_do_not_act_on_a_new_one(stopped: Path) -> N
     assert not (run_dir / "left_out.json").exists()
 
 
+def test_weights_of_steps_that_were_left_out_stay_as_they_were(stopped: Path) -> None:
+    """Steps 4 and 5 were done, and left out by a roll-back to step 3: what they drew is counted with their weights."""
+    newest = checkpoint.newest(own_run(stopped))
+    left_out = {"run": manifest.read_manifest(newest)["run"], "left_out": [[6, 2, 3], [8, 2, 4]]}
+    (stopped / "run" / "left_out.json").write_text(json.dumps(left_out))
+    longer = ("training.steps=9", "training.stop_after=6")
+    early, late = (f"data.changes=[{{from_step: {step}, train: {{{stopped}/train: 2}}}}]" for step in (4, 5))
+    assert "only changes from step 5 on can differ" in refusal(1, train, own_run(stopped, *longer, early))
+    (seen,) = run_ranks(1, train, own_run(stopped, *longer, late))
+    assert seen["step"] == 6
+
+
 def test_metrics_of_another_run_are_not_gone_on_with(stopped: Path) -> None:
     own = [{**one, "run": "another"} if "layout" in one else one for one in read_metrics(stopped / "run")]
     (stopped / "run" / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in own))
