@@ -24,8 +24,8 @@ NEVER = {
 BY_RULE = {
     "data.train": "paths and names may move: the shards behind them are compared by their checksums, and must be the "
     "same in the same order; so must the weights",
-    "data.changes": "changes from the step at which the run goes on, or behind the last that it left out, may be added, "
-    "altered or dropped; earlier ones not",
+    "data.changes": "changes from the step at which the run goes on, or behind the last that it left out, may be "
+    "added, altered or dropped; earlier ones not",
     "data.validation": "other held-out shards may be named; other contents under the same path are refused",
     "training.global_batch_size": "from the step at which the run goes on; samples are counted as they were consumed, "
     "so none is seen twice",
