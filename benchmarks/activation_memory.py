@@ -12,7 +12,7 @@ from torch import Tensor
 from verdict import finish
 
 from megatron_mm import config as configs
-from megatron_mm.parallel import device
+from megatron_mm.engine import device
 
 BAR = 0.2
 """Full recomputation keeps the layer's input: one tensor of the more than a dozen."""
@@ -25,10 +25,10 @@ def kept_bytes(mode: str) -> int:
     from megatron.core.transformer.transformer_block import TransformerBlock
 
     from megatron_mm.batch import attention_spans
+    from megatron_mm.engine import mesh as meshes
     from megatron_mm.model.attention import PackedDocuments
     from megatron_mm.model.backend import local
     from megatron_mm.model.decoder import block_submodules, transformer_config
-    from megatron_mm.parallel import mesh as meshes
 
     config = configs.load("mm_88b", [*SHAPE, *ALONE, f"training.recompute={mode}"])
     meshes.cut(config)
@@ -58,7 +58,7 @@ def main() -> None:
     """Count, print, and exit 0 only if full recomputation keeps as little as it should."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    device.imagine()
+    device.use_meta()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     with torch.device("meta"):
         kept = {mode: kept_bytes(mode) for mode in ("none", "selective", "mlp", "full")}

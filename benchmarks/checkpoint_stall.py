@@ -46,7 +46,7 @@ def rank_main(rank: int, ranks: int, tp: int, rounds: int, folder: str, results:
 
     from megatron_mm import config as configs
     from megatron_mm.data.loader import Loader
-    from megatron_mm.parallel import mesh as meshes
+    from megatron_mm.engine import mesh as meshes
     from megatron_mm.training import checkpoint
     from megatron_mm.training.state import build_state
     from megatron_mm.training.step import train_step

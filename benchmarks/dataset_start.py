@@ -103,7 +103,7 @@ def our_loader(prefixes: list[str], packing: str) -> Callable[[], tuple]:
     settings = [f"data.seq_len={SEQ_LEN}", f"data.packing={packing}", "model.vocab_size=51200"]
     config = configs.load("tiny", settings)
     ranks = {f"{axis}_rank": 0 for axis in ("tp", "cp", "dp")} | {f"{axis}_size": 1 for axis in ("tp", "cp", "dp")}
-    mesh = SimpleNamespace(**ranks, speaks=False, is_first_chunk=lambda chunk: True)
+    mesh = SimpleNamespace(**ranks, is_rank_0=False, is_first_chunk=lambda chunk: True)
 
     def begin() -> tuple:
         loader = Loader(prefixes, config=config, mesh=mesh)

@@ -58,7 +58,7 @@ def seconds(config: Config, convolutions: float, *, images: int, sounds: int, gp
     """Return what so many images and seconds of sound take on one rank, forward and backward. Without any, both towers
     still run once, so that every rank has gradients."""
     rate, found = RATES[gpu.name], 0.0
-    units = ((config.vision, images, IMAGE_TOKENS + 1), (config.audio, sounds, audio_frames(CHUNK_SAMPLES)))
+    units = ((config.image, images, IMAGE_TOKENS + 1), (config.audio, sounds, audio_frames(CHUNK_SAMPLES)))
     for encoder, count, tokens in units:
         found += tower_seconds(encoder, tokens=max(count, 1) * tokens, attended=tokens, gpu=gpu)
         for sizes in ((encoder.hidden_size, config.model.hidden_size), (config.model.hidden_size,) * 2):
@@ -115,7 +115,7 @@ def main() -> None:
     deep = in_flight(layout_of(config, "bf16"))
     image, silence = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), torch.zeros(CHUNK_SAMPLES)
     for name, unit, count, encoder in (
-        ("image", image, all_images, VisionEncoder(config.vision)),
+        ("image", image, all_images, VisionEncoder(config.image)),
         ("second", silence, all_sound, AudioEncoder(config.audio)),
     ):
         kept = kept_bytes(encoder.bfloat16(), unit)

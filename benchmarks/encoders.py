@@ -3,7 +3,7 @@
   python benchmarks/encoders.py [--folder build/encoders]
 
 timm and Hugging Face write a ViT-L/16, torchaudio and Hugging Face a Wav2Vec2-Large in both forms, of random weights
-with every norm and bias stirred. Each file is read as vision.pretrained or audio.pretrained are. The bar: the largest
+with every norm and bias stirred. Each file is read as image.pretrained or audio.pretrained are. The bar: the largest
 difference of a feature is below 1e-5 of the features' standard deviation. Needs 1.3 GB free and 5 GB of memory.
 """
 
@@ -42,7 +42,7 @@ def stirred(module: nn.Module) -> nn.Module:
 def vision(theirs: nn.Module, save: Callable[[], Path], features: Callable[[Tensor], Tensor]) -> float:
     """Return the largest difference of a feature behind the final norm, in standard deviations."""
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
-    ours = VisionEncoder(configs.load("mm_88b").vision).eval()
+    ours = VisionEncoder(configs.load("mm_88b").image).eval()
     load_vision(ours.tower, save())
     assert sum(p.numel() for p in ours.tower.parameters()) == 303_301_632
     with torch.no_grad():

@@ -21,7 +21,7 @@ from torch import Tensor
 from verdict import finish
 
 from megatron_mm import config as configs
-from megatron_mm.parallel import device
+from megatron_mm.engine import device
 
 BARS = {"attention forward": 0.68, "attention both": 0.725, "layer forward": 0.81, "layer both": 0.84}
 """Ring bytes, ours / stock, at the 88B's shape."""
@@ -44,10 +44,10 @@ def layers(preset: str, overrides: tuple[str, ...], tp: int) -> dict[str, tuple[
     from megatron.core.transformer.spec_utils import build_module
 
     from megatron_mm.batch import attention_spans
+    from megatron_mm.engine import mesh as meshes
     from megatron_mm.model.attention import PackedDocuments
     from megatron_mm.model.backend import RMSNorm, local
     from megatron_mm.model.decoder import block_submodules, transformer_config
-    from megatron_mm.parallel import mesh as meshes
 
     config = configs.load(preset, [*overrides, f"parallel.tp={tp}"])
     meshes.cut(config)
@@ -94,7 +94,7 @@ def on_meta(results: multiprocessing.Queue) -> None:
     """Count at the 88B's shape, as rank 0 of 8."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    device.imagine()
+    device.use_meta()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     with torch.device("meta"):
         results.put(bytes_of(layers("mm_88b", SHAPE_88B, 8), 8))

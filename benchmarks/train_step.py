@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from verdict import finish
 
-from megatron_mm.parallel import device
+from megatron_mm.engine import device
 
 ROUNDS = 31
 WARM_UP = 5
@@ -44,7 +44,7 @@ class Workload(NamedTuple):
             *(f"model.vocab_size={self.vocab}", f"data.seq_len={self.seq_len}", "parallel.loss_slot=false"),
             *(f"training.global_batch_size={self.batch}", f"training.micro_batch_size={self.batch}"),
             *(f"optimizer.lr={LR}", f"optimizer.min_lr={LR}", "schedule.warmup_steps=0"),
-            *("vision.trainable=false", "audio.trainable=false", "vision.pretrained=null", "audio.pretrained=null"),
+            *("image.trainable=false", "audio.trainable=false", "image.pretrained=null", "audio.pretrained=null"),
             *("parallel.embedding_slot=false", *self.settings),
         )
 
@@ -69,8 +69,8 @@ ON_CPU = Workload(
 def start_megatron(work: Workload) -> tuple:
     """Return (config, mesh) of one rank."""
     from megatron_mm import config as configs
+    from megatron_mm.engine import mesh as meshes
     from megatron_mm.kernels import ops
-    from megatron_mm.parallel import mesh as meshes
 
     config = configs.load("tiny", work.overrides)
     mesh = meshes.initialize(config)

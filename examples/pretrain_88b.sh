@@ -42,7 +42,7 @@ setting_of() { # KEY ARGUMENT...: what the command line says last; nothing if it
 
 # Encoders start from pretrained files, which the command line or the site names, or come with training.start_from.
 wrong=
-for encoder in vision audio; do
+for encoder in image audio; do
   name=${encoder^^}_PRETRAINED file=$(setting_of "$encoder.pretrained" "$@")
   if [ -z "$file" ] && [ -z "$(setting_of training.start_from "$@")" ]; then
     file=${!name:-}

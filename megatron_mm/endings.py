@@ -197,7 +197,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _say(message: str) -> None:
-    """Print why this process ends; each rank speaks, for torchrun ends the others as soon as one has failed."""
+    """Print why this process ends; each rank prints, for torchrun ends the others as soon as one has failed."""
     rank = os.environ.get("RANK", "0")
     rank = rank if rank.isdecimal() else "0"
     if message:

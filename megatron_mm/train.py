@@ -44,7 +44,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _train(config: configs.Config) -> None:
-    from megatron_mm.parallel import mesh as meshes
+    from megatron_mm.engine import mesh as meshes
     from megatron_mm.training.loop import train
 
     with endings.note(stop=lambda: _kept(config), disk=f"run_dir={config.run_dir}"):
@@ -78,12 +78,12 @@ def _check(config: configs.Config, world_size: int | None) -> None:
 
 
 def _evaluate(config: configs.Config, path: Path) -> None:
-    from megatron_mm.parallel import mesh as meshes
+    from megatron_mm.engine import mesh as meshes
     from megatron_mm.training.evaluate import evaluate_checkpoint
 
     mesh = meshes.initialize(config)
     losses = evaluate_checkpoint(config, mesh, path)
-    if mesh.speaks:
+    if mesh.is_rank_0:
         for name, loss in losses.items():
             print(f"{name:<40} {loss:.4f}")
         print(json.dumps({"checkpoint": str(path), **losses}))

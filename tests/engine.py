@@ -55,10 +55,10 @@ def _allow(name: str, on: str) -> None:
         import_engine()
     import torch
 
-    from megatron_mm.parallel import device
+    from megatron_mm.engine import device
 
     if on == "meta":
-        device.imagine()
+        device.use_meta()
     else:
         device.install(keep_out=())
         device.current = lambda: device.CPU
@@ -78,8 +78,8 @@ def saved_by(name: str, folder: str, preset: str, *overrides: str) -> dict[str, 
     from torch import distributed as dist
 
     from megatron_mm import config as configs
+    from megatron_mm.engine import mesh
     from megatron_mm.model.multimodal import build_chunks
-    from megatron_mm.parallel import mesh
 
     config = configs.load(preset, [f"training.backend={name}", "parallel.tp_comm_overlap=false", *overrides])
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -110,8 +110,8 @@ def parameters_of_a_rank(name: str, on: str, preset: str, *overrides: str) -> di
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_mm import config as configs
+    from megatron_mm.engine import mesh
     from megatron_mm.model.multimodal import build_chunks
-    from megatron_mm.parallel import mesh
 
     config = configs.load(preset, [f"training.backend={name}", "parallel.tp_comm_overlap=false", *overrides])
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=config.parallel.tp)

@@ -120,7 +120,7 @@ def _run_rank(
         import torch
         import torch.distributed as dist
 
-        from megatron_mm.parallel import device
+        from megatron_mm.engine import device
 
         torch.set_num_threads(1)
         if joined:

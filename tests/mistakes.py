@@ -94,7 +94,7 @@ def _write_settings() -> None:
     settings: dict[str, Any] = {"extends": "tiny", "run_dir": "runs/new"}
     own = (
         *("data.train=[shards/train]", "data.validation=[shards/heldout]", "training.steps=4", "checkpoint.interval=2"),
-        *("vision.pretrained=random", "audio.pretrained=random", "vision.trainable=true", "audio.trainable=true"),
+        *("image.pretrained=random", "audio.pretrained=random", "image.trainable=true", "audio.trainable=true"),
         *("evaluation.interval=0", "schedule.warmup_steps=1"),
     )
     for key, _, text in (override.partition("=") for override in (*small.SMALL, *own)):

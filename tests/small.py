@@ -23,11 +23,11 @@ VOCAB_SIZE = 320
 WORDS = "the a of and to in on by red blue tall small lake hill bird house sees sings under over near far"
 SMALL = (
     *("model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=4", "model.head_dim=8"),
-    *("model.vocab_size=320", "vision.hidden_size=16", "vision.ffn_hidden_size=32", "vision.num_attention_heads=2"),
+    *("model.vocab_size=320", "image.hidden_size=16", "image.ffn_hidden_size=32", "image.num_attention_heads=2"),
     *("audio.hidden_size=16", "audio.ffn_hidden_size=32", "audio.num_attention_heads=2", "audio.conv_channels=8"),
     *("audio.pos_conv_kernel=8", "audio.pos_conv_groups=2", "data.seq_len=256", "data.prefetch_steps=0"),
     # Frozen, for speed: `small_config` names the pretrained files without which a frozen encoder does not start.
-    *("vision.trainable=false", "audio.trainable=false", "vision.pretrained=null", "audio.pretrained=null"),
+    *("image.trainable=false", "audio.trainable=false", "image.pretrained=null", "audio.pretrained=null"),
     *("training.global_batch_size=8", "training.micro_batch_size=1", "training.steps=6", "schedule.warmup_steps=2"),
     *("checkpoint.interval=0", "evaluation.interval=0", "logging.tensorboard=false"),
     # AdamW turns a gradient that is nothing but rounding into a whole step of either sign; not with this.
@@ -36,7 +36,7 @@ SMALL = (
 """Overrides of the preset tiny; six layers and two slots, so that every layout up to pp=2 vpp=2 or pp=4 fits."""
 
 
-TRAINED = ("vision.trainable=true", "audio.trainable=true")
+TRAINED = ("image.trainable=true", "audio.trainable=true")
 """Overrides that train the encoders too."""
 
 
@@ -61,7 +61,7 @@ def pretrained(form: str) -> tuple[str, ...]:
     config, overrides = configs.load("tiny", [*SMALL, f"audio.form={form}"]), []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        towers = {"vision": VisionEncoder(config.vision).tower, "audio": AudioEncoder(config.audio).tower}
+        towers = {"image": VisionEncoder(config.image).tower, "audio": AudioEncoder(config.audio).tower}
     for name, tower in towers.items():
         path = Path(folder.name, f"{name}.safetensors")
         save_file({key: value.detach().contiguous() for key, value in tower.named_parameters()}, path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,11 @@ from megatron_mm.config import rules
 from megatron_mm.config.schema import RANDOM, Config
 from megatron_mm.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 PRESET_DIR = Path(__file__).parent / "presets"
+RENAMED = {"vision": "image"}
+"""Sections as files of earlier versions name them, and as they are called now."""
 SHOWN_CHARACTERS = 80
 """Of a value that cannot be, in a message."""
 
@@ -118,7 +123,7 @@ def anchor(config: Config) -> Config:
     }
     files = {
         section: {key: value if value in (None, RANDOM) else os.path.abspath(value)}
-        for section, key in (("training", "start_from"), ("vision", "pretrained"), ("audio", "pretrained"))
+        for section, key in (("training", "start_from"), ("image", "pretrained"), ("audio", "pretrained"))
         for value in [getattr(getattr(config, section), key)]
     }
     sections = {name: getattr(config, name).model_copy(update=own) for name, own in (("data", changed), *files.items())}
@@ -201,6 +206,10 @@ def _read(preset: str, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(settings, dict):
         what = "is empty" if settings is None else f"holds a {type(settings).__name__}, not sections of settings"
         raise ConfigError(f"{path} {what}. Write `extends: PRESET` and, below it, `section: {{key: value}}`.")
+    for before, now in RENAMED.items():
+        if before in settings and now not in settings:
+            log.info("%s: the section %s is now called %s, and is read as it", path, before, now)
+            settings = {now if name == before else name: value for name, value in settings.items()}
     base = settings.pop("extends", None)
     if base is None:
         return settings
@@ -303,6 +312,10 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _unknown(key: str) -> str:
+    section, dot, rest = key.partition(".")
+    if section in RENAMED:
+        now = f"{RENAMED[section]}{dot}{rest}"
+        return f"{key} is not a setting: the section {section} is now called {RENAMED[section]}. Write {now}."
     known = list(dict(_fields(Config))) if "." in key else list(Config.model_fields)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5 if "." in key else 0.7)
     known = list(dict(_fields(Config)))

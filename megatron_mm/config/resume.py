@@ -12,7 +12,7 @@ from megatron_mm.errors import ConfigError
 
 NEVER = {
     "model.": "the weights are those of this decoder",
-    "vision.": "the weights and optimizer state are those of this encoder, trained or frozen",
+    "image.": "the weights and optimizer state are those of this encoder, trained or frozen",
     "audio.": "the weights and optimizer state are those of this encoder, trained or frozen",
     "data.seq_len": "it says which samples there are",
     "data.packing": "it says which samples there are",
@@ -31,7 +31,7 @@ BY_RULE = {
     "so none is seen twice",
     "training.precision": "bf16 and fp8 may take each other's place: both keep FP32 master weights; fp32 may not",
     "training.start_from": "not read again: the path may move or be gone, other contents are refused",
-    "vision.pretrained": "not read again: the path may move or be gone, other contents are refused",
+    "image.pretrained": "not read again: the path may move or be gone, other contents are refused",
     "audio.pretrained": "not read again: the path may move or be gone, other contents are refused",
 }
 """Settings that may change so far, and how far."""

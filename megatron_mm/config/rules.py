@@ -62,7 +62,7 @@ def _context_parallel(config: Config) -> Iterator[str]:
 def _head_dim(config: Config) -> Iterator[str]:
     if config.model.head_dim % 2:
         yield f"model.head_dim={config.model.head_dim} is odd: rotary embedding turns pairs. Use an even number."
-    for name, encoder in (("vision", config.vision), ("audio", config.audio)):
+    for name, encoder in (("image", config.image), ("audio", config.audio)):
         if encoder.hidden_size % encoder.num_attention_heads:
             yield (
                 f"{name}.num_attention_heads={encoder.num_attention_heads} does not divide "
@@ -76,7 +76,7 @@ def _head_dim(config: Config) -> Iterator[str]:
 
 
 def _encoders(config: Config) -> Iterator[str]:
-    for name, encoder in (("vision", config.vision), ("audio", config.audio)):
+    for name, encoder in (("image", config.image), ("audio", config.audio)):
         if encoder.pretrained == RANDOM and not encoder.trainable:
             yield (
                 f"{name}.pretrained=random and {name}.trainable=false are an encoder of random weights that never "
@@ -261,13 +261,13 @@ def _never_comes(config: Config) -> Iterator[str]:
 
 def _paths(config: Config) -> Iterator[str]:
     """Name paths as a shell would have had to expand them: here they would be folders called `~` and `$HOME`."""
-    start_from, vision, audio = config.training.start_from, config.vision.pretrained, config.audio.pretrained
+    start_from, image, audio = config.training.start_from, config.image.pretrained, config.audio.pretrained
     for key, paths in (
         ("run_dir", [config.run_dir]),
         ("data.train", [prefix for name in config.data.train_datasets for prefix in name.split(",")]),
         ("data.validation", config.data.validation),
         ("training.start_from", [start_from] if start_from else []),
-        ("vision.pretrained", [vision] if vision else []),
+        ("image.pretrained", [image] if image else []),
         ("audio.pretrained", [audio] if audio else []),
     ):
         for path in paths:
@@ -343,17 +343,17 @@ def start_failures(config: Config) -> list[str]:
         f"{name}.pretrained is not given, and training.start_from names no checkpoint to take the encoder from. Give "
         f"{name}.pretrained={kind}, or training.start_from=CHECKPOINT; {name}.pretrained=random trains an encoder "
         "from random weights."
-        for name, encoder, kind in (("vision", config.vision, "VIT_FILE"), ("audio", config.audio, "WAV2VEC_FILE"))
+        for name, encoder, kind in (("image", config.image, "VIT_FILE"), ("audio", config.audio, "WAV2VEC_FILE"))
         if encoder.pretrained is None
     ]
 
 
 def untrained_encoders(config: Config) -> list[str]:
-    """Return which of 'vision' and 'audio' a run of `config` keeps at random weights, as runs could before
+    """Return which of the encoders a run of `config` keeps at random weights, as runs could before
     `pretrained` had to be given."""
     if config.training.start_from:
         return []
-    encoders = {"vision": config.vision, "audio": config.audio}
+    encoders = {"image": config.image, "audio": config.audio}
     return [name for name, own in encoders.items() if not own.trainable and own.pretrained in (None, RANDOM)]
 
 

@@ -11,7 +11,7 @@ MAX_SECONDS = 1e9
 """What a thread can wait for."""
 
 RANDOM = "random"
-"""What vision.pretrained and audio.pretrained say for an encoder that starts from random weights on purpose."""
+"""What image.pretrained and audio.pretrained say for an encoder that starts from random weights on purpose."""
 
 
 class Section(BaseModel):
@@ -49,7 +49,7 @@ class ModelConfig(Section):
     """Standard deviation of new weights; residual projections get init_std / sqrt(2 num_layers)."""
 
 
-class VisionConfig(Section):
+class ImageConfig(Section):
     """The image encoder, a ViT with 16 x 16 patches at 224 x 224 pixels (196 tokens an image), and its projector."""
 
     num_layers: PositiveInt
@@ -321,7 +321,7 @@ class Config(Section):
     run_dir: str
     """Folder of checkpoints, metrics, plots and the resolved configuration."""
     model: ModelConfig
-    vision: VisionConfig
+    image: ImageConfig
     audio: AudioConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()

@@ -14,10 +14,10 @@ from megatron_mm.config.schema import BlendChange
 from megatron_mm.data.decode import blank_pixels, blank_waveform, cut_chunks, make_decoder
 from megatron_mm.data.row import TextRow
 from megatron_mm.data.samples import Samples
+from megatron_mm.engine import device
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import DataError
 from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_TOKENS, Media, audio_frames, audio_tokens
-from megatron_mm.parallel import device
-from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.shards import ShardReader
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Loader:
         self.special_ids = self.shards[0].tokenizer.special_ids
         self._encodes = mesh.is_first_chunk(0)
         self.renew_decoder()
-        if self._encodes and mesh.speaks:
+        if self._encodes and mesh.is_rank_0:
             log.info("media are decoded by %s", self.decoder.name)
 
     def renew_decoder(self) -> None:

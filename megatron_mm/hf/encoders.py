@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_mm.config import RANDOM, AudioConfig, Config, VisionConfig
+from megatron_mm.config import RANDOM, AudioConfig, Config, ImageConfig
 from megatron_mm.errors import DataError
 from megatron_mm.model.audio import AudioEncoder
 from megatron_mm.model.multimodal import MultimodalModel
@@ -67,7 +67,7 @@ AUDIO_MEANING = (
 
 
 def load_pretrained(chunks: Sequence[MultimodalModel], config: Config) -> None:
-    """Give the encoders of this rank the weights of vision.pretrained and audio.pretrained. No communication.
+    """Give the encoders of this rank the weights of image.pretrained and audio.pretrained. No communication.
 
     The image projector's norm starts from the published final norm, in whose place it stands. An encoder whose setting
     names no file is as it was: of random weights, or as training.start_from has it.
@@ -75,7 +75,7 @@ def load_pretrained(chunks: Sequence[MultimodalModel], config: Config) -> None:
     for chunk in chunks:
         if not chunk.pre_process:
             continue
-        if file := file_of(config.vision):
+        if file := file_of(config.image):
             vision = chunk.embedding.image
             load_vision(vision.encoder.tower, file)
             with torch.no_grad():
@@ -83,7 +83,7 @@ def load_pretrained(chunks: Sequence[MultimodalModel], config: Config) -> None:
                 vision.projector.norm.bias.copy_(vision.encoder.tower.layernorm.bias)
         if file := file_of(config.audio):
             load_audio(chunk.embedding.audio.encoder.tower, file)
-        for name, encoder in (("vision", config.vision), ("audio", config.audio)):
+        for name, encoder in (("image", config.image), ("audio", config.audio)):
             if encoder.pretrained == RANDOM:
                 log.info("%s encoder: random weights, as %s.pretrained=random says", name, name)
             elif encoder.pretrained is None:
@@ -91,19 +91,19 @@ def load_pretrained(chunks: Sequence[MultimodalModel], config: Config) -> None:
 
 
 def check_pretrained(config: Config) -> None:
-    """Pass if the files of vision.pretrained and audio.pretrained fit the encoders; no model is needed for it.
+    """Pass if the files of image.pretrained and audio.pretrained fit the encoders; no model is needed for it.
 
     Raises DataError as `load_vision` and `load_audio`.
     """
     with torch.device("meta"):
-        vision, audio = VisionEncoder(config.vision), AudioEncoder(config.audio)
-    if file := file_of(config.vision):
+        vision, audio = VisionEncoder(config.image), AudioEncoder(config.audio)
+    if file := file_of(config.image):
         load_vision(vision.tower, file)
     if file := file_of(config.audio):
         load_audio(audio.tower, file)
 
 
-def file_of(encoder: VisionConfig | AudioConfig) -> Path | None:
+def file_of(encoder: ImageConfig | AudioConfig) -> Path | None:
     """Return the pretrained file that an encoder's settings name, None if they name none."""
     return None if encoder.pretrained in (None, RANDOM) else Path(encoder.pretrained)
 
@@ -113,7 +113,7 @@ def load_vision(tower: nn.Module, path: Path) -> None:
 
     Raises DataError with every key that is missing, unexpected, or of another shape.
     """
-    _check_meaning(tower, path, VISION_MEANING, section="vision")
+    _check_meaning(tower, path, VISION_MEANING, section="image")
     weights = {}
     for name, value in _renamed(read_weights(path), VISION_NAMES, VISION_LEFT_BEHIND, path).items():
         fused = re.fullmatch(r"(.*\.attention)\.qkv\.(weight|bias)", name)
@@ -126,8 +126,8 @@ def load_vision(tower: nn.Module, path: Path) -> None:
     if positions in weights:
         own = tower.get_parameter(positions)
         weights[positions] = resize_positions(weights[positions], num_tokens=own.shape[1])
-    hint = "vision.num_layers, hidden_size, ffn_hidden_size"
-    _fill(tower, weights, path, encoder="vision", hint=hint)
+    hint = "image.num_layers, hidden_size, ffn_hidden_size"
+    _fill(tower, weights, path, encoder="image", hint=hint)
 
 
 def load_audio(tower: nn.Module, path: Path) -> None:

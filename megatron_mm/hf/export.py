@@ -176,7 +176,7 @@ def targets_of(part: str, source: CheckpointReader, config: Config, *, kv_replic
         prefix = "model." if part == "text" else "model.language_model."
         return list(weight_map.decoder(config.model, prefix=prefix, kv_replicate=kv_replicate))
     rows = {name: info.shape[0] for name, info in source.tensors.items()}
-    return list(weight_map.encoder(rows, modality=part, num_layers=config.vision.num_layers))
+    return list(weight_map.encoder(rows, modality=part, num_layers=config.image.num_layers))
 
 
 def _plan(source: CheckpointReader, config: Config, options: Options) -> tuple[list[Shard], dict[str, str]]:

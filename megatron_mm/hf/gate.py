@@ -15,12 +15,12 @@ from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.data.decode import decode_chunks, decode_pixels
 from megatron_mm.data.loader import Loader
+from megatron_mm.engine import device, mesh
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.generate import load_export
 from megatron_mm.hf.tensors import CheckpointReader
 from megatron_mm.modality import Media
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
-from megatron_mm.parallel import device, mesh
 from megatron_mm.training.start import load_weights
 
 LIMIT = 1e-4
@@ -33,7 +33,7 @@ WHOLE = (
     *("training.precision=fp32", "training.backend=auto", "training.attention=auto", "training.loss_chunk_tokens=0"),
     *(
         "training.micro_batch_size=1",
-        "vision.pretrained=null",
+        "image.pretrained=null",
         "audio.pretrained=null",
         "parallel.tp=1",
         "parallel.pp=1",

@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from megatron_mm.data.decode import decode_chunks, decode_pixels
+from megatron_mm.engine import device
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.export import Options, export
 from megatron_mm.ingest.document import Document
 from megatron_mm.ingest.encode import encode_document
 from megatron_mm.modality import Media
-from megatron_mm.parallel import device
 from megatron_mm.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)

@@ -35,7 +35,7 @@ TEXT_MODELS = ("llama", "mistral", "qwen3")
 """Model types whose layers are ours: RMSNorm, SwiGLU, rotary halves, no biases."""
 PARTS = {"internvl": ("image",), "megatron_mm": ("image", "audio")}
 """Model types that hold encoders and projectors as well, as our exports do."""
-ENCODERS = {"image": ("vision", "vision_config"), "audio": ("audio", "audio_config")}
+ENCODERS = {"image": ("image", "vision_config"), "audio": ("audio", "audio_config")}
 """Our section and theirs of each encoder's settings."""
 ENCODER_KEYS = {
     "num_layers": "num_hidden_layers",
@@ -124,7 +124,7 @@ def decoder_settings(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def encoder_settings(description: dict[str, Any]) -> dict[str, Any]:
-    """Return our vision.* and audio.* settings of a Hugging Face configuration that has encoders.
+    """Return our image.* and audio.* settings of a Hugging Face configuration that has encoders.
 
     Raises ConfigError if it says nothing of one that its model type has.
     """

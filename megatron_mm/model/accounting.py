@@ -8,11 +8,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mm.config import Config
+from megatron_mm.engine import mesh as meshes
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_SIZE, IMAGE_TOKENS, audio_frames
 from megatron_mm.model.decoder import layers_of_chunk, transformer_config
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
-from megatron_mm.parallel import mesh as meshes
-from megatron_mm.parallel.mesh import Mesh
 
 COMPONENTS = {
     "decoder": "decoder.",

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mm.config import Config
+from megatron_mm.engine import device
 from megatron_mm.errors import ConfigError
 from megatron_mm.kernels import ops, stacked_attention
 from megatron_mm.model.core_attention import (
@@ -28,7 +29,6 @@ from megatron_mm.model.core_attention import (
     torch_sdpa,
     torch_varlen,
 )
-from megatron_mm.parallel import device
 
 DOCUMENT_FORMS = {"reference": defined, "sdpa": torch_sdpa, "stacked": stacked}
 """Forms of attention that take one document at a time."""

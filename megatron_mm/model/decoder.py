@@ -22,10 +22,10 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 
 from megatron_mm.config import Config, TrainingConfig
+from megatron_mm.engine import device
 from megatron_mm.kernels import ops
 from megatron_mm.model.attention import GroupedQueryAttention
 from megatron_mm.model.backend import Backend
-from megatron_mm.parallel import device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Of weights and of activations outside matrix products."""

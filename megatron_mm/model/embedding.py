@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from megatron_mm.batch import MediaUnits, MicroBatch
 from megatron_mm.config import Config
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import DataError
 from megatron_mm.kernels import ops
 from megatron_mm.model.audio import AudioEncoder
 from megatron_mm.model.vision import VisionEncoder
-from megatron_mm.parallel.mesh import Mesh
 
 
 class TypedLinear(nn.Linear):
@@ -114,7 +114,7 @@ class MultimodalEmbedding(MegatronModule):
         )
         self.text_type_embedding = nn.Parameter(torch.empty(hidden_size))
         self.text_type_embedding.sequence_parallel = transformer_config.sequence_parallel
-        self.image = MediaEmbedding(VisionEncoder(config.vision), hidden_size=hidden_size, mesh=mesh, modality="image")
+        self.image = MediaEmbedding(VisionEncoder(config.image), hidden_size=hidden_size, mesh=mesh, modality="image")
         self.audio = MediaEmbedding(AudioEncoder(config.audio), hidden_size=hidden_size, mesh=mesh, modality="audio")
 
     def forward(self, micro_batch: MicroBatch) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mm.config import Config
-from megatron_mm.parallel.mesh import Mesh
+from megatron_mm.engine.mesh import Mesh
 
 ELEMENTS_AT_ONCE = 1 << 22
 """Elements drawn together: bounds the memory of the hash, 8 bytes each, to a few times 32 MiB."""

@@ -15,14 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_mm.batch import MicroBatch
 from megatron_mm.config import Config
+from megatron_mm.engine import gradient_fusion
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.kernels.cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy
 from megatron_mm.model.attention import PackedDocuments
 from megatron_mm.model.backend import Backend, choose
 from megatron_mm.model.decoder import block_submodules, transformer_config
 from megatron_mm.model.embedding import MultimodalEmbedding
 from megatron_mm.model.initialize import initialize_weights
-from megatron_mm.parallel import gradient_fusion
-from megatron_mm.parallel.mesh import Mesh
 
 
 class MultimodalModel(MegatronModule):

@@ -16,7 +16,7 @@ from megatron_mm.model.vision import VisionEncoder
 
 Shape = tuple[int, ...]
 SETTINGS = {
-    "embedding.image.": "vision.num_layers, hidden_size, ffn_hidden_size and model.hidden_size",
+    "embedding.image.": "image.num_layers, hidden_size, ffn_hidden_size and model.hidden_size",
     "embedding.audio.": "audio.form, num_layers, hidden_size, ffn_hidden_size, conv_channels, pos_conv_kernel, "
     "pos_conv_groups and model.hidden_size",
     "": "model.num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, head_dim, vocab_size "
@@ -31,7 +31,7 @@ def tensor_shapes(config: Config) -> dict[str, Shape]:
     """Return the shape of every tensor of the model by its name in the whole model."""
     shapes = dict(_decoder_shapes(config.model))
     with torch.device("meta"):
-        encoders = {"image": VisionEncoder(config.vision), "audio": AudioEncoder(config.audio)}
+        encoders = {"image": VisionEncoder(config.image), "audio": AudioEncoder(config.audio)}
     for modality, encoder in encoders.items():
         prefix = f"embedding.{modality}."
         shapes |= {f"{prefix}encoder.{name}": shape for name, shape in _shapes_of(encoder)}

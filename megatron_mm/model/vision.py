@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
-from megatron_mm.config import VisionConfig
+from megatron_mm.config import ImageConfig
 from megatron_mm.modality import IMAGE_SIZE, PATCH_SIZE
 
 
@@ -16,7 +16,7 @@ class VisionEncoder(nn.Module):
     ViT that pretrained files hold.
     """
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: ImageConfig) -> None:
         super().__init__()
         self.trainable = config.trainable
         self.width = config.hidden_size

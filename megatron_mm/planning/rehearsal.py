@@ -29,13 +29,13 @@ from megatron_mm import endings
 from megatron_mm.batch import MicroBatch, TokenCounts, attention_spans, context_spans
 from megatron_mm.config import Config, check_world
 from megatron_mm.data.loader import Unit, media_units
+from megatron_mm.engine import device
+from megatron_mm.engine import mesh as meshes
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError
 from megatron_mm.kernels import ops
 from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_SIZE, IMAGE_TOKENS, audio_frames
 from megatron_mm.model.backend import Backend, local
-from megatron_mm.parallel import device
-from megatron_mm.parallel import mesh as meshes
-from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.planning.ledger import Channel, Collective, Ledger, Message, Part, Product, Sample
 from megatron_mm.training import checkpoint
 from megatron_mm.training.state import TrainState, build_state

@@ -9,10 +9,10 @@ from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.data.samples import Samples
 from megatron_mm.data.show import piece_of, render_text
+from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError
 from megatron_mm.model.accounting import build_whole
 from megatron_mm.model.multimodal import MultimodalModel
-from megatron_mm.parallel import mesh as meshes
 from megatron_mm.shards.format import TOKENIZER_SUFFIX
 from megatron_mm.tokenizer import TextTokenizer
 from megatron_mm.training import checkpoint, manifest

@@ -27,10 +27,10 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.data.consumption import Consumption, LeftOut
+from megatron_mm.engine.agreement import together
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.pickles import only_plain_pickles
-from megatron_mm.parallel.agreement import together
-from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.shards import stored_tokenizer
 from megatron_mm.training import manifest
 from megatron_mm.training.inputs import TOKENIZER
@@ -70,7 +70,7 @@ def take_over(config: Config, mesh: Mesh) -> Fence:
     Raises ConfigError if the run_dir cannot be written, or is another folder on some ranks.
     """
     taken: list[Fence | str] = [""]
-    if mesh.speaks:
+    if mesh.is_rank_0:
         try:
             taken = [Fence.take(folder(config))]
             forget_heartbeats(config.run_dir)
@@ -112,7 +112,7 @@ def begin_save(state: TrainState, saver: Saver) -> Saved | None:
         facts=_facts(state),
         texts={
             "config.yaml": configs.to_yaml(configs.anchor(state.config)),
-            **(_tokenizer(state.config) if state.mesh.speaks else {}),
+            **(_tokenizer(state.config) if state.mesh.is_rank_0 else {}),
         },
     )
     return before if state.config.checkpoint.background else saver.finish()
@@ -159,7 +159,7 @@ def resume(state: TrainState) -> Path | None:
         if not problems:
             load(state, path, verify=False)
             return path
-        if state.mesh.speaks:
+        if state.mesh.is_rank_0:
             aside = manifest.set_aside(path, "damaged")
             log.error("%s is damaged and is now %s; going on from the one before:", path.name, aside.name)
             for problem in problems:
@@ -220,12 +220,12 @@ def _facts(state: TrainState) -> dict[str, Any]:
 def _take_facts(state: TrainState, path: Path, facts: dict[str, Any], changed: dict[str, str]) -> None:
     """Let `state` know what the run has done, and record what is different from now on. Collective over all ranks."""
     state.step, state.run = int(facts["step"]), facts.get("run", "")
-    consumed = [consumption_of(state.config, path) if state.mesh.speaks else None]
+    consumed = [consumption_of(state.config, path) if state.mesh.is_rank_0 else None]
     dist.broadcast_object_list(consumed, src=0)
     assert consumed[0] is not None
     state.consumption = consumed[0]
     state.changes = [*facts.get("changes", []), *([{"step": state.step, "settings": changed}] if changed else [])]
-    if state.mesh.speaks:
+    if state.mesh.is_rank_0:
         for line in changed.values():
             log.info("changed since the checkpoint: %s", line)
 
@@ -256,7 +256,7 @@ def leave_out(state: TrainState, left_out: Sequence[LeftOut]) -> None:
     """Let the run leave out these samples, and no others, also after a restart. Collective over all ranks."""
     state.consumption = replace(state.consumption, left_out=tuple(left_out))
     dist.barrier()  # all have read the file: a rank that loads late would take these for left out twice
-    if state.mesh.speaks:
+    if state.mesh.is_rank_0:
         path = _left_out_file(state.config)
         partial = path.with_name(path.name + ".partial")
         parts = [astuple(part) for part in state.consumption.left_out]

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
+from megatron_mm.engine import device
+from megatron_mm.engine.agreement import together
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.kernels import ops
 from megatron_mm.modality import Source
 from megatron_mm.model.loss import by_name
 from megatron_mm.model.multimodal import build_chunks
-from megatron_mm.parallel import device
-from megatron_mm.parallel.agreement import together
-from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.training import checkpoint, manifest
 from megatron_mm.training.inputs import check_stored_tokenizer
 from megatron_mm.training.start import load_weights
@@ -76,5 +76,5 @@ def _held_out(config: Config, mesh: Mesh, path: Path) -> Loader:
             "checkpoints, or one that tools/convert_checkpoint.py from-hf has written."
         )
     loader = Loader(config.data.validation, config=config, mesh=mesh, report_apart=True)
-    check_stored_tokenizer(path, loader.shards[0], what="data.validation", speaks=mesh.speaks)
+    check_stored_tokenizer(path, loader.shards[0], what="data.validation", is_rank_0=mesh.is_rank_0)
     return loader

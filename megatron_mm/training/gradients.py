@@ -9,8 +9,8 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.model.initialize import name_in_whole_model
-from megatron_mm.parallel.mesh import Mesh
 
 
 class OwnGradients:

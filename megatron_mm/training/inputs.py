@@ -20,7 +20,7 @@ from megatron_mm.training import manifest
 
 log = logging.getLogger(__name__)
 
-FILES = ("training.start_from", "vision.pretrained", "audio.pretrained")
+FILES = ("training.start_from", "image.pretrained", "audio.pretrained")
 """Settings that name what a new run's weights come from."""
 GONE = "gone"
 """Stands for a file that is not there any more: a resumed run does not read it."""
@@ -78,7 +78,7 @@ def read_inputs(config: Config, tokenizer: str, *, hash_files: bool) -> Inputs:
     validation = {prefix: [own for _, own in fingerprints(prefix)] for prefix in config.data.validation_datasets}
     named = {
         "training.start_from": config.training.start_from,
-        "vision.pretrained": config.vision.pretrained,
+        "image.pretrained": config.image.pretrained,
         "audio.pretrained": config.audio.pretrained,
     }
     files = {key: _hash(value) for key, value in named.items()} if hash_files else {}
@@ -207,13 +207,13 @@ def _drawn(config: Config, inputs: Inputs, step: int) -> list[tuple[str, dict[st
     return [(what, {name: inputs.datasets[name] for name in names}) for what, names in named.items()]
 
 
-def check_tokenizers(trained: ShardReader, held_out: ShardReader | None, *, speaks: bool) -> None:
+def check_tokenizers(trained: ShardReader, held_out: ShardReader | None, *, is_rank_0: bool) -> None:
     """Pass if shards that are trained on and held-out ones speak of the same ids, and the tokenizer is that of the ids.
 
-    One rank `speaks` of what is missing. Raises ConfigError that names both sides, DataError if the tokenizer.json
+    Rank 0 says what is missing. Raises ConfigError that names both sides, DataError if the tokenizer.json
     beside the shards is not the one that they were made with.
     """
-    if stored_tokenizer(trained.prefix) is None and speaks:
+    if stored_tokenizer(trained.prefix) is None and is_rank_0:
         log.warning("%s has no %s beside it: checkpoints and exports will have no tokenizer", trained.prefix, TOKENIZER)
     if held_out is not None and held_out.tokenizer != trained.tokenizer:
         raise ConfigError(
@@ -222,13 +222,13 @@ def check_tokenizers(trained: ShardReader, held_out: ShardReader | None, *, spea
         )
 
 
-def check_stored_tokenizer(path: Path, shards: ShardReader, *, what: str, speaks: bool) -> None:
-    """Pass if the ids of `shards` mean what those of the checkpoint `path` do; one rank `speaks` where it cannot tell.
+def check_stored_tokenizer(path: Path, shards: ShardReader, *, what: str, is_rank_0: bool) -> None:
+    """Pass if the ids of `shards` mean what those of the checkpoint `path` do; rank 0 says where it cannot tell.
 
     Raises ConfigError that names both tokenizers; `what` is the setting that is wrong then.
     """
     stored, content = path / TOKENIZER, stored_tokenizer(shards.prefix)
-    if (not stored.exists() or content is None) and speaks:
+    if (not stored.exists() or content is None) and is_rank_0:
         lacking = path if content is not None else shards.prefix
         log.warning(
             "whether ids mean the same in %s and %s cannot be told: %s has no tokenizer", path, shards.prefix, lacking

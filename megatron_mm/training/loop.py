@@ -14,10 +14,10 @@ from megatron_mm.batch import MicroBatch
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.data.prefetch import Prefetcher
+from megatron_mm.engine import device
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.kernels import ops
 from megatron_mm.model.backend import choose
-from megatron_mm.parallel import device
-from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.training import checkpoint, manifest
 from megatron_mm.training.evaluate import evaluate
 from megatron_mm.training.guard import BadSteps, Guard, LossSpike, TrainingDiverged
@@ -78,7 +78,7 @@ def train(config: Config, mesh: Mesh) -> TrainState:
                 _evaluate(run)
             while not _train_on(run):
                 pass
-    if mesh.speaks:
+    if mesh.is_rank_0:
         _finish(state)
     return state
 
@@ -134,7 +134,7 @@ def _train_on(run: Run) -> bool:
     watch.beat("save", step=state.step)
     _record(run, run.saver.finish())
     run.saver.check_last()
-    if state.mesh.speaks and state.step < config.last_step:
+    if state.mesh.is_rank_0 and state.step < config.last_step:
         log.info("stopped after step %d: %s", state.step, run.stop.reason() or "another rank was asked to")
     return True
 
@@ -171,7 +171,7 @@ def _record(run: Run, saved: Saved | None) -> None:
         return
     values = {"save_stall_seconds": saved.stall_seconds, "save_seconds": saved.seconds, "saved_step": saved.step}
     run.metrics.event(values, step=run.state.step)
-    if run.state.mesh.speaks:
+    if run.state.mesh.is_rank_0:
         log.info(
             "step %d | saved %s in %.2f s, training stood still for %.2f s",
             *(saved.step, saved.path, saved.seconds, saved.stall_seconds),
@@ -190,7 +190,7 @@ def _go_back(run: Run, bad: BadSteps) -> bool:
     checkpoint.leave_out(state, left_out)
     run.metrics.go_back(step=state.step, reason=str(bad))
     run.guard.remember(run.metrics.losses(state.config.guard.spike_window))
-    if state.mesh.speaks:
+    if state.mesh.is_rank_0:
         log.warning("%s: going back to %s, without the batches of these steps", bad, path)
     return False
 
@@ -208,15 +208,15 @@ def _begin(state: TrainState, ready: Ready) -> None:
         dist.broadcast_object_list(names, src=0)
         state.run = names[0]
         start(state)
-    if state.mesh.speaks:
+    if state.mesh.is_rank_0:
         checkpoint.set_former_run_aside(state)
-    if state.mesh.speaks and state.step < state.config.last_step:
+    if state.mesh.is_rank_0 and state.step < state.config.last_step:
         done_marker(state.config).unlink(missing_ok=True)
 
 
 def _announce(state: TrainState, loader: Loader, chosen: str, parameters: int) -> None:
     """Say once what runs: settings, layout, model, data; save the settings."""
-    if not state.mesh.speaks:
+    if not state.mesh.is_rank_0:
         return
     config = state.config
     configs.save(config)

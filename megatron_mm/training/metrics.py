@@ -18,16 +18,16 @@ from tqdm import tqdm
 
 from megatron_mm.batch import TokenCounts
 from megatron_mm.config import Config
+from megatron_mm.engine import device
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.model.loss import BY_DATASET, by_name
-from megatron_mm.parallel import device
-from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.training.step import StepResult
 
 log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Writes what the run measures; only rank 0 speaks, the others pass through.
+    """Writes what the run measures; only rank 0 writes.
 
     metrics.jsonl holds one object a line: {"step": ..., "layout": ..., "parameters": ...} at each start of the run,
     {"step": ..., "loss": ..., ...} after each step, {"step": ..., "heldout/loss": ..., ...} after each evaluation,
@@ -37,13 +37,13 @@ class Metrics:
 
     def __init__(self, config: Config, mesh: Mesh, *, first_step: int) -> None:
         self.config = config
-        self._speaks = mesh.speaks
+        self._is_rank_0 = mesh.is_rank_0
         self._open(first_step)
 
     def _open(self, first_step: int) -> None:
         config = self.config
         self._counts = TokenCounts()
-        if not self._speaks:
+        if not self._is_rank_0:
             return
         folder = Path(config.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ class Metrics:
         self._close()
 
     def _close(self) -> None:
-        if self._speaks:
+        if self._is_rank_0:
             self._bar.close()
             self._lines.close()
             self._plot(lambda board: board.close())
@@ -84,7 +84,7 @@ class Metrics:
 
         `run` names the run; `changed` are lines about the settings that it goes on with and did not have before.
         """
-        if self._speaks:
+        if self._is_rank_0:
             seconds = time.time() - psutil.Process().create_time()
             values = {"layout": layout, "parameters": parameters, "start_seconds": seconds, **self._kept.as_values()}
             values |= ({"run": run} if run else {}) | ({"changed": list(changed)} if changed else {})
@@ -94,7 +94,7 @@ class Metrics:
         """Record that the run goes back to what it was after step `step`, and forget what it did since."""
         self._close()
         self._open(step)
-        if self._speaks:
+        if self._is_rank_0:
             self._write(step, {"went_back": reason, **self._kept.as_values()}, plot=False)
 
     def losses(self, count: int) -> list[tuple[int, float]]:
@@ -103,7 +103,7 @@ class Metrics:
         Collective over all ranks.
         """
         found: list[list[tuple[int, float]]] = [[]]
-        if self._speaks:
+        if self._is_rank_0:
             updated = [one for one in read_metrics(self.config.run_dir) if one.get("updated")]
             losses = [(one["step"], one["loss"]) for one in updated if one["loss"] is not None]
             finite = [(step, loss) for step, loss in losses if isfinite(loss)]
@@ -131,7 +131,7 @@ class Metrics:
             "peak_gib": device.memory_gib(),
         }
         self._write(step, values)
-        if self._speaks:
+        if self._is_rank_0:
             with self._bar.external_write_mode():
                 if not result.bears_loss:
                     log.warning("step %d: no token of its batch bears loss; the weights are left as they were", step)
@@ -144,7 +144,7 @@ class Metrics:
         found = by_name(losses, datasets=datasets)
         values = {f"heldout/{name}": value for name, value in found.items()}
         self._write(step, values or {"heldout/loss": None})
-        if self._speaks:
+        if self._is_rank_0:
             told = {name: value for name, value in found.items() if len(datasets) > 1 or BY_DATASET not in name}
             text = " | ".join(f"{name} {value:.4f}" for name, value in told.items())
             with self._bar.external_write_mode():
@@ -152,7 +152,7 @@ class Metrics:
         return values
 
     def _write(self, step: int, values: Mapping[str, Any], *, plot: bool = True) -> None:
-        if not self._speaks:
+        if not self._is_rank_0:
             return
         self._lines.add(json.dumps({"step": step, **values, "time": time.time()}))
         numbers = {name: value for name, value in values.items() if value is not None} if plot else {}

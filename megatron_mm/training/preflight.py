@@ -12,10 +12,10 @@ import torch.distributed as dist
 from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
+from megatron_mm.engine.agreement import check_alike, describe_software, together
+from megatron_mm.engine.mesh import Mesh, settings_by_key
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.encoders import check_pretrained
-from megatron_mm.parallel.agreement import check_alike, describe_software, together
-from megatron_mm.parallel.mesh import Mesh, settings_by_key
 from megatron_mm.training import checkpoint, manifest
 from megatron_mm.training.inputs import (
     Inputs,
@@ -56,13 +56,13 @@ def prepare(config: Config, mesh: Mesh, *, computes: Mapping[str, str]) -> Ready
     """
     check_alike({**describe_software(), **computes}, what="software")
     check_alike(settings_by_key(config), what="settings")
-    together(lambda: check_run_dir(config) if mesh.speaks else None)
+    together(lambda: check_run_dir(config) if mesh.is_rank_0 else None)
     check_alike(_await_same_checkpoints(config, mesh), what="checkpoints")
     ready = together(lambda: examine(config, mesh))
     check_alike(ready.inputs.by_name(), what="data and files")
     if ready.goes_on_from is None:
         return ready
-    return replace(ready, inputs=together(lambda: compare(ready, config, looks=mesh.speaks)))
+    return replace(ready, inputs=together(lambda: compare(ready, config, looks=mesh.is_rank_0)))
 
 
 def examine(config: Config, mesh: Mesh) -> Ready:
@@ -81,11 +81,11 @@ def examine(config: Config, mesh: Mesh) -> Ready:
     heldout = None
     if config.data.validation:
         heldout = Loader(config.data.validation, config=config, mesh=mesh, report_apart=True)
-    check_tokenizers(loader.shards[0], heldout.shards[0] if heldout else None, speaks=mesh.speaks)
+    check_tokenizers(loader.shards[0], heldout.shards[0] if heldout else None, is_rank_0=mesh.is_rank_0)
     check_bytes([*loader.shards, *(heldout.shards if heldout else [])], share=mesh.rank, of=mesh.world_size)
     if path is None and config.training.start_from:
         source = Path(config.training.start_from)
-        check_stored_tokenizer(source, loader.shards[0], what="training.start_from", speaks=mesh.speaks)
+        check_stored_tokenizer(source, loader.shards[0], what="training.start_from", is_rank_0=mesh.is_rank_0)
     inputs = read_inputs(config, loader.shards[0].tokenizer.sha256, hash_files=path is None)
     return Ready(loader, heldout, inputs, path)
 
@@ -137,7 +137,7 @@ def _await_same_checkpoints(config: Config, mesh: Mesh) -> dict[str, str]:
         dist.all_gather_object(everywhere, (own, time.monotonic() > deadline))
         if all(seen == own for seen, _ in everywhere) or any(is_late for _, is_late in everywhere):
             return own
-        if mesh.speaks:
+        if mesh.is_rank_0:
             log.warning("the ranks see different checkpoints in %s: looking again", checkpoint.folder(config))
         time.sleep(LISTING_SECONDS / 20)
 

@@ -29,9 +29,9 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from megatron_mm.engine import device
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import RunStopped
-from megatron_mm.parallel import device
-from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.training import manifest
 from megatron_mm.training.manifest import Fence
 
@@ -147,7 +147,7 @@ class Saver:
         pending.process.join()
         own = _read_outcome(pending)
         everywhere: list[Any] = [None] * self.mesh.world_size
-        dist.gather_object(own, everywhere if self.mesh.speaks else None)
+        dist.gather_object(own, everywhere if self.mesh.is_rank_0 else None)
         try:
             self._agree(lambda: self._commit(pending, everywhere))
         except SaveFailed as error:
@@ -182,7 +182,7 @@ class Saver:
     def _agree(self, action: Callable[[], None]) -> None:
         """Let rank 0 do something with the disk; raise on every rank what it raised, TakenOver or SaveFailed."""
         message: list[Any] = [None]
-        if self.mesh.speaks:
+        if self.mesh.is_rank_0:
             try:
                 action()
             except manifest.TakenOver as error:
@@ -195,7 +195,7 @@ class Saver:
 
     def _fail(self, error: SaveFailed, partial: Path) -> None:
         self.failed += 1
-        if self.mesh.speaks:
+        if self.mesh.is_rank_0:
             shutil.rmtree(partial, ignore_errors=True)
             log.error("%s was not saved, older checkpoints are as they were: %s", partial.name, error)
         if self.failed >= MAX_FAILED_SAVES:

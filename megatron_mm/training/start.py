@@ -9,25 +9,25 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError
 from megatron_mm.hf.encoders import file_of, load_pretrained
 from megatron_mm.hf.pickles import only_plain_pickles
 from megatron_mm.hf.tensors import CheckpointReader, TensorInfo
 from megatron_mm.model.multimodal import MultimodalModel
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
-from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-MODALITIES = {"embedding.image.": "vision", "embedding.audio.": "audio"}
+MODALITIES = {"embedding.image.": "image", "embedding.audio.": "audio"}
 """What a checkpoint may lack as a whole, and whose settings then say what stands there: a text model starts a
 multimodal one."""
 SECTIONS = {"model.": "decoder.", **{f"{section}.": tensors for tensors, section in MODALITIES.items()}}
 """Settings of a checkpoint that must be the run's, and the tensors that they describe."""
 MAY_DIFFER = {
     "model.init_std",
-    *(f"{part}.{key}" for part in ("vision", "audio") for key in ("pretrained", "trainable")),
+    *(f"{part}.{key}" for part in ("image", "audio") for key in ("pretrained", "trainable")),
 }
 """Of these, what says nothing about what the weights mean."""
 
@@ -43,7 +43,7 @@ def start(state: TrainState) -> None:
         path = Path(config.training.start_from)
         load_weights(state.chunks, config=config, mesh=state.mesh, path=path)
     load_pretrained(state.chunks, config)
-    if config.training.start_from or file_of(config.vision) or file_of(config.audio):
+    if config.training.start_from or file_of(config.image) or file_of(config.audio):
         state.optimizer.reload_model_params()
 
 
@@ -64,7 +64,7 @@ def load_weights(chunks: Sequence[MultimodalModel], *, config: Config, mesh: Mes
         loaded = dist_checkpointing.load(present, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"chunk{number}"], strict=False)
-    if mesh.speaks:
+    if mesh.is_rank_0:
         log.info("weights of %s", path)
         for part in lacking:
             log.info("%s* is not in it", part)

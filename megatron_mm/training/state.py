@@ -15,10 +15,10 @@ from torch import nn
 from megatron_mm.config import Config
 from megatron_mm.config.resume import shifts_loss
 from megatron_mm.data.consumption import Consumption
+from megatron_mm.engine import device
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.model.backend import Backend
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
-from megatron_mm.parallel import device
-from megatron_mm.parallel.mesh import Mesh
 from megatron_mm.training.gradients import OwnGradients
 from megatron_mm.training.inputs import Inputs
 from megatron_mm.training.optimizer import build_optimizer, build_scheduler

@@ -12,9 +12,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_mm.batch import MicroBatch, TokenCounts
+from megatron_mm.engine import device
 from megatron_mm.modality import Source
 from megatron_mm.model.loss import sum_and_count
-from megatron_mm.parallel import device
 from megatron_mm.training.optimizer import clip_gradients, leave_out
 from megatron_mm.training.state import ModelState, TrainState
 

@@ -12,9 +12,9 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from megatron_mm.engine import device
+from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError
-from megatron_mm.parallel import device
-from megatron_mm.parallel.mesh import Mesh
 
 STOP_FILE = "MEGATRON_MM_STOP_FILE"
 """Names a file whose existence asks the run to save and end; the batch script makes it before the time limit."""
@@ -53,9 +53,9 @@ class StopRequest:
         """Return why this rank wants to stop, None if it does not; rank 0 looks at the file and the clock."""
         if self._signalled:
             return "SIGUSR1"
-        if self._mesh.speaks and self._file and Path(self._file).exists():
+        if self._mesh.is_rank_0 and self._file and Path(self._file).exists():
             return f"{self._file} exists"
-        if self._mesh.speaks and time.time() >= self._deadline:
+        if self._mesh.is_rank_0 and time.time() >= self._deadline:
             return "the deadline is reached"
         return None
 

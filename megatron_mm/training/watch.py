@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
 from megatron_mm.config.schema import GuardConfig
-from megatron_mm.parallel import device
-from megatron_mm.parallel.mesh import Mesh
+from megatron_mm.engine import device
+from megatron_mm.engine.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Watch:
         usual, ratio = median_low(probes), self._settings.slow_rank_ratio
         slow = [rank for rank, seconds in enumerate(probes) if seconds > ratio * usual]
         late = [rank for rank, seconds in enumerate(waits) if seconds > max(0.05, ratio * median_low(waits))]
-        if self._mesh.speaks:
+        if self._mesh.is_rank_0:
             for rank in slow:
                 log.warning(
                     "step %d: rank %d on %s is slow: the same product takes it %.1f times as long as the median rank",
@@ -115,7 +115,7 @@ class Watch:
         while not self._ended.wait(self._period):
             still = time.time() - self._since
             self._write(still)
-            over = still - self._patience - (0 if self._mesh.speaks else self._settings.heartbeat_seconds)
+            over = still - self._patience - (0 if self._mesh.is_rank_0 else self._settings.heartbeat_seconds)
             if self._settings.hang_seconds and over > 0:
                 self._end(still)
 

@@ -33,12 +33,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
+from megatron_mm.engine import device
+from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.tensors import CheckpointReader
 from megatron_mm.model.loss import by_name
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
-from megatron_mm.parallel import device
-from megatron_mm.parallel import mesh as meshes
 from megatron_mm.training import checkpoint
 from megatron_mm.training.start import load_weights
 from megatron_mm.training.state import TrainState, build_state
@@ -278,7 +278,7 @@ def test_a_damaged_checkpoint_is_refused_with_its_file(
 
 
 def test_a_setting_that_must_not_change_is_named(saved: Path, shards: Path) -> None:
-    for override in ("model.init_std=0.01", "data.seed=7", "vision.num_layers=3", "training.precision=bf16"):
+    for override in ("model.init_std=0.01", "data.seed=7", "image.num_layers=3", "training.precision=bf16"):
         with pytest.raises(AssertionError, match=override.split("=")[0]) as failure:
             run_ranks(1, go_on, small_run(shards, saved, override), stop=3)
         assert ConfigError.__name__ in str(failure.value)

@@ -15,9 +15,9 @@ from test_layouts import full_gradients
 from megatron_mm.batch import MicroBatch, TokenCounts
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
+from megatron_mm.engine import mesh as meshes
 from megatron_mm.model.initialize import name_in_whole_model
 from megatron_mm.model.loss import by_name
-from megatron_mm.parallel import mesh as meshes
 from megatron_mm.training import checkpoint, loop
 from megatron_mm.training.evaluate import evaluate
 from megatron_mm.training.metrics import read_metrics

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.data.packing import plan_packing
+from megatron_mm.engine import mesh as meshes
 from megatron_mm.hf import weight_map
 from megatron_mm.hf.export import KINDS, Options, export
 from megatron_mm.hf.gate import export_inputs
@@ -26,7 +27,6 @@ from megatron_mm.hf.load import import_folder
 from megatron_mm.hf.weight_map import Rows, Target
 from megatron_mm.modality import Media
 from megatron_mm.model.initialize import draw_normal, name_in_whole_model
-from megatron_mm.parallel import mesh as meshes
 from megatron_mm.shards import open_shards
 from megatron_mm.training import checkpoint
 from megatron_mm.training.start import start

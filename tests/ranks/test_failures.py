@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_mm.config import Config
 from megatron_mm.data.consumption import LeftOut
 from megatron_mm.data.loader import Loader
+from megatron_mm.engine import mesh as meshes
+from megatron_mm.engine.agreement import check_alike, describe_software
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.pickles import only_plain_pickles
-from megatron_mm.parallel import mesh as meshes
-from megatron_mm.parallel.agreement import check_alike, describe_software
 from megatron_mm.training import checkpoint, loop, manifest, saver, watch
 from megatron_mm.training.manifest import Fence, TakenOver
 from megatron_mm.training.metrics import read_metrics

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
-from megatron_mm.parallel import mesh as meshes
-from megatron_mm.parallel.gradient_fusion import wgrad_gemm_accum_fp32
+from megatron_mm.engine import mesh as meshes
+from megatron_mm.engine.gradient_fusion import wgrad_gemm_accum_fp32
 from megatron_mm.training.state import TrainState, build_state
 from megatron_mm.training.step import run_micro_batches
 

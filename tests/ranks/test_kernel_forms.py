@@ -10,9 +10,9 @@ from small import layout, small_config
 
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
+from megatron_mm.engine import device, mesh
 from megatron_mm.kernels import fused, native, ops, plain, stacked_attention
 from megatron_mm.model.backend import choose
-from megatron_mm.parallel import device, mesh
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import train_step
 

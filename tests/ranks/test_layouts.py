@@ -11,9 +11,9 @@ from small import TRAINED, layout, small_config
 
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
+from megatron_mm.engine import mesh as meshes
 from megatron_mm.model.initialize import name_in_whole_model
 from megatron_mm.model.loss import by_name
-from megatron_mm.parallel import mesh as meshes
 from megatron_mm.training.state import TrainState, build_state
 from megatron_mm.training.step import train_step
 

@@ -15,8 +15,8 @@ from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
+from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError
-from megatron_mm.parallel import mesh as meshes
 from megatron_mm.training import checkpoint
 from megatron_mm.training.start import start
 from megatron_mm.training.state import build_state
@@ -65,7 +65,7 @@ def features(config: Config) -> tuple[Tensor, Tensor] | None:
 def test_a_run_starts_from_the_files_and_keeps_them(text: str, ranks: int, shards: Path, tmp_path: Path) -> None:
     torch.save(vit().state_dict(), tmp_path / "vit.pth")
     wav2vec2().save_pretrained(tmp_path / "wav2vec2")
-    files = [f"vision.pretrained={tmp_path / 'vit.pth'}", f"audio.pretrained={tmp_path / 'wav2vec2'}"]
+    files = [f"image.pretrained={tmp_path / 'vit.pth'}", f"audio.pretrained={tmp_path / 'wav2vec2'}"]
     found = run_ranks(ranks, features, small_config(shards, "unused", *layout(text), *files))
     with torch.no_grad():
         seen = vit().forward_features(image().unsqueeze(0).float() / 127.5 - 1.0)[0, 1:]
@@ -127,9 +127,9 @@ def resumed(config: Config) -> str:
     return ""
 
 
-RANDOM = ("vision.pretrained=random", "audio.pretrained=random")
+RANDOM = ("image.pretrained=random", "audio.pretrained=random")
 PARTS = ("embedding.image.", "embedding.audio.")
-NULL = ("vision.pretrained=null", "audio.pretrained=null")
+NULL = ("image.pretrained=null", "audio.pretrained=null")
 
 
 def test_a_run_says_where_its_encoders_come_from_and_starts_with_neither_in_silence(
@@ -143,23 +143,23 @@ def test_a_run_says_where_its_encoders_come_from_and_starts_with_neither_in_sile
     from_it = f"training.start_from={at}"
 
     (alone,) = run_ranks(1, started, config_of(*NULL))
-    assert alone[0].startswith("error: vision.pretrained is not given, and training.start_from names no checkpoint")
+    assert alone[0].startswith("error: image.pretrained is not given, and training.start_from names no checkpoint")
     ((said, random),) = run_ranks(1, started, config_of(*RANDOM))
-    for name in ("vision", "audio"):
+    for name in ("image", "audio"):
         assert said.splitlines().count(f"{name} encoder: random weights, as {name}.pretrained=random says") == 1
 
     ((said, saved),) = run_ranks(1, started, config_of(from_it, *NULL))
-    assert "vision encoder: as training.start_from has it" in said
+    assert "image encoder: as training.start_from has it" in said
     for part in PARTS:
         assert not all(torch.equal(saved[key], value) for key, value in random.items() if part in key)
     (refused,) = run_ranks(1, started, config_of(from_it, *RANDOM))
-    for name in ("vision", "audio"):
+    for name in ("image", "audio"):
         assert f"{name}.pretrained=random would throw away the {name} encoder of training.start_from={at}" in refused[0]
 
     (refused,) = run_ranks(1, started, config_of(from_it, *NULL), "embedding.audio.")
     assert refused[0].startswith(f"error: training.start_from={at} has no audio encoder, and audio.pretrained is not")
-    assert "vision" not in refused[0]
-    lacking = (from_it, "vision.pretrained=null", "audio.pretrained=random")
+    assert "image" not in refused[0]
+    lacking = (from_it, "image.pretrained=null", "audio.pretrained=random")
     ((said, weights),) = run_ranks(1, started, config_of(*lacking), "embedding.audio.")
     assert "audio encoder: random weights, as audio.pretrained=random says" in said
     for key, value in weights.items():
@@ -168,15 +168,15 @@ def test_a_run_says_where_its_encoders_come_from_and_starts_with_neither_in_sile
 
 def test_a_run_with_frozen_encoders_of_random_weights_is_not_gone_on_with(shards: Path, tmp_path: Path) -> None:
     """As runs were saved before `pretrained` had to be given; their checkpoints can be exported and started from."""
-    small = ("training.global_batch_size=2", "vision.pretrained=null")
+    small = ("training.global_batch_size=2", "image.pretrained=null")
     run_ranks(1, save_first, small_config(shards, tmp_path, *small))
     at = tmp_path / "checkpoints" / "step_00000001"
-    file = small_config(shards, tmp_path).vision.pretrained
-    (said,) = run_ranks(1, resumed, small_config(shards, tmp_path, *small[:1], f"vision.pretrained={file}"))
-    assert f"{at} is of a run whose vision encoder is frozen at random weights" in said
-    assert f"training.start_from={at} vision.pretrained=FILE" in said
+    file = small_config(shards, tmp_path).image.pretrained
+    (said,) = run_ranks(1, resumed, small_config(shards, tmp_path, *small[:1], f"image.pretrained={file}"))
+    assert f"{at} is of a run whose image encoder is frozen at random weights" in said
+    assert f"training.start_from={at} image.pretrained=FILE" in said
     ((said, _),) = run_ranks(1, started, small_config(shards, tmp_path, f"training.start_from={at}", *NULL))
-    assert said.startswith(f"error: training.start_from={at} has a frozen and never pretrained vision encoder")
+    assert said.startswith(f"error: training.start_from={at} has a frozen and never pretrained image encoder")
     assert "audio" not in said
     ((said, _),) = run_ranks(1, started, small_config(shards, tmp_path, f"training.start_from={at}"))
     assert f"pretrained tensors of {file}" in said

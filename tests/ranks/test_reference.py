@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from megatron_mm.config import Config
 from megatron_mm.data.decode import decode_pixels
 from megatron_mm.data.loader import Loader
+from megatron_mm.engine import mesh as meshes
 from megatron_mm.modality import CHUNK_SAMPLES, SAMPLE_RATE, Media, Source, audio_frames
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
-from megatron_mm.parallel import mesh as meshes
 
 
 def as_llama(model: MultimodalModel, config: Config) -> LlamaForCausalLM | Qwen3ForCausalLM:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mm.config import Config
-from megatron_mm.parallel import mesh as meshes
+from megatron_mm.engine import mesh as meshes
 from megatron_mm.planning.ledger import Ledger
 from megatron_mm.planning.rehearsal import (
     RankReport,

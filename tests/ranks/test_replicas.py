@@ -9,7 +9,7 @@ from small import TRAINED, layout, small_config
 
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
-from megatron_mm.parallel import mesh as meshes
+from megatron_mm.engine import mesh as meshes
 from megatron_mm.training.replicas import ReplicasDiffer, bit_hash, check_replicas
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import train_step

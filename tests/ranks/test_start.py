@@ -22,8 +22,8 @@ from test_failures import run_of, train
 from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.data.consumption import LeftOut
+from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.parallel import mesh as meshes
 from megatron_mm.shards import merge
 from megatron_mm.tokenizer import train_tokenizer
 from megatron_mm.training import checkpoint, manifest, preflight
@@ -174,7 +174,7 @@ def test_a_run_dir_that_is_another_folder_on_some_ranks_is_named(shards: Path, t
 MEET = """
 import sys
 from datetime import timedelta
-from megatron_mm.parallel import rendezvous
+from megatron_mm.engine import rendezvous
 rendezvous.PATIENCE_SECONDS = 0.6
 import logging; logging.basicConfig(format="%(message)s")
 try:

@@ -12,10 +12,10 @@ from small import layout, small_config
 from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
+from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.export import Options, export
 from megatron_mm.hf.load import import_folder
-from megatron_mm.parallel import mesh as meshes
 from megatron_mm.training import checkpoint
 from megatron_mm.training.start import check_model, check_start_from
 from megatron_mm.training.state import build_state
@@ -42,12 +42,12 @@ def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("override", "messages"),
     [
-        ("vision.num_layers=1", ["vision.num_layers: 2 -> 1", "not embedding.image.encoder.tower.layers.1.* (16"]),
-        ("vision.num_layers=4", ["vision.num_layers: 2 -> 4", "lacks embedding.image.encoder.tower.layers.2-3.*"]),
+        ("image.num_layers=1", ["image.num_layers: 2 -> 1", "not embedding.image.encoder.tower.layers.1.* (16"]),
+        ("image.num_layers=4", ["image.num_layers: 2 -> 4", "lacks embedding.image.encoder.tower.layers.2-3.*"]),
         ("audio.num_layers=3", ["audio.num_layers: 2 -> 3", "lacks embedding.audio.encoder.tower.encoder.layers.2.*"]),
-        ("vision.ffn_hidden_size=48", ["vision.ffn_hidden_size: 32 -> 48", "(32, 16) in it, (48, 16) in the model"]),
+        ("image.ffn_hidden_size=48", ["image.ffn_hidden_size: 32 -> 48", "(32, 16) in it, (48, 16) in the model"]),
         ("audio.form=lv60k", ["audio.form: ls960 -> lv60k", "conv_layers.1-6.layer_norm.weight"]),
-        ("vision.num_attention_heads=4", ["vision.num_attention_heads: 2 -> 4"]),
+        ("image.num_attention_heads=4", ["image.num_attention_heads: 2 -> 4"]),
         ("audio.num_attention_heads=4", ["audio.num_attention_heads: 2 -> 4"]),
         ("audio.pos_conv_groups=4", ["audio.pos_conv_groups: 2 -> 4"]),
         ("model.qk_norm=true", ["model.qk_norm: False -> True", "layers.0-5.self_attention.key_norm.weight"]),
@@ -67,7 +67,7 @@ def test_another_model_is_refused_with_all_that_differs(
 
 
 def test_the_same_model_is_taken_in_another_layout_and_with_other_training(saved: Path, shards: Path) -> None:
-    others = ("vision.trainable=true", "model.init_std=0.01", *layout("tp=4"))
+    others = ("image.trainable=true", "model.init_std=0.01", *layout("tp=4"))
     assert len(check_model(small_config(shards, "unused", *others), saved)) > 100
 
 
@@ -98,7 +98,7 @@ def exported(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_import_has_the_encoders_of_the_folder(exported: Path, tmp_path: Path, shards: Path) -> None:
     config = import_folder(exported, tmp_path / "start", preset="tiny", overrides=["data.seq_len=256"])
     own = small_config(shards, "unused")
-    for section in ("vision", "audio"):
+    for section in ("image", "audio"):
         kept = {name: getattr(getattr(config, section), name) for name in ("trainable", "pretrained")}
         assert getattr(own, section).model_copy(update=kept) == getattr(config, section)
     check_start_from(config, tmp_path / "start")
@@ -128,4 +128,4 @@ def test_a_folder_whose_encoders_are_not_ours_is_refused(
 
 def test_encoders_that_are_set_otherwise_than_in_the_folder_are_refused(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"vision_config.num_attention_heads=2, ours has 4"):
-        import_folder(exported, tmp_path / "start", preset="tiny", overrides=["vision.num_attention_heads=4"])
+        import_folder(exported, tmp_path / "start", preset="tiny", overrides=["image.num_attention_heads=4"])

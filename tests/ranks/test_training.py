@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
+from megatron_mm.engine import mesh as meshes
 from megatron_mm.model.loss import by_name
-from megatron_mm.parallel import mesh as meshes
 from megatron_mm.training.evaluate import evaluate
 from megatron_mm.training.guard import Guard
 from megatron_mm.training.state import build_state, total_parameters

@@ -43,7 +43,7 @@ def test_the_encoders_fit_into_the_slot_of_the_embedding() -> None:
     assert price["image"] == pytest.approx(3 * (tower + projector) / layer, rel=0.02)
     assert price["images_only"] == pytest.approx(price["image"] * 41, rel=0.02)
     assert max(price["images_only"], price["seconds_only"]) < 1.0
-    frozen = describe("mm_88b", "vision.trainable=false")["encoders_in_layers"]
+    frozen = describe("mm_88b", "image.trainable=false")["encoders_in_layers"]
     assert frozen["image"] == pytest.approx((tower + 3 * projector) / layer, rel=0.02)
     assert frozen["second"] == price["second"]
 
@@ -55,7 +55,7 @@ def test_the_libri_light_form_is_larger_by_its_norms_and_biases() -> None:
 
 
 def test_frozen_towers_stay_as_they_are_and_their_projectors_learn() -> None:
-    counts = (described := describe("mm_1b", "vision.trainable=false", "audio.trainable=false"))["parameters"]
+    counts = (described := describe("mm_1b", "image.trainable=false", "audio.trainable=false"))["parameters"]
     assert sum(counts.values()) == 2 * counts["total"]
     assert all(counts.values())
     assert described["trainable_parameters"] == counts["total"] - counts["vision_tower"] - counts["audio_tower"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_mm import config as configs
 from megatron_mm.batch import attention_spans
 from megatron_mm.config import Config
+from megatron_mm.engine import device, mesh
 from megatron_mm.errors import ConfigError
 from megatron_mm.model import backend as backends
 from megatron_mm.model.core_attention import (
@@ -26,7 +27,6 @@ from megatron_mm.model.core_attention import (
     torch_sdpa,
 )
 from megatron_mm.model.multimodal import build_chunks
-from megatron_mm.parallel import device, mesh
 from megatron_mm.training.start import load_weights
 
 

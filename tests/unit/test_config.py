@@ -72,7 +72,7 @@ def test_ill_typed_values_name_their_key_and_what_was_found() -> None:
         ("data.train={}", "which names no shards"),
         ('data.train=["a,"]', "which names no shards"),
         ("data.changes=[{from_step: 3, train: {}}]", r"data\.changes from step 3 is \{\}, which names no shards"),
-        ("vision.num_attention_heads=5", "does not divide vision.hidden_size"),
+        ("image.num_attention_heads=5", "does not divide image.hidden_size"),
         ("audio.pos_conv_groups=5", "does not divide audio.hidden_size"),
         ("training.stop_after=141", "training.stop_after=141 is behind the last step, training.steps=140"),
         ("data.changes=[{from_step: 140, train: {a: 1}}]", r"begin at steps \[140\], and the last step is 139"),
@@ -145,20 +145,20 @@ def test_the_88b_fits_every_fp8_recipe(recipe: str) -> None:
 @pytest.mark.parametrize("preset", ["mm_1b", "mm_88b", "mm_88b_fp8"])
 def test_the_encoders_of_the_big_presets_are_fine_tuned_from_files_that_the_user_names(preset: str) -> None:
     config = configs.load(preset)
-    assert config.vision.trainable and config.audio.trainable
+    assert config.image.trainable and config.audio.trainable
     assert config.audio.form == "ls960"  # Wav2Vec 2.0 Large as pretrained on Librispeech
     lacking = start_failures(config)
     assert len(lacking) == 2
-    for name, said in zip(("vision", "audio"), lacking):
+    for name, said in zip(("image", "audio"), lacking):
         assert said.startswith(f"{name}.pretrained is not given")
         assert "training.start_from=CHECKPOINT" in said and f"{name}.pretrained=random" in said
     with pytest.raises(ConfigError, match=r"audio\.pretrained is not given"):
-        configs.check_start(configs.load(preset, ["vision.pretrained=vit.pth"]))
-    for given in (["vision.pretrained=vit.pth", "audio.pretrained=random"], ["training.start_from=runs/a/step_1"]):
+        configs.check_start(configs.load(preset, ["image.pretrained=vit.pth"]))
+    for given in (["image.pretrained=vit.pth", "audio.pretrained=random"], ["training.start_from=runs/a/step_1"]):
         configs.check_start(configs.load(preset, given))
 
 
-@pytest.mark.parametrize("name", ["vision", "audio"])
+@pytest.mark.parametrize("name", ["image", "audio"])
 @pytest.mark.parametrize("others", [(), ("training.start_from=runs/a/step_1",)], ids=str)
 def test_an_encoder_that_is_random_and_frozen_is_refused_always(name: str, others: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=rf"{name}\.pretrained=random and {name}\.trainable=false are an encoder"):
@@ -168,9 +168,9 @@ def test_an_encoder_that_is_random_and_frozen_is_refused_always(name: str, other
 
 def test_the_settings_of_a_run_that_named_no_encoders_can_still_be_read(tmp_path: Path) -> None:
     """As runs were saved before `pretrained` had to be given: frozen, and null."""
-    before = configs.load("mm_1b", ["vision.trainable=false", "audio.trainable=false", f"run_dir={tmp_path}"])
+    before = configs.load("mm_1b", ["image.trainable=false", "audio.trainable=false", f"run_dir={tmp_path}"])
     assert configs.load(str(configs.save(before))) == configs.anchor(before)
-    with pytest.raises(ConfigError, match=r"vision\.pretrained is not given"):
+    with pytest.raises(ConfigError, match=r"image\.pretrained is not given"):
         configs.check_start(before)
 
 

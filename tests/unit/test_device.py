@@ -26,7 +26,7 @@ def test_install_replaces_what_it_lists_and_nothing_else() -> None:
         places = {"torch": torch, "torch.cuda": torch.cuda, "torch.cuda.random": torch.cuda.random}
         places["torch.Tensor"] = torch.Tensor
         before = {name: dict(vars(place)) for name, place in places.items()}
-        from megatron_mm.parallel import device
+        from megatron_mm.engine import device
         device.install()
         changed = {
             f"{name}.{key}" for name, place in places.items() for key, value in vars(place).items()
@@ -46,7 +46,7 @@ def test_install_replaces_what_it_lists_and_nothing_else() -> None:
 def test_another_megatron_core_is_refused() -> None:
     result = python(
         """
-        from megatron_mm.parallel import device
+        from megatron_mm.engine import device
         device.version = lambda name: "0.20.0"
         device.install()
         """
@@ -57,7 +57,7 @@ def test_another_megatron_core_is_refused() -> None:
 def test_a_gpu_is_not_hidden() -> None:
     result = python(
         """
-        from megatron_mm.parallel import device
+        from megatron_mm.engine import device
         device.has_gpu = lambda: True
         device.install()
         """
@@ -72,7 +72,7 @@ def test_accelerators_that_need_cuda_are_kept_out(tmp_path) -> None:
     result = python(
         """
         import megatron_mm.training.loop  # imports megatron-core before a run prepares its device
-        from megatron_mm.parallel import device
+        from megatron_mm.engine import device
         device.prepare()
         import megatron.core.extensions.transformer_engine as extension
         assert not extension.HAVE_TE
@@ -84,7 +84,7 @@ def test_accelerators_that_need_cuda_are_kept_out(tmp_path) -> None:
     result = python(
         """
         import transformer_engine
-        from megatron_mm.parallel import device
+        from megatron_mm.engine import device
         device.install()
         """,
         PYTHONPATH=str(tmp_path),
@@ -97,7 +97,7 @@ def test_megatron_core_may_be_imported_first() -> None:
         """
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
         from megatron_mm import config
-        from megatron_mm.parallel import mesh
+        from megatron_mm.engine import mesh
         assert mesh.initialize(config.load("tiny")).describe() == "TP1 PP1 DP1"
         """
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchaudio.models import wav2vec2_model
 from transformers import ViTConfig, ViTForImageClassification, Wav2Vec2Config, Wav2Vec2ForPreTraining
 
-from megatron_mm.config import AudioConfig, VisionConfig
+from megatron_mm.config import AudioConfig, ImageConfig
 from megatron_mm.errors import DataError
 from megatron_mm.hf.encoders import load_audio, load_vision, resize_positions
 from megatron_mm.model.audio import AudioEncoder
@@ -43,7 +43,7 @@ def timm_vit(**options) -> VisionTransformer:
 def test_a_timm_file_gives_timms_features(tmp_path: Path) -> None:
     timm = timm_vit()
     torch.save(timm.state_dict(), tmp_path / "vit.pth")
-    ours = VisionEncoder(VisionConfig(**SIZE)).eval()
+    ours = VisionEncoder(ImageConfig(**SIZE)).eval()
     load_vision(ours.tower, tmp_path / "vit.pth")
     with torch.no_grad():
         found = ours(tuple(images())).view(2, 196, 32)
@@ -60,7 +60,7 @@ def test_a_hugging_face_vit_gives_its_features(form: str, tmp_path: Path) -> Non
         theirs.save_pretrained(tmp_path)
     else:
         torch.save(theirs.state_dict(), tmp_path / form)
-    ours = VisionEncoder(VisionConfig(**SIZE)).eval()
+    ours = VisionEncoder(ImageConfig(**SIZE)).eval()
     load_vision(ours.tower, tmp_path)
     with torch.no_grad():
         found = ours.tower.layernorm(ours(tuple(images())).view(2, 196, 32))
@@ -71,7 +71,7 @@ def test_a_hugging_face_vit_gives_its_features(form: str, tmp_path: Path) -> Non
 def test_positions_of_another_resolution_are_resized_as_timm_does(tmp_path: Path) -> None:
     timm = timm_vit(img_size=160)  # 10 x 10 patches
     torch.save({"model": timm.state_dict()}, tmp_path / "vit.pth")
-    ours = VisionEncoder(VisionConfig(**SIZE))
+    ours = VisionEncoder(ImageConfig(**SIZE))
     load_vision(ours.tower, tmp_path / "vit.pth")
     expected = resample_abs_pos_embed(timm.pos_embed, new_size=[14, 14], num_prefix_tokens=1)
     torch.testing.assert_close(ours.tower.embeddings.position_embeddings, expected, rtol=1e-6, atol=1e-6)
@@ -120,7 +120,7 @@ def test_every_key_is_accounted_for(tmp_path: Path) -> None:
     weights["blocks.1.ls1.gamma"] = weights.pop("blocks.1.norm1.weight")
     weights["norm.bias"] = torch.zeros(7)
     torch.save(weights, tmp_path / "vit.pth")
-    tower = VisionEncoder(VisionConfig(**SIZE)).tower
+    tower = VisionEncoder(ImageConfig(**SIZE)).tower
     with pytest.raises(DataError) as failure:
         load_vision(tower, tmp_path / "vit.pth")
     message = str(failure.value)
@@ -141,14 +141,14 @@ def test_what_is_no_file_of_weights_is_refused(content: bytes | None, tmp_path: 
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match="vit.pth"):
-        load_vision(VisionEncoder(VisionConfig(**SIZE)).tower, path)
+        load_vision(VisionEncoder(ImageConfig(**SIZE)).tower, path)
 
 
 def test_a_folder_of_the_same_shapes_and_another_meaning_is_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     ViTForImageClassification(ViTConfig(**sizes)).save_pretrained(tmp_path / "vit")
-    with pytest.raises(DataError, match=r"config.json describes another .* vision.*num_attention_heads=4, ours 2"):
-        load_vision(VisionEncoder(VisionConfig(**SIZE)).tower, tmp_path / "vit")
+    with pytest.raises(DataError, match=r"config.json describes another .* image.*num_attention_heads=4, ours 2"):
+        load_vision(VisionEncoder(ImageConfig(**SIZE)).tower, tmp_path / "vit")
     audio = AudioEncoder(AudioConfig(**AUDIO_SIZE)).tower
     settings = audio.config.to_dict() | {"num_conv_pos_embedding_groups": 4, "do_stable_layer_norm": True}
     Wav2Vec2ForPreTraining(Wav2Vec2Config(**settings)).save_pretrained(tmp_path / "sound")
@@ -162,4 +162,4 @@ def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     weights = timm_vit().state_dict()
     torch.save(weights | {"layernorm.weight": weights["norm.weight"]}, tmp_path / "vit.pth")
     with pytest.raises(DataError, match=r"holds norm\.weight and layernorm\.weight, which are the same tensor"):
-        load_vision(VisionEncoder(VisionConfig(**SIZE)).tower, tmp_path / "vit.pth")
+        load_vision(VisionEncoder(ImageConfig(**SIZE)).tower, tmp_path / "vit.pth")

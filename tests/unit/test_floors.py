@@ -10,7 +10,7 @@ ROOT = Path(megatron_mm.__file__).parent
 FLOORS = {
     **dict.fromkeys(("errors", "endings", "environment", "noise", "modality"), 0),
     **dict.fromkeys(("config", "kernels", "tokenizer", "shards", "batch"), 1),
-    **dict.fromkeys(("parallel", "ingest"), 2),
+    **dict.fromkeys(("engine", "ingest"), 2),
     **dict.fromkeys(("data", "model"), 3),
     **dict.fromkeys(("training", "hf"), 4),
     **dict.fromkeys(("planning", "train"), 5),
@@ -59,12 +59,12 @@ def test_imports_go_down() -> None:
 
 def test_the_mesh_alone_reads_parallel_state() -> None:
     readers = {path.relative_to(ROOT) for path, module in imports() if "parallel_state" in module}
-    assert readers == {Path("parallel/mesh.py")}
+    assert readers == {Path("engine/mesh.py")}
 
 
 def test_the_device_alone_asks_for_a_gpu() -> None:
     askers = {path.relative_to(ROOT) for path in ROOT.rglob("*.py") if "cuda.is_available" in path.read_text()}
-    assert askers == {Path("parallel/device.py")}
+    assert askers == {Path("engine/device.py")}
 
 
 def test_there_is_no_room_without_a_name() -> None:

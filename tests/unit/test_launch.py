@@ -56,8 +56,8 @@ def test_the_88b_starts_from_the_encoders_of_the_site_or_of_the_command_line(tmp
     site = {"VISION_PRETRAINED": str(vit), "AUDIO_PRETRAINED": str(sound)}
     text = plan("pretrain_88b.sh", **quick, **site)
     assert "error" not in text
-    assert f" vision.pretrained={vit} audio.pretrained={sound}" in train_command(text)
-    given = [f"vision.pretrained={vit}", "audio.pretrained=random"]
+    assert f" image.pretrained={vit} audio.pretrained={sound}" in train_command(text)
+    given = [f"image.pretrained={vit}", "audio.pretrained=random"]
     assert train_command(plan("pretrain_88b.sh", *given, **quick)).endswith(" ".join(given))
     # Both are in the checkpoint: those of the site would take their place.
     text = plan("pretrain_88b.sh", "training.start_from=runs/a/step_1", **quick, **site)
@@ -69,7 +69,7 @@ def test_the_88b_starts_from_the_encoders_of_the_site_or_of_the_command_line(tmp
     [
         ([], {}, ["VISION_PRETRAINED", "AUDIO_PRETRAINED"]),
         ([], {"VISION_PRETRAINED": "random"}, ["AUDIO_PRETRAINED"]),
-        (["audio.pretrained=null", "vision.pretrained=random"], {}, ["AUDIO_PRETRAINED"]),
+        (["audio.pretrained=null", "image.pretrained=random"], {}, ["AUDIO_PRETRAINED"]),
         ([], {"VISION_PRETRAINED": "/nowhere/vit.pth", "AUDIO_PRETRAINED": "random"}, ["/nowhere/vit.pth"]),
         (["audio.pretrained=/nowhere/a.pth", "training.start_from=runs/a"], {}, ["/nowhere/a.pth"]),
     ],

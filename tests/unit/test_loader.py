@@ -27,7 +27,7 @@ from megatron_mm.shards.format import ITEM
 def mesh(*, first: bool = True, **place: int) -> SimpleNamespace:
     """What a loader asks of a mesh."""
     ranks = {f"{axis}_rank": 0 for axis in ("tp", "cp", "dp")} | {f"{axis}_size": 1 for axis in ("tp", "cp", "dp")}
-    return SimpleNamespace(**ranks | place, is_first_chunk=lambda chunk: first, speaks=True)
+    return SimpleNamespace(**ranks | place, is_first_chunk=lambda chunk: first, is_rank_0=True)
 
 
 def doc_lengths(batch: MicroBatch) -> tuple[int, ...]:
@@ -299,7 +299,7 @@ def test_silence_becomes_the_tokens_that_it_stands_for(num_tokens: int) -> None:
 
 
 def test_features_that_are_not_the_promised_ones_are_refused() -> None:
-    settings = small_config("unused", "unused").vision
+    settings = small_config("unused", "unused").image
     embedding = MediaEmbedding(
         VisionEncoder(settings),
         hidden_size=8,

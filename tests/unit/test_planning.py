@@ -139,7 +139,7 @@ def test_the_timeline_takes_what_the_step_time_says() -> None:
 
 @pytest.mark.parametrize("encoders", ["trained", "frozen"])
 def test_memory_and_flops_are_what_a_rehearsal_counts(encoders: str) -> None:
-    frozen = ["vision.trainable=false", "audio.trainable=false"] if encoders == "frozen" else []
+    frozen = ["image.trainable=false", "audio.trainable=false"] if encoders == "frozen" else []
     config = configs.load("mm_1b", ["parallel.tp=2", "parallel.pp=2", "training.global_batch_size=16", *frozen])
     extra, reports = run_alone(rehearsed_stages, config, 4)
     layout, shape = Layout(2, 2, 1, 1, 1, config.training.micro_batch_size, 16, "bf16"), shape_of(config)

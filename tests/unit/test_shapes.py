@@ -28,13 +28,13 @@ def test_they_are_those_of_the_built_model(preset: str, overrides: list[str]) ->
 
 
 def test_every_difference_is_listed_with_equal_layers_together() -> None:
-    found = tensor_shapes(configs.load("tiny", ["vision.num_layers=4", "model.qk_norm=true", "model.head_dim=16"]))
+    found = tensor_shapes(configs.load("tiny", ["image.num_layers=4", "model.qk_norm=true", "model.head_dim=16"]))
     expected = tensor_shapes(configs.load("tiny", ["audio.num_layers=3"]))
     lacks, has, *shapes = compare_shapes(found, expected)
     assert lacks.startswith(
         "it lacks embedding.audio.encoder.tower.encoder.layers.2.* (16 tensors a layer) (see audio."
     )
     assert "embedding.image.encoder.tower.layers.2-3.* (16 tensors a layer)" in has
-    assert "decoder.layers.0-5.self_attention.key_norm.weight" in has and "(see vision." in has and "model." in has
+    assert "decoder.layers.0-5.self_attention.key_norm.weight" in has and "(see image." in has and "model." in has
     assert "(64, 128) in it, (128, 128) in the model: decoder.layers.0-5.self_attention.linear_q.weight" in shapes[1]
     assert compare_shapes(expected, expected) == []

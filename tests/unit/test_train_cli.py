@@ -29,9 +29,9 @@ def test_help_explains_every_field() -> None:
         (["tiny", "parallel.tp=2"], "1 ranks cannot be cut into replicas of parallel.tp=2 x cp=1 x pp=1 = 2 ranks"),
         (["tiny", "data.train=[/nowhere/p]"], "/nowhere/p.json is missing"),
         (["tiny", "training.kernels=native", "data.train=[/nowhere/p]"], "training.kernels=native, but"),
-        (["mm_1b"], "vision.pretrained is not given, and training.start_from names no checkpoint"),
+        (["mm_1b"], "image.pretrained is not given, and training.start_from names no checkpoint"),
         (["tiny", "audio.trainable=false"], "an encoder of random weights that never learns"),
-        (["tiny", "vision.pretrained=''"], "vision.pretrained: String should have at least 1 character"),
+        (["tiny", "image.pretrained=''"], "image.pretrained: String should have at least 1 character"),
         (["mm_88b", "--describe", "--world-size", "100"], "100 ranks cannot be cut"),
     ],
 )

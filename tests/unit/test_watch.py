@@ -11,7 +11,7 @@ from megatron_mm.config.schema import GuardConfig
 from megatron_mm.training import watch
 from megatron_mm.training.watch import Watch
 
-MESH = SimpleNamespace(rank=0, speaks=True, world_size=1)
+MESH = SimpleNamespace(rank=0, is_rank_0=True, world_size=1)
 
 
 def test_without_a_limit_it_writes_at_heartbeats_and_ends_nothing(

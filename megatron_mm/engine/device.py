@@ -41,7 +41,7 @@ REPLACED = {
     "torch.Tensor.cuda": "the distributed optimizer, rotary embedding",
 }
 """What `install` replaces, and who in megatron-core needs it."""
-_imagined = False
+_on_meta = False
 
 
 class _Stream:
@@ -67,8 +67,8 @@ def has_gpu() -> bool:
 
 
 def current() -> torch.device:
-    """Return the device that tensors of this rank live on; the meta device after `imagine`."""
-    if _imagined:
+    """Return the device that tensors of this rank live on; the meta device after `use_meta`."""
+    if _on_meta:
         return META
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else CPU
 
@@ -103,13 +103,13 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # Linux counts kibibytes
 
 
-def imagine() -> None:
+def use_meta() -> None:
     """Let this process build models on the meta device, with or without a GPU: nothing holds memory, nothing runs.
 
     Accelerators may be imported, for their modules exist without a GPU.
     """
-    global _imagined
-    _imagined = True
+    global _on_meta
+    _on_meta = True
     if not has_gpu():
         install(keep_out=())
     torch.cuda.current_device = lambda: META
@@ -147,7 +147,7 @@ def install(keep_out: tuple[str, ...] = ACCELERATORS) -> None:
     for name in keep_out:
         if sys.modules.get(name) is not None:
             raise RuntimeError(
-                f"{name} was imported, and there is no GPU: import megatron_mm.parallel before megatron-core."
+                f"{name} was imported, and there is no GPU: import megatron_mm.engine before megatron-core."
             )
         sys.modules[name] = None  # type: ignore[assignment]
     _replace_cuda()

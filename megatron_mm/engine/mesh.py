@@ -11,10 +11,10 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from megatron_mm.config import Config, check_world, flat
+from megatron_mm.engine import device, rendezvous
+from megatron_mm.engine.agreement import check_alike
 from megatron_mm.environment import read_number
 from megatron_mm.errors import ConfigError
-from megatron_mm.parallel import device, rendezvous
-from megatron_mm.parallel.agreement import check_alike
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for a rank that is late, before it fails."""
@@ -48,7 +48,7 @@ class Mesh:
     """The ranks of one pipeline stage: all that hold a parameter which tensor parallelism does not shard."""
 
     @property
-    def speaks(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this rank is the one that logs and writes what all ranks agree on."""
         return self.rank == 0
 
@@ -152,7 +152,7 @@ def alone(config: Config) -> Mesh:
         raise RuntimeError("this process is a rank of a run: mesh.alone() would take its groups away.")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    device.imagine()
+    device.use_meta()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     layout = config.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": 1, "cp": 1})
     return cut(config.model_copy(update={"parallel": layout}))

@@ -3,6 +3,6 @@
 Imported before megatron-core, which takes what accelerators it finds then.
 """
 
-from megatron_mm.parallel import device
+from megatron_mm.engine import device
 
 device.keep_out_accelerators()
