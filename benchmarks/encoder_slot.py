@@ -15,16 +15,16 @@ one of whole layers: only the last stage could take another, and its head takes 
 import math
 
 import torch
+from megatron_mm.model.audio import AudioEncoder
+from megatron_mm.model.vision import VisionEncoder
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from verdict import finish
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
-from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_SIZE, IMAGE_TOKENS, audio_frames
+from megatron_mm.modalities.audio.spec import audio_frames
 from megatron_mm.model.accounting import build_on_meta, encoder_price
-from megatron_mm.model.audio import AudioEncoder
-from megatron_mm.model.vision import VisionEncoder
 from megatron_mm.planning.cost import GPUS, Gpu, Layout, layer_seconds, linear_seconds
 from megatron_mm.planning.layouts import RATES, shape_of
 from megatron_mm.planning.timeline import order
@@ -58,7 +58,7 @@ def seconds(config: Config, convolutions: float, *, images: int, sounds: int, gp
     """Return what so many images and seconds of sound take on one rank, forward and backward. Without any, both towers
     still run once, so that every rank has gradients."""
     rate, found = RATES[gpu.name], 0.0
-    units = ((config.image, images, IMAGE_TOKENS + 1), (config.audio, sounds, audio_frames(CHUNK_SAMPLES)))
+    units = ((config.image, images, 196 + 1), (config.audio, sounds, audio_frames(16_000)))
     for encoder, count, tokens in units:
         found += tower_seconds(encoder, tokens=max(count, 1) * tokens, attended=tokens, gpu=gpu)
         for sizes in ((encoder.hidden_size, config.model.hidden_size), (config.model.hidden_size,) * 2):
@@ -96,11 +96,11 @@ def main() -> None:
     config = configs.load("mm_88b")
     model = build_on_meta(config)
     print("decoder layers by FLOPs:", encoder_price(config, model))
-    second = torch.empty(CHUNK_SAMPLES, device="meta")
+    second = torch.empty(16_000, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.embedding.audio.encoder.tower.feature_extractor(second[None].bfloat16())
-    num_tokens, sound = config.tokens_per_micro_batch, audio_frames(CHUNK_SAMPLES)
-    all_images, all_sound = (math.ceil(num_tokens // tokens / RANKS) for tokens in (IMAGE_TOKENS + 2, sound))
+    num_tokens, sound = config.tokens_per_micro_batch, audio_frames(16_000)
+    all_images, all_sound = (math.ceil(num_tokens // tokens / RANKS) for tokens in (196 + 2, sound))
     mixes = {"text only": (0, 0), MIXED: (1, 1), "images only": (all_images, 0)}
     mixes |= {"sound only": (0, all_sound)}
     largest = 0.0
@@ -113,7 +113,7 @@ def main() -> None:
             largest = max(largest, price if mix == MIXED else 0.0)
             print(f"{name} {precision}: {mix} ({images} images, {sounds} s a rank): {price:.2f} layers by time")
     deep = in_flight(layout_of(config, "bf16"))
-    image, silence = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), torch.zeros(CHUNK_SAMPLES)
+    image, silence = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), torch.zeros(16_000)
     for name, unit, count, encoder in (
         ("image", image, all_images, VisionEncoder(config.image)),
         ("second", silence, all_sound, AudioEncoder(config.audio)),

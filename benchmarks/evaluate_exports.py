@@ -27,7 +27,6 @@ from verdict import finish
 from megatron_mm.errors import ConfigError
 from megatron_mm.hf.export import KINDS, export
 from megatron_mm.hf.gate import LIMIT, Answer, Gate
-from megatron_mm.modality import IMAGE_TOKENS
 from megatron_mm.tokenizer import TextTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +57,7 @@ def questions(answers: Iterable[Answer], tokenizer: TextTokenizer) -> list[Quest
 def _question(answer: Answer, tokenizer: TextTokenizer) -> Question | None:
     special = tokenizer.special_ids
     ids = [token for token in answer.inputs["input_ids"][0].tolist() if token != special["end_of_text"]]
-    image = [special["image_start"], *[special["image"]] * IMAGE_TOKENS, special["image_end"]]
+    image = [special["image_start"], *[special["image"]] * 196, special["image_end"]]
     before, *others = tokenizer.decode(ids).split(tokenizer.decode(image))
     encoded = tokenizer.encode(before)
     for text in others:

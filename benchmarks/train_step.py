@@ -81,6 +81,7 @@ def start_megatron(work: Workload) -> tuple:
 def ours(work: Workload) -> Callable[[], float]:
     """Return a function that trains our model one step and returns its loss."""
     from megatron_mm.batch import MediaUnits, MicroBatch, TokenCounts, attention_spans
+    from megatron_mm.modalities import BY_NAME
     from megatron_mm.model.loss import by_name
     from megatron_mm.training.state import build_state
     from megatron_mm.training.step import train_step
@@ -95,8 +96,7 @@ def ours(work: Workload) -> Callable[[], float]:
         origins=torch.zeros_like(tokens),
         positions=torch.arange(work.seq_len).repeat(work.batch),
         spans=attention_spans([work.seq_len] * work.batch, cp_rank=0, cp_size=1),
-        images=MediaUnits((), 0, 0, nothing, nothing),
-        audio=MediaUnits((), 0, 0, nothing, nothing),
+        media=dict.fromkeys(BY_NAME, MediaUnits((), 0, 0, nothing, nothing)),
         counts=TokenCounts(text=tokens.numel(), loss=tokens.numel()),
     ).to(device.current())
     return lambda: by_name(train_step(state, [micro_batch]).losses)["loss"]

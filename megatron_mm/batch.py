@@ -1,15 +1,16 @@
 """The in-memory border between data and model: one micro-batch, as one rank needs it."""
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_mm.modality import Source
+from megatron_mm.modalities import BY_NAME
+from megatron_mm.source import Source
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class TokenCounts:
 
     text: int = 0
     """Of documents, but for media: text, and the tokens that mark where documents and media begin and end."""
-    image: int = 0
-    audio: int = 0
+    media: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(BY_NAME, 0))
+    """Placeholders of each modality, by its name."""
     padding: int = 0
     loss: int = 0
     """Those whose label bears loss."""
@@ -27,7 +28,7 @@ class TokenCounts:
     @property
     def tokens(self) -> int:
         """Positions that hold something of a document: all but padding."""
-        return self.text + self.image + self.audio
+        return self.text + sum(self.media.values())
 
     @property
     def padding_fraction(self) -> float:
@@ -35,19 +36,37 @@ class TokenCounts:
         return self.padding / max(1, self.tokens + self.padding)
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(*map(sum, zip(astuple(self), astuple(other))))
+        media = {name: count + other.media[name] for name, count in self.media.items()}
+        rest = self.text + other.text, media, self.padding + other.padding, self.loss + other.loss
+        return type(self)(*rest)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return what is counted, in the order of `numbers`."""
+        return ["text", *BY_NAME, "padding", "loss"]
+
+    @property
+    def numbers(self) -> list[int]:
+        """The counts end to end, as ranks send them to one another."""
+        return [self.text, *(self.media[name] for name in BY_NAME), self.padding, self.loss]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Self:
+        """Return the counts that were sent as `numbers`."""
+        text, *media, padding, loss = map(int, numbers)
+        return cls(text, dict(zip(BY_NAME, media, strict=True)), padding, loss)
 
 
 @dataclass(frozen=True)
 class MediaUnits:
-    """The images, or the one-second chunks of sound, of one micro-batch.
+    """The units of one modality in one micro-batch: images, or chunks of recordings.
 
     Units are dealt to the tensor and context ranks of the first stage in turn (unit u to rank u mod (tp cp)), encoded
     there once, and their features all-gathered; each rank then projects the rows that fall into its own shard.
     """
 
     inputs: tuple[Tensor, ...]
-    """This rank's units, in order: images (3, 224, 224) uint8, or waveforms (num_samples,) float32 at 16 kHz."""
+    """This rank's units, in order, as the modality's decode makes them and its encoder takes them."""
     own_rows: int
     """Feature rows that this rank's units become: as many as they have placeholders."""
     rows_per_rank: int
@@ -102,8 +121,8 @@ class MicroBatch:
     """(num_tokens/cp,) int64 position in the document."""
     spans: tuple[AttentionSpan, ...]
     """Where this rank's positions lie in the whole row, in their order: one span, two of them under cp."""
-    images: MediaUnits
-    audio: MediaUnits
+    media: Mapping[str, MediaUnits]
+    """The units of each modality, by its name: all of them, those without units too."""
     counts: TokenCounts
     """What the positions hold: this context rank's share, whether or not its stage reads media."""
     num_datasets: int = 1
@@ -111,7 +130,7 @@ class MicroBatch:
 
     @property
     def sources(self) -> Tensor:
-        """(num_tokens/cp,) int64 `modality.Source` of the document."""
+        """(num_tokens/cp,) int64 `source.Source` of the document."""
         return self.origins % len(Source)
 
     @property
@@ -162,6 +181,8 @@ def _move(value: Any, device: torch.device) -> Any:
         return value.to(device, non_blocking=True)
     if isinstance(value, tuple):
         return tuple(_move(item, device) for item in value)
+    if isinstance(value, Mapping):
+        return {name: _move(item, device) for name, item in value.items()}
     if isinstance(value, MicroBatch | MediaUnits | AttentionSpan):
         return type(value)(**{field.name: _move(getattr(value, field.name), device) for field in fields(value)})
     return value

@@ -18,19 +18,15 @@ from gigatoken.gigatoken_rs import BPETokenizer, SentencePieceTokenizer, load_hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.modalities import MODALITIES
 from megatron_mm.shards import TokenizerInfo
 
 SPECIAL_TOKENS = {
     "pad": "<|pad|>",
     "end_of_text": "<|endoftext|>",
-    "image_start": "<|image_start|>",
-    "image": "<|image|>",
-    "image_end": "<|image_end|>",
-    "audio_start": "<|audio_start|>",
-    "audio": "<|audio|>",
-    "audio_end": "<|audio_end|>",
+    **{role: f"<|{role}|>" for modality in MODALITIES for role in modality.special_tokens},
 }
-"""Role and spelling of every special token; `image` and `audio` are the placeholders that media features replace."""
+"""Role and spelling of every special token; that of a modality's name is the placeholder that its features replace."""
 
 FastTokenizer = BPETokenizer | SentencePieceTokenizer
 Engine = Literal["auto", "reference"]

@@ -6,17 +6,17 @@ import io
 import tempfile
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
-from megatron_mm.ingest.audio import encode_flac
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, Segment, TextSegment
 from megatron_mm.ingest.encode import encode_document
-from megatron_mm.modality import SAMPLE_RATE, Source
+from megatron_mm.modalities import MODALITIES
+from megatron_mm.modalities.audio.spec import SAMPLE_RATE, encode_flac
 from megatron_mm.shards import ShardWriter
+from megatron_mm.source import Source
 from megatron_mm.tokenizer import TextTokenizer, train_tokenizer
 
 VOCAB_SIZE = 320
@@ -53,15 +53,12 @@ def pretrained(form: str) -> tuple[str, ...]:
     import torch
     from safetensors.torch import save_file
 
-    from megatron_mm.model.audio import AudioEncoder
-    from megatron_mm.model.vision import VisionEncoder
-
     folder = tempfile.TemporaryDirectory(prefix="megatron-mm-encoders-")
     atexit.register(folder.cleanup)
     config, overrides = configs.load("tiny", [*SMALL, f"audio.form={form}"]), []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        towers = {"image": VisionEncoder(config.image).tower, "audio": AudioEncoder(config.audio).tower}
+        towers = {own.name: own.part("encoder").Encoder(getattr(config, own.name)).tower for own in MODALITIES}
     for name, tower in towers.items():
         path = Path(folder.name, f"{name}.safetensors")
         save_file({key: value.detach().contiguous() for key, value in tower.named_parameters()}, path)
@@ -136,10 +133,3 @@ def write_shards(folder: Path, name: str = "train", *, seed: int = 0, text_only:
                 continue
             writer.add(encode_document(document, tokenizer))
     return folder / name
-
-
-def decode_samples(data: bytes) -> np.ndarray:
-    """Return the samples of a 16-bit FLAC: (num_samples,) float32."""
-    with av.open(io.BytesIO(data)) as container:
-        frames = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
-    return np.concatenate(frames).astype(np.float32) / 32768.0

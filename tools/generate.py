@@ -17,8 +17,8 @@ from megatron_mm.hf.generate import Sampling, generate, opened
 from megatron_mm.hf.tensors import PRECISIONS
 from megatron_mm.ingest.document import Document, Rejection, Segment, TextSegment
 from megatron_mm.ingest.read import read_file, read_lines
-from megatron_mm.modality import Source
 from megatron_mm.noise import silence
+from megatron_mm.source import Source
 
 
 def main() -> int:

@@ -16,13 +16,15 @@ import numpy as np
 
 from megatron_mm import config as configs
 from megatron_mm import endings
+from megatron_mm.data.media import reference_decoders
 from megatron_mm.data.packing import plan_packing
 from megatron_mm.data.samples import Samples
-from megatron_mm.data.show import piece_of, render_page, render_text, stored_document
+from megatron_mm.data.show import piece_of, render_page, render_text
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.ingest.encode import encode_document
 from megatron_mm.ingest.work import DEFAULTS, Work, read_all
-from megatron_mm.shards import EncodedDocument, open_shards
+from megatron_mm.modalities import default_geometries
+from megatron_mm.shards import EncodedDocument, ShardReader, open_shards
 from megatron_mm.shards.format import TOKENIZER_SUFFIX
 from megatron_mm.tokenizer import TextTokenizer
 from megatron_mm.training import checkpoint
@@ -66,12 +68,16 @@ def _run(arguments: argparse.Namespace) -> None:
             print("\n".join(_order(samples, batch)))
             return
         tokenizer = TextTokenizer(samples.shards[0].prefix + TOKENIZER_SUFFIX)
-        documents = list(_batch(samples, batch))
+        documents, geometries = list(_batch(samples, batch)), samples.config.encoders
+    elif arguments.input:
+        tokenizer, geometries = TextTokenizer(arguments.tokenizer), default_geometries()
+        documents = list(_file(arguments.input, tokenizer))
     else:
-        tokenizer = TextTokenizer(arguments.tokenizer)
-        documents = list(_file(arguments.input, tokenizer) if arguments.input else _stored(arguments, tokenizer))
+        tokenizer, shards = TextTokenizer(arguments.tokenizer), open_shards([arguments.shards])
+        documents, geometries = list(_stored(arguments, shards, tokenizer)), shards[0].geometries
     if arguments.html:
-        arguments.html.write_text(render_page(documents, tokenizer), encoding="utf-8")
+        page = render_page(documents, tokenizer, decoders=reference_decoders(geometries))
+        arguments.html.write_text(page, encoding="utf-8")
         print(f"{len(documents)} documents: {arguments.html}")
     else:
         for title, document in documents:
@@ -95,8 +101,9 @@ def _file(path: Path, tokenizer: TextTokenizer) -> Iterator[tuple[str, EncodedDo
         raise DataError(f"{path} gives no document: {reason}. Give another file.")
 
 
-def _stored(arguments: argparse.Namespace, tokenizer: TextTokenizer) -> Iterator[tuple[str, EncodedDocument]]:
-    shards = open_shards([arguments.shards])
+def _stored(
+    arguments: argparse.Namespace, shards: Sequence[ShardReader], tokenizer: TextTokenizer
+) -> Iterator[tuple[str, EncodedDocument]]:
     if shards[0].tokenizer != tokenizer.info:
         raise DataError(
             f"{arguments.shards} was made with another tokenizer than {arguments.tokenizer}: give "
@@ -108,7 +115,7 @@ def _stored(arguments: argparse.Namespace, tokenizer: TextTokenizer) -> Iterator
                 f"--document {arguments.document} is none of the {shards[0].num_documents} of {arguments.shards}. Use "
                 f"0 to {shards[0].num_documents - 1}."
             )
-        yield f"{arguments.shards}, document {arguments.document}", stored_document(shards[0], arguments.document)
+        yield f"{arguments.shards}, document {arguments.document}", shards[0].document(arguments.document)
         return
     plan = plan_packing(shards, seq_len=arguments.seq_len)
     if not 0 <= arguments.sample < plan.num_samples:

@@ -30,7 +30,7 @@ def _run(options: argparse.Namespace) -> None:
     from megatron_mm.model.accounting import build_on_meta, count_parameters
 
     counts = count_parameters(model := build_on_meta(config))
-    media = sum(count for name, count in counts.items() if name.startswith(("vision", "audio")))
+    media = sum(count for name, count in counts.items() if name.endswith(("_tower", "_projector")))
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     extra = {"extra_parameters": media, "extra_trained": media - frozen}  # nothing else is ever frozen
     planned, too_big = plan(config, gpus=gpus, gpu=gpu, **extra)

@@ -12,10 +12,13 @@ import argparse
 import logging
 import sys
 
+from megatron_mm import config as configs
 from megatron_mm import endings
 from megatron_mm.environment import read_number
 from megatron_mm.errors import ConfigError
 from megatron_mm.ingest.pipeline import Options, Report, Share, preprocess
+
+PRESET = "mm_88b"
 
 
 def main() -> int:
@@ -41,6 +44,16 @@ def main() -> int:
         default=Options.max_audio_seconds,
         metavar="S",
         help="cut longer recordings into items of this length (default %(default)s)",
+    )
+    parser.add_argument(
+        "--preset",
+        default=PRESET,
+        metavar="P",
+        help="the model that the shards are for, a preset or a config.yaml: how many tokens an image or a recording "
+        "becomes is its (default %(default)s)",
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="K=V", help="settings of --preset that differ: image.image_size=336"
     )
     parser.add_argument(
         "--languages",
@@ -101,6 +114,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 languages=tuple(arguments.languages),
                 min_tokens=arguments.min_tokens,
                 max_tokens=arguments.max_tokens,
+                geometries=configs.geometries(configs.load_saved(arguments.preset, arguments.set)),
             ),
             engine=arguments.tokenizer_engine,
             share=share,

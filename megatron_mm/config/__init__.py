@@ -8,6 +8,7 @@ from megatron_mm.config.load import (
     describe_fields,
     differences,
     flat,
+    geometries,
     load,
     load_saved,
     preset_names,
@@ -15,12 +16,9 @@ from megatron_mm.config.load import (
     to_yaml,
 )
 from megatron_mm.config.resume import check_resume
-from megatron_mm.config.rules import check_start, check_world, divisors, untrained_encoders
+from megatron_mm.config.rules import check_start, check_world, untrained_encoders
 from megatron_mm.config.schema import (
-    RANDOM,
-    AudioConfig,
     Config,
-    ImageConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -28,10 +26,7 @@ from megatron_mm.config.schema import (
 )
 
 __all__ = [
-    "RANDOM",
-    "AudioConfig",
     "Config",
-    "ImageConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -45,8 +40,8 @@ __all__ = [
     "check_world",
     "describe_fields",
     "differences",
-    "divisors",
     "flat",
+    "geometries",
     "load",
     "load_saved",
     "preset_names",

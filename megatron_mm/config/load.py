@@ -12,8 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_mm.config import rules
-from megatron_mm.config.schema import RANDOM, Config
+from megatron_mm.config.schema import Config
 from megatron_mm.errors import ConfigError
+from megatron_mm.modalities import BY_NAME, MODALITIES, RANDOM, Geometry
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def load(preset: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_saved(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration in a config.yaml that a run has saved: it ran, so today's rules are not held against it.
 
     Raises ConfigError if it cannot be read, or has settings that this version does not know.
@@ -54,13 +55,18 @@ def load_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def geometries(config: Config) -> dict[str, Geometry]:
+    """Return how media become tokens in `config`, by modality, without the other settings of their encoders."""
+    return {own.name: own.geometry(**own.fingerprint(getattr(config, own.name))) for own in MODALITIES}
+
+
 def _build(preset: str, overrides: Sequence[str]) -> tuple[Config | None, list[str]]:
     """Return the configuration, None if it cannot be built, and what is wrong with its keys and values."""
     settings = _read(preset)
     problems = _apply(settings, overrides)
     problems += _take_out_unknown(settings)
     try:
-        return Config(**{"preset": preset, **settings}), problems
+        return Config(**{"preset": preset, **{name: {} for name in BY_NAME}, **settings}), problems
     except ValidationError as error:
         problems += [line for detail in error.errors() if (line := _explain_value(detail, settings))]
     return None, problems
@@ -123,7 +129,7 @@ def anchor(config: Config) -> Config:
     }
     files = {
         section: {key: value if value in (None, RANDOM) else os.path.abspath(value)}
-        for section, key in (("training", "start_from"), ("image", "pretrained"), ("audio", "pretrained"))
+        for section, key in (("training", "start_from"), *((name, "pretrained") for name in BY_NAME))
         for value in [getattr(getattr(config, section), key)]
     }
     sections = {name: getattr(config, name).model_copy(update=own) for name, own in (("data", changed), *files.items())}

@@ -9,11 +9,11 @@ from megatron_mm.config.load import anchor, differences
 from megatron_mm.config.rules import untrained_encoders
 from megatron_mm.config.schema import Config
 from megatron_mm.errors import ConfigError
+from megatron_mm.modalities import BY_NAME
 
 NEVER = {
     "model.": "the weights are those of this decoder",
-    "image.": "the weights and optimizer state are those of this encoder, trained or frozen",
-    "audio.": "the weights and optimizer state are those of this encoder, trained or frozen",
+    **{f"{name}.": "the weights and optimizer state are those of this encoder, trained or frozen" for name in BY_NAME},
     "data.seq_len": "it says which samples there are",
     "data.packing": "it says which samples there are",
     "data.seed": "it says in which order samples are seen",
@@ -31,8 +31,10 @@ BY_RULE = {
     "so none is seen twice",
     "training.precision": "bf16 and fp8 may take each other's place: both keep FP32 master weights; fp32 may not",
     "training.start_from": "not read again: the path may move or be gone, other contents are refused",
-    "image.pretrained": "not read again: the path may move or be gone, other contents are refused",
-    "audio.pretrained": "not read again: the path may move or be gone, other contents are refused",
+    **{
+        f"{name}.pretrained": "not read again: the path may move or be gone, other contents are refused"
+        for name in BY_NAME
+    },
 }
 """Settings that may change so far, and how far."""
 

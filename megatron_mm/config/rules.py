@@ -4,20 +4,15 @@ Much of what megatron-core needs is checked only in `megatron.training`'s argume
 those checks live here.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_mm.config.schema import RANDOM, Config
+from megatron_mm.config.schema import Config
 from megatron_mm.errors import ConfigError
-
-
-def divisors(number: int) -> list[int]:
-    """Return the divisors of `number`, ascending."""
-    low = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
-    return sorted({*low, *(number // candidate for candidate in low)})
+from megatron_mm.modalities import BY_NAME, RANDOM
+from megatron_mm.settings import divisors
 
 
 def _tensor_parallel(config: Config) -> Iterator[str]:
@@ -62,26 +57,11 @@ def _context_parallel(config: Config) -> Iterator[str]:
 def _head_dim(config: Config) -> Iterator[str]:
     if config.model.head_dim % 2:
         yield f"model.head_dim={config.model.head_dim} is odd: rotary embedding turns pairs. Use an even number."
-    for name, encoder in (("image", config.image), ("audio", config.audio)):
-        if encoder.hidden_size % encoder.num_attention_heads:
-            yield (
-                f"{name}.num_attention_heads={encoder.num_attention_heads} does not divide "
-                f"{name}.hidden_size={encoder.hidden_size}. Use one of {divisors(encoder.hidden_size)}."
-            )
-    if config.audio.hidden_size % config.audio.pos_conv_groups:
-        yield (
-            f"audio.pos_conv_groups={config.audio.pos_conv_groups} does not divide "
-            f"audio.hidden_size={config.audio.hidden_size}. Use one of {divisors(config.audio.hidden_size)}."
-        )
 
 
 def _encoders(config: Config) -> Iterator[str]:
-    for name, encoder in (("image", config.image), ("audio", config.audio)):
-        if encoder.pretrained == RANDOM and not encoder.trainable:
-            yield (
-                f"{name}.pretrained=random and {name}.trainable=false are an encoder of random weights that never "
-                f"learns. Give {name}.pretrained the file of a pretrained one, or set {name}.trainable=true."
-            )
+    for name, encoder in config.encoders.items():
+        yield from encoder.failures(name)
 
 
 def _pipeline(config: Config) -> Iterator[str]:
@@ -261,14 +241,13 @@ def _never_comes(config: Config) -> Iterator[str]:
 
 def _paths(config: Config) -> Iterator[str]:
     """Name paths as a shell would have had to expand them: here they would be folders called `~` and `$HOME`."""
-    start_from, image, audio = config.training.start_from, config.image.pretrained, config.audio.pretrained
+    start_from = config.training.start_from
     for key, paths in (
         ("run_dir", [config.run_dir]),
         ("data.train", [prefix for name in config.data.train_datasets for prefix in name.split(",")]),
         ("data.validation", config.data.validation),
         ("training.start_from", [start_from] if start_from else []),
-        ("image.pretrained", [image] if image else []),
-        ("audio.pretrained", [audio] if audio else []),
+        *((f"{name}.pretrained", [own.pretrained] if own.pretrained else []) for name, own in config.encoders.items()),
     ):
         for path in paths:
             if path.strip().startswith("~") or re.search(r"\$[A-Za-z_{]", path):
@@ -341,9 +320,9 @@ def start_failures(config: Config) -> list[str]:
         return []
     return [
         f"{name}.pretrained is not given, and training.start_from names no checkpoint to take the encoder from. Give "
-        f"{name}.pretrained={kind}, or training.start_from=CHECKPOINT; {name}.pretrained=random trains an encoder "
-        "from random weights."
-        for name, encoder, kind in (("image", config.image, "VIT_FILE"), ("audio", config.audio, "WAV2VEC_FILE"))
+        f"{name}.pretrained={BY_NAME[name].pretrained_files}, or training.start_from=CHECKPOINT; "
+        f"{name}.pretrained=random trains an encoder from random weights."
+        for name, encoder in config.encoders.items()
         if encoder.pretrained is None
     ]
 
@@ -353,8 +332,8 @@ def untrained_encoders(config: Config) -> list[str]:
     `pretrained` had to be given."""
     if config.training.start_from:
         return []
-    encoders = {"image": config.image, "audio": config.audio}
-    return [name for name, own in encoders.items() if not own.trainable and own.pretrained in (None, RANDOM)]
+    encoders = config.encoders.items()
+    return [name for name, own in encoders if not own.trainable and own.pretrained in (None, RANDOM)]
 
 
 def check_start(config: Config) -> None:

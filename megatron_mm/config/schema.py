@@ -2,24 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
-NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
-"""Whole numbers that torch and numpy can hold."""
+from megatron_mm.modalities import MODALITIES, EncoderSection
+from megatron_mm.settings import NonNegativeInt, PositiveInt, Section
+
 MAX_SECONDS = 1e9
 """What a thread can wait for."""
-
-RANDOM = "random"
-"""What image.pretrained and audio.pretrained say for an encoder that starts from random weights on purpose."""
-
-
-class Section(BaseModel):
-    """A group of settings; `python -m megatron_mm.train --help` prints the docstring of each field."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class ModelConfig(Section):
@@ -47,51 +36,6 @@ class ModelConfig(Section):
     """RMSNorm over each head of queries and keys, before the rotary embedding: keeps attention logits bounded."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of new weights; residual projections get init_std / sqrt(2 num_layers)."""
-
-
-class ImageConfig(Section):
-    """The image encoder, a ViT with 16 x 16 patches at 224 x 224 pixels (196 tokens an image), and its projector."""
-
-    num_layers: PositiveInt
-    """Encoder layers."""
-    hidden_size: PositiveInt
-    """Width of the encoder and of its features."""
-    ffn_hidden_size: PositiveInt
-    """Width of the encoder's MLP."""
-    num_attention_heads: PositiveInt
-    """Attention heads of the encoder."""
-    pretrained: str | None = Field(None, min_length=1)
-    """ViT file of timm or Hugging Face that a new run's encoder starts from, or `random` for random weights, to be
-    trained. null takes the encoder of training.start_from; without that, a run does not start."""
-    trainable: bool = True
-    """Fine-tune the encoder with the decoder; false keeps it as pretrained. The projector is always trained."""
-
-
-class AudioConfig(Section):
-    """The sound encoder, a Wav2Vec 2.0 over one-second chunks of 16 kHz sound (49 tokens each), and its projector."""
-
-    num_layers: PositiveInt
-    """Encoder layers."""
-    hidden_size: PositiveInt
-    """Width of the encoder and of its features."""
-    ffn_hidden_size: PositiveInt
-    """Width of the encoder's feed-forward network."""
-    num_attention_heads: PositiveInt
-    """Attention heads of the encoder."""
-    conv_channels: PositiveInt = 512
-    """Channels of the seven convolutions under the transformer."""
-    pos_conv_kernel: PositiveInt = 128
-    """Kernel of the convolutional position embedding, in frames."""
-    pos_conv_groups: PositiveInt = 16
-    """Groups of the convolutional position embedding."""
-    form: Literal["ls960", "lv60k"] = "ls960"
-    """ls960: as pretrained on Librispeech (group norm, post-norm layers, waveform as it is).
-    lv60k: as pretrained on Libri-Light (layer norm, conv biases, pre-norm layers, each clip normalised)."""
-    pretrained: str | None = Field(None, min_length=1)
-    """Wav2Vec 2.0 file of torchaudio or Hugging Face that a new run's encoder starts from, or `random` for random
-    weights, to be trained. null takes the encoder of training.start_from; without that, a run does not start."""
-    trainable: bool = True
-    """Fine-tune the encoder with the decoder; false keeps it as pretrained. The projector is always trained."""
 
 
 class BlendChange(Section):
@@ -321,8 +265,8 @@ class Config(Section):
     run_dir: str
     """Folder of checkpoints, metrics, plots and the resolved configuration."""
     model: ModelConfig
-    image: ImageConfig
-    audio: AudioConfig
+    # One section a modality, by its name. One whose settings all have defaults may be left out.
+    __annotations__ |= {modality.name: modality.section for modality in MODALITIES}
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
     training: TrainingConfig
@@ -332,6 +276,11 @@ class Config(Section):
     guard: GuardConfig = GuardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def encoders(self) -> dict[str, EncoderSection]:
+        """The section of each modality, by its name."""
+        return {modality.name: getattr(self, modality.name) for modality in MODALITIES}
 
     @property
     def tokens_per_step(self) -> int:

@@ -11,13 +11,13 @@ from torch import Tensor
 from megatron_mm.batch import MediaUnits, MicroBatch, attention_spans, context_spans
 from megatron_mm.config import Config
 from megatron_mm.config.schema import BlendChange
-from megatron_mm.data.decode import blank_pixels, blank_waveform, cut_chunks, make_decoder
+from megatron_mm.data.media import make_decoders
 from megatron_mm.data.row import TextRow
 from megatron_mm.data.samples import Samples
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import DataError
-from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_TOKENS, Media, audio_frames, audio_tokens
+from megatron_mm.modalities import BY_KIND, BY_NAME, Modality
 from megatron_mm.shards import ShardReader
 
 log = logging.getLogger(__name__)
@@ -27,13 +27,13 @@ NO_MEDIA = MediaUnits((), 0, 0, torch.empty(0, dtype=torch.int64), torch.empty(0
 
 @dataclass(frozen=True)
 class Unit:
-    """One image, or one chunk of sound, of a micro-batch: where it lies and where its features go."""
+    """What is encoded on its own, an image or a chunk of sound: where it lies and where its features go."""
 
     shard: int
     item: np.ndarray
     """ITEM record."""
-    chunk: int
-    """Which second of a recording; 0 of an image."""
+    number: int
+    """Which unit of its item."""
     position: int
     """Of its first token, in the micro-batch."""
     num_tokens: int
@@ -70,13 +70,14 @@ class Loader:
         """The dataset of each shard, by its number."""
         self.special_ids = self.shards[0].tokenizer.special_ids
         self._encodes = mesh.is_first_chunk(0)
-        self.renew_decoder()
+        self.renew_decoders()
         if self._encodes and mesh.is_rank_0:
-            log.info("media are decoded by %s", self.decoder.name)
+            names = dict.fromkeys(decoder.name for decoder in self.decoders.values())
+            log.info("media are decoded by %s", " and ".join(names))
 
-    def renew_decoder(self) -> None:
-        """Take a new decoder: a thread that hangs may hold the old one."""
-        self.decoder = make_decoder(self.config.data.decoder, has_gpu=device.has_gpu())
+    def renew_decoders(self) -> None:
+        """Take new decoders: a thread that hangs may hold the old ones."""
+        self.decoders = make_decoders(self.config, has_gpu=device.has_gpu())
 
     @property
     def num_samples(self) -> int:
@@ -105,28 +106,25 @@ class Loader:
         seq_len = self.config.data.seq_len
         num_tokens = len(samples) * seq_len
         text = TextRow(num_tokens, pad=self.special_ids["pad"])
-        units: dict[Media, list[Unit]] = {Media.IMAGE: [], Media.AUDIO: []}
+        units: dict[str, list[Unit]] = {name: [] for name in BY_NAME}
         for number, sample in enumerate(samples):
             text.position = number * seq_len
             if sample >= 0:
                 self._add_pieces(self.samples.pieces(int(sample)), text, units)
             text.end_sample((number + 1) * seq_len)
         if any(units.values()):
-            text.mask_labels([self.special_ids["image"], self.special_ids["audio"]])
+            text.mask_labels([self.special_ids[name] for name in units if name in self.special_ids])
         cp_rank, cp_size = self.mesh.cp_rank, self.mesh.cp_size
         parts = context_spans(num_tokens, cp_rank=cp_rank, cp_size=cp_size)
-        images, audio = (self._media(units[kind], parts) for kind in (Media.IMAGE, Media.AUDIO))
-        image_runs, audio_runs = ([unit.run for unit in units[kind]] for kind in (Media.IMAGE, Media.AUDIO))
         return MicroBatch(
             **text.tensors(parts),
             spans=attention_spans(text.doc_lengths, cp_rank=cp_rank, cp_size=cp_size),
-            images=images,
-            audio=audio,
-            counts=text.counts(parts, images=image_runs, audio=audio_runs),
+            media={name: self._media(name, own, parts) for name, own in units.items()},
+            counts=text.counts(parts, media={name: [unit.run for unit in own] for name, own in units.items()}),
             num_datasets=len(self.datasets),
         )
 
-    def _add_pieces(self, pieces: np.ndarray, text: TextRow, units: dict[Media, list[Unit]]) -> None:
+    def _add_pieces(self, pieces: np.ndarray, text: TextRow, units: dict[str, list[Unit]]) -> None:
         """Lay PIECE records at the current position, and note their media."""
         first, last = int(pieces["shard"][0]), int(pieces["shard"][-1])
         for number in range(first, last + 1):  # pieces come in the order of their shards
@@ -144,7 +142,7 @@ class Loader:
         inputs: range,
         text: TextRow,
         position: int,
-        units: dict[Media, list[Unit]],
+        units: dict[str, list[Unit]],
     ) -> None:
         """Note the media among `inputs` of a document of shard `number`, which lie at `position`."""
         shard = self.shards[number]
@@ -152,27 +150,48 @@ class Loader:
             start, num_tokens = int(item["token_offset"]), int(item["num_tokens"])
             if start + num_tokens <= inputs.start or start >= inputs.stop:
                 continue
-            kind = _checked_kind(item, f"{shard.prefix}: document {document}")
+            modality, lengths = self._lengths(item, f"{shard.prefix}: document {document}")
             first = position + start - inputs.start
             run = text.tokens[first : first + num_tokens]
             is_whole = inputs.start <= start and start + num_tokens <= inputs.stop
-            if not is_whole or (run != self.special_ids[kind.name.lower()]).any():
+            if not is_whole or (run != self.special_ids[modality.name]).any():
                 raise DataError(
                     f"{shard.prefix}: document {document} has not the {num_tokens} placeholders at token {start} that "
                     "its media run should be; its .bin and .media.idx do not belong together. Preprocess the inputs "
                     "again."
                 )
-            units[kind] += _units(item, number, first)
+            for unit, length in enumerate(lengths):
+                units[modality.name].append(Unit(number, item, unit, first, length))
+                first += length
+
+    def _lengths(self, item: np.ndarray, where: str) -> tuple[Modality, list[int]]:
+        """Return what a media item is, and the tokens of each of its units.
+
+        Raises DataError if there is no such modality, or none of its items has so many tokens.
+        """
+        kind, num_tokens = int(item["kind"]), int(item["num_tokens"])
+        if kind not in BY_KIND:
+            raise DataError(f"{where} has a media item of kind {kind}, which is none. Preprocess the inputs again.")
+        if num_tokens < 1:
+            raise DataError(f"{where} has a media item without placeholders. Preprocess the inputs again.")
+        modality = BY_KIND[kind]
+        lengths = modality.unit_lengths(num_tokens, getattr(self.config, modality.name))
+        if sum(lengths) != num_tokens:
+            raise DataError(
+                f"{where} has an item of {num_tokens} {modality.name} placeholders, and none becomes so many tokens: "
+                f"the shards were written for another size of it. Preprocess the inputs again."
+            )
+        return modality, lengths
 
     def _check_placeholders(
-        self, shard: ShardReader, pieces: np.ndarray, text: TextRow, units: dict[Media, list[Unit]]
+        self, shard: ShardReader, pieces: np.ndarray, text: TextRow, units: dict[str, list[Unit]]
     ) -> None:
         """Raise DataError if a placeholder of the pieces that were laid last belongs to no media item, or to two."""
         begin = text.position - int(pieces["length"].sum())
         laid = text.tokens[begin : text.position]
-        for kind in Media:
-            unclaimed = (laid == self.special_ids[kind.name.lower()]).astype(np.int64)
-            for unit in reversed(units[kind]):
+        for name in units:
+            unclaimed = (laid == self.special_ids.get(name, -1)).astype(np.int64)
+            for unit in reversed(units[name]):
                 if unit.position < begin:
                     break
                 unclaimed[unit.position - begin : unit.position - begin + unit.num_tokens] -= 1
@@ -180,51 +199,35 @@ class Loader:
                 first = int((unclaimed != 0).argmax())
                 document = int(pieces["document"][pieces["length"].cumsum().searchsorted(first, "right")])
                 raise DataError(
-                    f"{shard.prefix}: document {document} has {kind.name.lower()} placeholders that belong to no media "
+                    f"{shard.prefix}: document {document} has {name} placeholders that belong to no media "
                     "item, or to more than one; its .bin and .media.idx do not belong together. Preprocess the inputs "
                     "again."
                 )
 
-    def _media(self, units: list[Unit], parts: list[range]) -> MediaUnits:
+    def _media(self, name: str, units: list[Unit], parts: list[range]) -> MediaUnits:
         """Deal units over tp and cp and decode this rank's; `parts` are the positions of its context rank."""
         if not self._encodes:
             return NO_MEDIA
-        return media_units(units, parts, mesh=self.mesh, decode=self._decode)
+        return media_units(units, parts, mesh=self.mesh, decode=lambda own: self._decode(name, own))
 
-    def _decode(self, units: list[Unit]) -> Iterator[Tensor]:
+    def _decode(self, name: str, units: list[Unit]) -> Iterator[Tensor]:
+        """Yield the tensors of units of one modality. Raises DataError if an item is not what was written."""
         items = {(unit.shard, int(unit.item["offset"])): unit.item for unit in units}
-        images, sounds = ([key for key, item in items.items() if item["kind"] == kind] for kind in Media)
-        pixels = dict(zip(images, self.decoder.images([self._bytes(*key, items) for key in images]), strict=True))
-        waveforms = dict(
-            zip(sounds, self.decoder.recordings([self._bytes(*key, items) for key in sounds]), strict=True)
-        )
-        for key in [key for key, decoded in (*pixels.items(), *waveforms.items()) if decoded is None]:
-            prefix, item = self.shards[key[0]].prefix, items[key]
-            log.warning("%s.media.bin: the item at byte %d cannot be decoded: it is left blank", prefix, key[1])
-            if key in pixels:
-                pixels[key] = blank_pixels()
-            else:
-                waveforms[key] = blank_waveform(int(item["num_tokens"]))
-        for key, waveform in waveforms.items():
-            self._check_recording(key, items[key], waveform)
-        normalize = self.config.audio.form == "lv60k"
-        chunks = {key: cut_chunks(waveform, normalize=normalize) for key, waveform in waveforms.items()}
+        encoded = [self.shards[shard].media_bytes(item) for (shard, _), item in items.items()]
+        decoded = dict(zip(items, self.decoders[name].decode(encoded), strict=True))
+        for key, own in decoded.items():
+            prefix, num_tokens = self.shards[key[0]].prefix, int(items[key]["num_tokens"])
+            if own is None:
+                log.warning("%s.media.bin: the item at byte %d cannot be decoded: it is left blank", prefix, key[1])
+                decoded[key] = self.decoders[name].blank(num_tokens)
+            elif (found := self.decoders[name].num_tokens(own)) != num_tokens:
+                raise DataError(
+                    f"{prefix}.media.bin: the item ({name}) at byte {key[1]} decodes to {found} tokens, and its "
+                    f"document has {num_tokens} placeholders for it. It is not what was written, or "
+                    f"{self.decoders[name].name} reads it otherwise. Preprocess the inputs again."
+                )
         for unit in units:
-            key = unit.shard, int(unit.item["offset"])
-            yield pixels[key] if key in pixels else chunks[key][unit.chunk]
-
-    def _check_recording(self, key: tuple[int, int], item: np.ndarray, waveform: Tensor) -> None:
-        """Raise DataError if a recording decodes to other than the tokens that its placeholders are."""
-        found, expected = audio_tokens(waveform.numel()), int(item["num_tokens"])
-        if found != expected:
-            raise DataError(
-                f"{self.shards[key[0]].prefix}.media.bin: the recording at byte {key[1]} has {waveform.numel()} "
-                f"samples, which are {found} tokens, and its document has {expected} placeholders for it. It is not "
-                f"what was written, or {self.decoder.name} reads it otherwise. Preprocess the inputs again."
-            )
-
-    def _bytes(self, shard: int, offset: int, items: dict[tuple[int, int], np.ndarray]) -> bytes:
-        return self.shards[shard].media_bytes(items[shard, offset])
+            yield decoded[unit.shard, int(unit.item["offset"])][unit.number]
 
 
 def media_units(
@@ -247,33 +250,6 @@ def media_units(
         rows=torch.from_numpy(rows[local]),
         positions=torch.from_numpy(place[positions[local]]),
     )
-
-
-def _checked_kind(item: np.ndarray, where: str) -> Media:
-    """Return what a media item is. Raises DataError if there is no such kind, or none of so many tokens."""
-    number, num_tokens = int(item["kind"]), int(item["num_tokens"])
-    if number not in iter(Media):
-        raise DataError(f"{where} has a media item of kind {number}, which is none. Preprocess the inputs again.")
-    if number == Media.IMAGE and num_tokens != IMAGE_TOKENS:
-        raise DataError(
-            f"{where} has an image of {num_tokens} placeholders, and an image becomes {IMAGE_TOKENS} tokens: the "
-            "shards were written for another size of images. Preprocess the inputs again."
-        )
-    if num_tokens < 1:
-        raise DataError(f"{where} has a media item without placeholders. Preprocess the inputs again.")
-    return Media(number)
-
-
-def _units(item: np.ndarray, shard: int, position: int) -> list[Unit]:
-    """Cut one media item into the units that are encoded on their own."""
-    if item["kind"] == Media.IMAGE:
-        return [Unit(shard, item, 0, position, int(item["num_tokens"]))]
-    step = audio_frames(CHUNK_SAMPLES)
-    stop = int(item["num_tokens"])
-    return [
-        Unit(shard, item, chunk, position + offset, min(step, stop - offset))
-        for chunk, offset in enumerate(range(0, stop, step))
-    ]
 
 
 def deal_rows(units: Sequence[Unit], *, num_ranks: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -23,7 +23,7 @@ class StepReader(Protocol):
     def step(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of optimizer step `step`."""
 
-    def renew_decoder(self) -> None:
+    def renew_decoders(self) -> None:
         """Take a new decoder: a thread that hangs may hold the old one."""
 
 
@@ -56,7 +56,7 @@ class Prefetcher:
                             "the storage of data.train, or give more time with data.stall_seconds."
                         )
                     log.warning("%s: step %d is read again by a new thread", what, step)
-                    self._loader.renew_decoder()
+                    self._loader.renew_decoders()
                     rest, number = self._steps[place:], reader.number + 1
                     reader = _Reader(self._loader, steps=rest, ahead=self._ahead, number=number)
                 stalls = 0

@@ -1,6 +1,6 @@
 """The token side of a micro-batch while it is filled: documents end to end in one row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megatron_mm.batch import TokenCounts
 from megatron_mm.data.native import _index
-from megatron_mm.modality import Source
 from megatron_mm.shards import ShardReader
+from megatron_mm.source import Source
 
 
 class TextRow:
@@ -65,13 +65,13 @@ class TextRow:
         whole = {name: own[0] if len(own) == 1 else np.concatenate(own) for name, own in arrays.items()}
         return {name: torch.from_numpy(array) for name, array in whole.items()}
 
-    def counts(self, parts: Sequence[range], *, images: Sequence[range], audio: Sequence[range]) -> TokenCounts:
-        """Count what the positions of `parts` hold, given those of media runs in the whole row."""
-        in_image, in_audio, in_padding = (_shared(runs, parts) for runs in (images, audio, self.padding))
+    def counts(self, parts: Sequence[range], *, media: Mapping[str, Sequence[range]]) -> TokenCounts:
+        """Count what the positions of `parts` hold, given those of each modality's runs in the whole row."""
+        in_media = {name: _shared(runs, parts) for name, runs in media.items()}
+        in_padding = _shared(self.padding, parts)
         return TokenCounts(
-            text=sum(map(len, parts)) - in_image - in_audio - in_padding,
-            image=in_image,
-            audio=in_audio,
+            text=sum(map(len, parts)) - sum(in_media.values()) - in_padding,
+            media=in_media,
             padding=in_padding,
             loss=sum(int(np.count_nonzero(self.loss_mask[part.start : part.stop])) for part in parts),
         )

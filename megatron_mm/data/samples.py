@@ -50,6 +50,8 @@ class Samples:
                 "fewer. Use model.vocab_size of at least that, a multiple of parallel.tp."
             )
         check_tokenizers([*self.shards, *shards])
+        for shard in shards:
+            shard.check_geometries(self.config.encoders, whose="the model")
         data = self.config.data
         plan = plan_packing(shards, seq_len=data.seq_len, packing=data.packing, first_shard=len(self.shards))
         self.shards += shards

@@ -3,21 +3,18 @@
 import base64
 import html
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from megatron_mm.data.decode import ReferenceDecoder, cut_chunks
-from megatron_mm.modality import SAMPLE_RATE, Media, audio_frames
+from megatron_mm.modalities.decoder import Decoder
 from megatron_mm.shards import EncodedDocument, MediaItem, ShardReader
 from megatron_mm.tokenizer import TextTokenizer
 
 MAX_BYTES_OF_CHARACTER = 4
 """Of UTF-8: so many byte-level tokens may make one character."""
-WAVE_COLUMNS, WAVE_HEIGHT = 196, 48
 STYLE = """
 body { font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h2 { font-size: 1rem; border-bottom: 1px solid #ccc; margin-top: 2.5rem; }
@@ -41,19 +38,10 @@ class Run:
     media: MediaItem | None = None
 
 
-def stored_document(shard: ShardReader, document: int) -> EncodedDocument:
-    """Return a document of a shard as it was encoded."""
-    media = [
-        MediaItem(Media(int(item["kind"])), shard.media_bytes(item), int(item["token_offset"]), int(item["num_tokens"]))
-        for item in shard.media(document)
-    ]
-    return EncodedDocument(shard.tokens(document), shard.source(document), media)
-
-
 def cut_document(document: EncodedDocument, start: int, stop: int) -> EncodedDocument:
     """Return tokens [start, stop) of a document with the media that lie in them: a piece of a packed sample."""
     media = [
-        MediaItem(item.kind, item.data, item.token_offset - start, item.num_tokens)
+        MediaItem(item.modality, item.data, item.token_offset - start, item.num_tokens)
         for item in document.media
         if start <= item.token_offset < stop
     ]
@@ -63,7 +51,7 @@ def cut_document(document: EncodedDocument, start: int, stop: int) -> EncodedDoc
 def piece_of(shards: Sequence[ShardReader], piece: np.ndarray) -> EncodedDocument:
     """Return what a PIECE record of a packed sample holds; `shards` are those of its plan, by their numbers."""
     start, length = int(piece["start"]), int(piece["length"])
-    document = stored_document(shards[int(piece["shard"])], int(piece["document"]))
+    document = shards[int(piece["shard"])].document(int(piece["document"]))
     return cut_document(document, start, start + length)
 
 
@@ -95,11 +83,16 @@ def render_text(document: EncodedDocument, tokenizer: TextTokenizer) -> str:
     return "".join([_summary(document), "\n", *shown, "\n"])
 
 
-def render_page(documents: Sequence[tuple[str, EncodedDocument]], tokenizer: TextTokenizer) -> str:
-    """Return one HTML page, whole in itself, that shows (title, document) pairs token by token, media included."""
+def render_page(
+    documents: Sequence[tuple[str, EncodedDocument]], tokenizer: TextTokenizer, *, decoders: Mapping[str, Decoder]
+) -> str:
+    """Return one HTML page, whole in itself, that shows (title, document) pairs token by token, media included.
+
+    `decoders`, by the name of their modality, show media as the encoder gets them.
+    """
     sections = []
     for title, document in documents:
-        tokens = "".join(_token(number, run) for number, run in enumerate(runs(document, tokenizer)))
+        tokens = "".join(_token(number, run, decoders) for number, run in enumerate(runs(document, tokenizer)))
         heading = f"<h2>{html.escape(title)}</h2><p>{html.escape(_summary(document))}</p>"
         sections.append(f'<section>{heading}<div class="tokens">{tokens}</div></section>')
     head = f'<meta charset="utf-8"><title>What the model sees</title><style>{STYLE}</style>'
@@ -107,7 +100,7 @@ def render_page(documents: Sequence[tuple[str, EncodedDocument]], tokenizer: Tex
 
 
 def _summary(document: EncodedDocument) -> str:
-    kinds = [item.kind.name.lower() for item in document.media]
+    kinds = [item.modality for item in document.media]
     media = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "no media"
     placeholders = sum(item.num_tokens for item in document.media)
     return (
@@ -119,53 +112,30 @@ def _summary(document: EncodedDocument) -> str:
 def _caption(run: Run) -> str:
     assert run.media is not None
     stop = run.position + run.num_tokens
-    kind = run.media.kind.name.lower()
+    kind = run.media.modality
     return f"{kind}, {len(run.media.data):,} bytes, tokens {run.position:,} to {stop:,} ({run.num_tokens})"
 
 
-def _token(number: int, run: Run) -> str:
+def _token(number: int, run: Run, decoders: Mapping[str, Decoder]) -> str:
     if run.media is not None:
-        return _figure(run)
+        shown = _media(run.media, decoders[run.media.modality])
+        return f"<figure>{shown}<figcaption>{_caption(run)}</figcaption></figure>"
     name = "special" if run.is_special else "ab"[number % 2]
     text = html.escape(run.text).replace("\n", "\u21b5\n")
     return f'<span class="{name}" title="{run.position}">{text}</span>'
 
 
-def _figure(run: Run) -> str:
-    assert run.media is not None
-    show = _show_image if run.media.kind is Media.IMAGE else _show_recording
-    return f"<figure>{show(run.media)}<figcaption>{_caption(run)}</figcaption></figure>"
-
-
-def _show_image(item: MediaItem) -> str:
-    """Show an image as the encoder gets it: squashed to its square."""
-    (pixels,) = ReferenceDecoder().images([item.data])
-    if pixels is None:
+def _media(item: MediaItem, decoder: Decoder) -> str:
+    """Show each unit of an item as the encoder gets it, and let it be played where a browser can."""
+    units = decoder.units(item.data)
+    if units is None:
         return '<p class="bad">cannot be decoded: the encoder gets a blank</p>'
-    return _picture(pixels.permute(1, 2, 0).numpy())
-
-
-def _show_recording(item: MediaItem) -> str:
-    """Show each chunk of a recording as the encoder gets it, with its tokens, and let it be played."""
-    (waveform,) = ReferenceDecoder().recordings([item.data])
-    if waveform is None:
-        return '<p class="bad">cannot be decoded: the encoder gets silence</p>'
-    chunks = cut_chunks(waveform, normalize=False)
-    shown = [
-        f"<figure>{_picture(_wave(chunk))}"
-        f"{chunk.numel() / SAMPLE_RATE:.2f} s, {audio_frames(chunk.numel())} tokens</figure>"
-        for chunk in chunks
-    ]
-    return f'<audio controls src="{_address(item.data, "audio/flac")}"></audio><br>{"".join(shown)}'
-
-
-def _wave(chunk: Tensor) -> np.ndarray:
-    """Draw the range of the waveform in each column: (WAVE_HEIGHT, WAVE_COLUMNS, 3) uint8."""
-    pixels = np.full((WAVE_HEIGHT, WAVE_COLUMNS, 3), 240, np.uint8)
-    for column, part in enumerate(np.array_split(chunk.numpy(), WAVE_COLUMNS)):
-        top, bottom = ((1 - part.max()) / 2, (1 - part.min()) / 2) if part.size else (0.5, 0.5)
-        pixels[int(top * (WAVE_HEIGHT - 1)) : int(bottom * (WAVE_HEIGHT - 1)) + 1, column] = (40, 90, 160)
-    return pixels
+    pictures = [decoder.show(unit) for unit in units]
+    shown = [_picture(pixels) + html.escape(caption) for pixels, caption in pictures]
+    if len(shown) > 1 or pictures[0].caption:
+        shown = [f"<figure>{one}</figure>" for one in shown]
+    player = f'<audio controls src="{_address(item.data, decoder.mime)}"></audio><br>' if decoder.mime else ""
+    return player + "".join(shown)
 
 
 def _picture(pixels: np.ndarray) -> str:

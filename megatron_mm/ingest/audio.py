@@ -9,7 +9,7 @@ import soxr
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.document import AudioSegment
-from megatron_mm.modality import SAMPLE_RATE, audio_chunk_frames
+from megatron_mm.modalities.audio.spec import SAMPLE_RATE, audio_frames, encode_flac
 
 MISSING_FRACTION = 0.02
 """A recording that is shorter than its header says by more than this is taken to be cut off."""
@@ -24,7 +24,7 @@ def read_audio(data: bytes) -> AudioSegment:
     """
     _check_riff_length(data)
     samples = decode_mono(io.BytesIO(data))
-    if not audio_chunk_frames(len(samples)):
+    if not audio_frames(len(samples)):
         raise DataError(f"the sound has {len(samples)} samples, too few for one frame")
     return AudioSegment(encode_flac(samples), len(samples))
 
@@ -63,19 +63,6 @@ def _check_riff_length(data: bytes) -> None:
     declared = int.from_bytes(data[4:8], "little") + 8
     if len(data) < declared < STREAMED_RIFF_BYTES:
         raise DataError(f"the sound is cut off: {len(data)} of {declared} bytes are there")
-
-
-def encode_flac(samples: np.ndarray) -> bytes:
-    """Return `samples`, (num_samples,) in [-1, 1] at 16 kHz, as 16-bit mono FLAC."""
-    quantized = (samples.clip(-1.0, 1.0) * 32767.0).round().astype(np.int16)
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="flac") as container:
-        stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono")
-        frame = av.AudioFrame.from_ndarray(quantized[None, :], format="s16", layout="mono")
-        frame.sample_rate = SAMPLE_RATE
-        for packet in (*stream.encode(frame), *stream.encode(None)):
-            container.mux(packet)
-    return buffer.getvalue()
 
 
 def _to_mono(frame: av.AudioFrame) -> np.ndarray:

@@ -13,8 +13,7 @@ import numpy as np
 from rensa import RMinHash
 
 from megatron_mm.errors import ConfigError
-from megatron_mm.modality import Media
-from megatron_mm.shards import Counts, EncodedDocument, MediaItem, ShardReader, ShardWriter, open_shards
+from megatron_mm.shards import Counts, EncodedDocument, ShardWriter, open_shards
 
 SHINGLE_TOKENS = 5
 PERMUTATIONS, BANDS = 128, 16
@@ -44,11 +43,12 @@ def deduplicate(
     if threshold is not None and not 0.0 < threshold <= 1.0:
         raise ConfigError(f"--near {threshold} is no part of a text: give a number above 0 and up to 1.")
     finder = _Finder(threshold)
-    with ShardWriter(output_prefix, tokenizer=shards[0].tokenizer) as writer:
+    geometries = shards[0].geometries
+    with ShardWriter(output_prefix, tokenizer=shards[0].tokenizer, geometries=geometries) as writer:
         for shard in shards:
             for start in range(0, shard.num_documents, BLOCK_DOCUMENTS):
                 numbers = range(start, min(start + BLOCK_DOCUMENTS, shard.num_documents))
-                documents = [_document(shard, number) for number in numbers]
+                documents = [shard.document(number) for number in numbers]
                 names = [f"{shard.prefix}:{number}" for number in numbers]
                 for name, document, reason in zip(names, documents, finder.find(names, documents), strict=True):
                     if reason:
@@ -57,14 +57,6 @@ def deduplicate(
                         writer.add(document)
                 progress(len(documents))
     return writer.counts
-
-
-def _document(shard: ShardReader, number: int) -> EncodedDocument:
-    media = [
-        MediaItem(Media(int(item["kind"])), shard.media_bytes(item), int(item["token_offset"]), int(item["num_tokens"]))
-        for item in shard.media(number)
-    ]
-    return EncodedDocument(shard.tokens(number), shard.source(number), media)
 
 
 class _Finder:

@@ -1,9 +1,10 @@
-"""What a file becomes before it is tokenized: an ordered list of text, images and sound."""
+"""What a file becomes before it is tokenized: an ordered list of text and media."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from megatron_mm.modality import Source
+from megatron_mm.source import Source
 
 
 @dataclass(frozen=True)
@@ -14,21 +15,29 @@ class TextSegment:
 
 
 @dataclass(frozen=True)
-class ImageSegment:
-    """An image in a plain encoding: upright, 8-bit RGB or grey, without transparency; any decoder reads it alike."""
+class MediaSegment:
+    """An item of a modality, as its decode reads it."""
 
     data: bytes
+    modality: ClassVar[str]
 
 
 @dataclass(frozen=True)
-class AudioSegment:
-    """Sound as 16 kHz mono FLAC."""
+class ImageSegment(MediaSegment):
+    """An image in a plain encoding: upright, 8-bit RGB or grey, without transparency; any decoder reads it alike."""
 
-    data: bytes
+    modality = "image"
+
+
+@dataclass(frozen=True)
+class AudioSegment(MediaSegment):
+    """A recording as 16 kHz mono FLAC."""
+
     num_samples: int
+    modality = "audio"
 
 
-Segment = TextSegment | ImageSegment | AudioSegment
+Segment = TextSegment | MediaSegment
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from megatron_mm.ingest.document import Document, Rejection
 from megatron_mm.ingest.encode import encode_document, encode_texts
 from megatron_mm.ingest.filters import document_text, select, wrong_language, wrong_length
 from megatron_mm.ingest.work import Options, Work
-from megatron_mm.modality import Source
 from megatron_mm.shards import EncodedBatch, EncodedDocument
+from megatron_mm.source import Source
 from megatron_mm.tokenizer import EncodingMismatch, TextTokenizer
 
 OTHER_FIELDS = frozenset({"segments", "image", "audio", "video"})
@@ -90,7 +90,8 @@ def encode_documents(
         name = place if len(documents) == 1 else f"{place}, document {number}"
         try:
             reason = wrong_language(document_text(document), options) if options.languages else ""
-            made = None if reason else encode_document(document, tokenizer, max_audio_seconds=options.max_audio_seconds)
+            how = {"geometries": options.geometries, "max_audio_seconds": options.max_audio_seconds}
+            made = None if reason else encode_document(document, tokenizer, **how)
             if made is not None and not (reason := wrong_length(len(made.tokens), options)):
                 encoded.append(made)
             else:

@@ -85,7 +85,8 @@ def preprocess(
         tokenizer = TextTokenizer(tokenizer_path, engine=engine)
         key = _resume_key(plan, tokenizer, skip_bad, options)
         prefix, content = share.prefix(output_prefix), tokenizer.content
-        with ShardWriter(prefix, tokenizer=tokenizer.info, tokenizer_content=content, resume_key=key) as writer:
+        parts = {"tokenizer_content": content, "resume_key": key, "geometries": options.geometries}
+        with ShardWriter(prefix, tokenizer=tokenizer.info, **parts) as writer:
             plan.restore(writer.progress)
             progress = tqdm(total=plan.num_bytes, initial=plan.done_bytes, unit="B", unit_scale=True, desc="preprocess")
             with progress:
@@ -222,7 +223,7 @@ def _resume_key(plan: Plan, tokenizer: TextTokenizer, skip_bad: bool, options: O
         asdict(tokenizer.info),
         tokenizer.engine,
         skip_bad,
-        asdict(options),
+        asdict(options) | {"geometries": {name: own.model_dump() for name, own in options.geometries.items()}},
         asdict(plan.share),
         work.LINES_BYTES,
     ]

@@ -20,7 +20,7 @@ from megatron_mm.ingest.records import TEXT_FIELDS, read_lines, read_rows
 from megatron_mm.ingest.text import decode_text, read_html, read_text
 from megatron_mm.ingest.video import read_video
 from megatron_mm.ingest.work import CAPTIONED, pair_captions
-from megatron_mm.modality import Source
+from megatron_mm.source import Source
 
 MAX_FILE_BYTES = 2**30
 """Larger files are refused where a file is read whole: all kinds but JSON lines, Parquet and archives."""

@@ -13,7 +13,7 @@ from megatron_mm.ingest.audio import read_audio
 from megatron_mm.ingest.document import Document, Reading, Rejection, Segment, TextSegment
 from megatron_mm.ingest.image import read_image
 from megatron_mm.ingest.text import decode_text
-from megatron_mm.modality import Source
+from megatron_mm.source import Source
 
 MEDIA_FIELDS = {"image": read_image, "audio": read_audio}
 """Fields that hold the bytes of a file, or name one beside the records, and who reads that."""

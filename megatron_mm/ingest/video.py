@@ -10,15 +10,16 @@ import numpy as np
 from PIL import Image
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.audio import decode_mono, encode_flac
+from megatron_mm.ingest.audio import decode_mono
 from megatron_mm.ingest.document import AudioSegment, ImageSegment, Rejection, Segment
 from megatron_mm.ingest.image import MAX_PIXELS, encode_pixels
-from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_SIZE, audio_frames
+from megatron_mm.modalities.audio.spec import SAMPLE_RATE, audio_frames, encode_flac
+from megatron_mm.modalities.image.spec import ImageGeometry
 
 FRAMES_PER_SECOND = 1
 MAX_SECONDS = 3600
 """Of a longer film the rest is left out."""
-MAX_SIDE = 2 * IMAGE_SIZE
+MAX_SIDE = 2 * ImageGeometry().image_size
 """Frames are kept with their shorter side at most this long; encoders see half of it."""
 
 
@@ -107,5 +108,5 @@ def _sounds(path: Path, rejections: list[Rejection]) -> list[AudioSegment]:
     except DataError as error:
         rejections.append(Rejection(f"{path}#sound", str(error)))
         return []
-    chunks = np.split(samples, range(CHUNK_SAMPLES, len(samples), CHUNK_SAMPLES))
+    chunks = np.split(samples, range(SAMPLE_RATE, len(samples), SAMPLE_RATE))
     return [AudioSegment(encode_flac(chunk), len(chunk)) for chunk in chunks if audio_frames(len(chunk))]

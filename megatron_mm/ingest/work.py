@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from megatron_mm.ingest.detect import KIND_OF_SUFFIX, Kind, detect
 from megatron_mm.ingest.document import Reading, Rejection
 from megatron_mm.ingest.encode import MAX_AUDIO_SECONDS
 from megatron_mm.ingest.workers import Cut
+from megatron_mm.modalities import Geometries, default_geometries
 
 NEWLINE = ord("\n")
 LINES_BYTES = 4 * 2**20
@@ -64,6 +65,8 @@ class Options:
     """Shorter documents are left out, their end-of-text counted."""
     max_tokens: int | None = None
     """Longer documents are left out."""
+    geometries: Geometries = field(default_factory=default_geometries)
+    """How media become tokens, by modality: as the model that is to be trained on them has it."""
 
 
 DEFAULTS = Options()

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mm.config import Config
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.engine.mesh import Mesh
-from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_SIZE, IMAGE_TOKENS, audio_frames
+from megatron_mm.modalities import BY_NAME, MODALITIES
 from megatron_mm.model.decoder import layers_of_chunk, transformer_config
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
 
@@ -19,10 +19,8 @@ COMPONENTS = {
     "token_embedding": "embedding.word_embeddings.",
     "text_type_embedding": "embedding.text_type_embedding",
     "head": "output_layer.",
-    "vision_tower": "embedding.image.encoder.",
-    "vision_projector": "embedding.image.projector.",
-    "audio_tower": "embedding.audio.encoder.",
-    "audio_projector": "embedding.audio.projector.",
+    **{f"{name}_tower": f"embedding.{name}.encoder." for name in BY_NAME},
+    **{f"{name}_projector": f"embedding.{name}.projector." for name in BY_NAME},
 }
 """Which parameters, by the start of their name, make up each component."""
 
@@ -64,24 +62,22 @@ def layers_by_stage(config: Config) -> list[list[list[int]]]:
 def encoder_price(config: Config, model: MultimodalModel) -> dict[str, float]:
     """Return what the encoders and projectors add to the first stage, in decoder layers of the same micro-batch.
 
-    For one image, for one second of sound, and for a micro-batch that is nothing but images, or nothing but sound. Work
-    is counted in FLOPs of matrix products, forward and backward; a frozen tower has no backward pass. Both the towers
-    and the layers are split over tp and cp, so the price is the same in every layout. parallel.embedding_slot keeps one
-    layer's room for it; parallel.stage_layers any other.
+    For one unit of each modality, and for a micro-batch that is nothing but those. Work is counted in FLOPs of matrix
+    products, forward and backward; a frozen tower has no backward pass. Both the towers and the layers are split over
+    tp and cp, so the price is the same in every layout. parallel.embedding_slot keeps one layer's room for it;
+    parallel.stage_layers any other.
     """
     num_tokens, layer = config.tokens_per_micro_batch, _layer_flops(config, model)
-    image = torch.empty(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8, device="meta")
-    second = torch.empty(CHUNK_SAMPLES, device="meta")
     price = {}
-    for name, part, unit, tokens in (
-        ("image", model.embedding.image, image, IMAGE_TOKENS + 2),  # with its start and end token
-        ("second", model.embedding.audio, second, audio_frames(CHUNK_SAMPLES)),
-    ):
+    for modality in MODALITIES:
+        part, section = model.embedding.media[modality.name], getattr(config, modality.name)
+        tokens = modality.unit_positions(section)
+        unit = modality.part("encoder").Encoder.example_unit(section, device="meta")
         tower = _flops(lambda part=part, unit=unit: part.encoder((unit,))) * (3 if part.encoder.trainable else 1)
         features = torch.empty(tokens, part.encoder.width, dtype=_dtype(part.projector), device="meta")
         projector = 3 * _flops(lambda part=part, features=features: part.projector(features))
-        price[name] = (tower + projector) / layer
-        price[f"{name}s_only"] = price[name] * (num_tokens // tokens)
+        price[modality.unit] = (tower + projector) / layer
+        price[f"{modality.unit}s_only"] = price[modality.unit] * (num_tokens // tokens)
     return {name: round(value, 4) for name, value in price.items()}
 
 

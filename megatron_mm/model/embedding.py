@@ -19,8 +19,7 @@ from megatron_mm.config import Config
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import DataError
 from megatron_mm.kernels import ops
-from megatron_mm.model.audio import AudioEncoder
-from megatron_mm.model.vision import VisionEncoder
+from megatron_mm.modalities import MODALITIES, Modality
 
 
 class TypedLinear(nn.Linear):
@@ -55,11 +54,11 @@ class Projector(nn.Module):
 class MediaEmbedding(nn.Module):
     """One modality's encoder, split over the tensor and context ranks, and its projector."""
 
-    def __init__(self, encoder: VisionEncoder | AudioEncoder, *, hidden_size: int, mesh: Mesh, modality: str) -> None:
+    def __init__(self, modality: Modality, config: Config, *, mesh: Mesh) -> None:
         super().__init__()
-        self.modality, self.rank = modality, mesh.rank
-        self.encoder = encoder
-        self.projector = Projector(encoder.width, hidden_size)
+        self.modality, self.rank = modality.name, mesh.rank
+        self.encoder = modality.part("encoder").Encoder(getattr(config, modality.name))
+        self.projector = Projector(self.encoder.width, config.model.hidden_size)
         self.tp_cp_group = mesh.tp_cp_group
         for parameter in self.parameters():
             # Each rank sees some of the items and some of the positions: gradients are summed over tp, and over cp as
@@ -98,7 +97,7 @@ class TokenEmbedding(VocabParallelEmbedding):
 
 
 class MultimodalEmbedding(MegatronModule):
-    """Token, image and sound embedding of one micro-batch."""
+    """Embeds the tokens and the media of one micro-batch; each modality is a submodule of its name."""
 
     def __init__(self, config: Config, transformer_config: TransformerConfig, mesh: Mesh) -> None:
         super().__init__(transformer_config)  # a plain Module would save its sharded children as if they were whole
@@ -114,14 +113,19 @@ class MultimodalEmbedding(MegatronModule):
         )
         self.text_type_embedding = nn.Parameter(torch.empty(hidden_size))
         self.text_type_embedding.sequence_parallel = transformer_config.sequence_parallel
-        self.image = MediaEmbedding(VisionEncoder(config.image), hidden_size=hidden_size, mesh=mesh, modality="image")
-        self.audio = MediaEmbedding(AudioEncoder(config.audio), hidden_size=hidden_size, mesh=mesh, modality="audio")
+        for modality in MODALITIES:
+            self.add_module(modality.name, MediaEmbedding(modality, config, mesh=mesh))
+
+    @property
+    def media(self) -> dict[str, MediaEmbedding]:
+        """The encoder and projector of each modality, by its name."""
+        return {modality.name: self.get_submodule(modality.name) for modality in MODALITIES}
 
     def forward(self, micro_batch: MicroBatch) -> Tensor:
         """Return decoder inputs (num_tokens/cp/tp, 1, hidden). Collective over tp: reduce-scatters the token rows."""
         tokens = self.word_embeddings(micro_batch.tokens)  # (num_tokens/cp/tp, hidden)
-        features = torch.cat([self.image(micro_batch.images), self.audio(micro_batch.audio)])
-        positions = torch.cat([micro_batch.images.positions, micro_batch.audio.positions])
+        features = torch.cat([embed(micro_batch.media[name]) for name, embed in self.media.items()])
+        positions = torch.cat([micro_batch.media[name].positions for name in self.media])
         hidden = ops.assemble_embeddings(
             tokens, text_type=self.text_type_embedding, features=features, positions=positions
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_mm.batch import MicroBatch
-from megatron_mm.modality import Source
+from megatron_mm.source import Source
 
 BY_DATASET = "loss/dataset/"
 """What the name of a dataset's loss begins with."""

@@ -11,14 +11,11 @@ import torch
 from torch import nn
 
 from megatron_mm.config import Config, ModelConfig
-from megatron_mm.model.audio import AudioEncoder
-from megatron_mm.model.vision import VisionEncoder
+from megatron_mm.modalities import BY_NAME, MODALITIES
 
 Shape = tuple[int, ...]
 SETTINGS = {
-    "embedding.image.": "image.num_layers, hidden_size, ffn_hidden_size and model.hidden_size",
-    "embedding.audio.": "audio.form, num_layers, hidden_size, ffn_hidden_size, conv_channels, pos_conv_kernel, "
-    "pos_conv_groups and model.hidden_size",
+    **{f"embedding.{name}.": f"{name}.* and model.hidden_size" for name in BY_NAME},
     "": "model.num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, head_dim, vocab_size "
     "and qk_norm",
 }
@@ -31,12 +28,12 @@ def tensor_shapes(config: Config) -> dict[str, Shape]:
     """Return the shape of every tensor of the model by its name in the whole model."""
     shapes = dict(_decoder_shapes(config.model))
     with torch.device("meta"):
-        encoders = {"image": VisionEncoder(config.image), "audio": AudioEncoder(config.audio)}
-    for modality, encoder in encoders.items():
-        prefix = f"embedding.{modality}."
-        shapes |= {f"{prefix}encoder.{name}": shape for name, shape in _shapes_of(encoder)}
+        encoders = {own.name: own.part("encoder").Encoder(getattr(config, own.name)) for own in MODALITIES}
+    for name, encoder in encoders.items():
+        prefix = f"embedding.{name}."
+        shapes |= {f"{prefix}encoder.{key}": shape for key, shape in _shapes_of(encoder)}
         projector = _projector_shapes(encoder.width, config.model.hidden_size)
-        shapes |= {f"{prefix}projector.{name}": shape for name, shape in projector.items()}
+        shapes |= {f"{prefix}projector.{key}": shape for key, shape in projector.items()}
     return shapes
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_mm import endings
-from megatron_mm.batch import MicroBatch, TokenCounts, attention_spans, context_spans
+from megatron_mm.batch import MediaUnits, MicroBatch, TokenCounts, attention_spans, context_spans
 from megatron_mm.config import Config, check_world
 from megatron_mm.data.loader import Unit, media_units
 from megatron_mm.engine import device
@@ -34,7 +34,7 @@ from megatron_mm.engine import mesh as meshes
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError
 from megatron_mm.kernels import ops
-from megatron_mm.modality import CHUNK_SAMPLES, IMAGE_SIZE, IMAGE_TOKENS, audio_frames
+from megatron_mm.modalities import BY_NAME, MODALITIES
 from megatron_mm.model.backend import Backend, local
 from megatron_mm.planning.ledger import Channel, Collective, Ledger, Message, Part, Product, Sample
 from megatron_mm.training import checkpoint
@@ -54,7 +54,7 @@ STANDS_FOR = {
 }
 """What the rehearsal of a GPU job replaces, and how memory differs."""
 NAMED = ("input_layernorm", "self_attention", "core_attention", "pre_mlp_layernorm", "mlp", "output_layer")
-NAMED_IN_EMBEDDING = ("word_embeddings", "image.encoder", "image.projector", "audio.encoder", "audio.projector")
+NAMED_IN_EMBEDDING = ("word_embeddings", *(f"{name}.{part}" for name in BY_NAME for part in ("encoder", "projector")))
 
 
 class RehearsalFailed(ConfigError):
@@ -297,12 +297,11 @@ def _kind(name: str) -> str:
 
 
 def micro_batch(config: Config, mesh: Mesh, *, media: int) -> MicroBatch:
-    """Return a micro-batch of whole documents with `media` images and seconds of sound on each encoding rank."""
+    """Return a micro-batch of whole documents with `media` units of each modality on each encoding rank."""
     num_tokens, seq_len = config.tokens_per_micro_batch, config.data.seq_len
     local_tokens = num_tokens // mesh.cp_size
     parts = context_spans(num_tokens, cp_rank=mesh.cp_rank, cp_size=mesh.cp_size)
     positions = torch.from_numpy(np.concatenate([np.asarray(part) for part in parts]) % seq_len)
-    images, audio = _media(config, mesh, parts, per_rank=media)
     return MicroBatch(
         tokens=torch.zeros(local_tokens, dtype=torch.int64),
         labels=torch.zeros(local_tokens, dtype=torch.int64),
@@ -310,26 +309,27 @@ def micro_batch(config: Config, mesh: Mesh, *, media: int) -> MicroBatch:
         origins=torch.zeros(local_tokens, dtype=torch.int64),
         positions=positions,
         spans=attention_spans([seq_len] * config.training.micro_batch_size, cp_rank=mesh.cp_rank, cp_size=mesh.cp_size),
-        images=images,
-        audio=audio,
+        media=_media(config, mesh, parts, per_rank=media),
         # On every stage, for the last one reports them: with media, the step updates the encoders too.
-        counts=TokenCounts(text=local_tokens, image=media, audio=media, loss=local_tokens),
+        counts=TokenCounts(text=local_tokens, media=dict.fromkeys(BY_NAME, media), loss=local_tokens),
     )
 
 
-def _media(config: Config, mesh: Mesh, parts: list[range], *, per_rank: int) -> list:
-    shapes = ((IMAGE_TOKENS, (3, IMAGE_SIZE, IMAGE_SIZE), torch.uint8), (audio_frames(CHUNK_SAMPLES), CHUNK_SAMPLES))
-    position, result = 0, []
-    for tokens, shape, *dtype in shapes:
+def _media(config: Config, mesh: Mesh, parts: list[range], *, per_rank: int) -> dict[str, MediaUnits]:
+    position, result = 0, {}
+    for modality in MODALITIES:
+        section = getattr(config, modality.name)
+        tokens = modality.unit_tokens(section)
+        unit = modality.part("encoder").Encoder.example_unit(section)
         wanted = per_rank * mesh.tp_size * mesh.cp_size if mesh.is_first_chunk(0) else 0
-        fitting = min(wanted, (config.tokens_per_micro_batch - position) // (2 * tokens))
+        fitting = min(wanted, (config.tokens_per_micro_batch - position) // (len(MODALITIES) * tokens))
         units = [Unit(0, np.empty(0), 0, position + number * tokens, tokens) for number in range(fitting)]
         position += fitting * tokens
 
-        def decode(dealt: list[Unit], shape=shape, dtype=dtype) -> list[Tensor]:
-            return [torch.zeros(shape, dtype=dtype[0] if dtype else torch.float32) for _ in dealt]
+        def decode(dealt: list[Unit], unit=unit) -> list[Tensor]:
+            return [torch.zeros_like(unit) for _ in dealt]
 
-        result.append(media_units(units, parts, mesh=mesh, decode=decode))
+        result[modality.name] = media_units(units, parts, mesh=mesh, decode=decode)
     return result
 
 

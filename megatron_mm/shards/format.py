@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_mm.modality import Media, Source
+from megatron_mm.source import Source
 
 TOKEN_MAGIC, TOKEN_VERSION = b"MMIDIDX\x00\x00", 1
 TOKEN_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
@@ -21,7 +21,7 @@ ITEM = np.dtype(
         ("offset", "<u8"),  # bytes into P.media.bin
         ("num_bytes", "<u4"),
         ("crc32", "<u4"),
-        ("kind", "<u2"),  # modality.Media
+        ("kind", "<u2"),  # modalities.Modality.kind
         ("reserved", "<u2"),
         ("token_offset", "<u4"),  # of the first placeholder, in its document
         ("num_tokens", "<u4"),  # placeholders
@@ -46,9 +46,10 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One image or clip: its encoded bytes, and the run of placeholders that stands for it."""
+    """One item of a modality: its encoded bytes, and the run of placeholders that stands for it."""
 
-    kind: Media
+    modality: str
+    """Its name."""
     data: bytes
     token_offset: int
     num_tokens: int
@@ -72,7 +73,7 @@ class EncodedBatch:
     lengths: np.ndarray
     """(num_documents,) int32: tokens of each document."""
     sources: np.ndarray
-    """(num_documents,) uint8, modality.Source."""
+    """(num_documents,) uint8, source.Source."""
     media: Sequence[tuple[int, MediaItem]] = ()
     """Document of the batch, and what it holds, in the order of documents and tokens."""
 
@@ -108,6 +109,5 @@ class Counts:
                 name = Source(source).name.lower()
                 self.by_source[name] = self.by_source.get(name, 0) + number
         for _, item in batch.media:
-            kind = item.kind.name.lower()
-            self.media[kind] = self.media.get(kind, 0) + 1
+            self.media[item.modality] = self.media.get(item.modality, 0) + 1
             self.media_bytes += len(item.data)

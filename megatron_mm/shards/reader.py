@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from megatron_mm.errors import DataError
-from megatron_mm.modality import Source
+from megatron_mm.modalities import BY_KIND, BY_NAME, Geometries
 from megatron_mm.shards.format import (
     BLOCK_BYTES,
     DOCUMENT,
@@ -26,9 +27,12 @@ from megatron_mm.shards.format import (
     TOKEN_MAGIC,
     TOKEN_VERSION,
     TOKENIZER_SUFFIX,
+    EncodedDocument,
+    MediaItem,
     TokenizerInfo,
 )
 from megatron_mm.shards.writer import write_manifest
+from megatron_mm.source import Source
 
 CHECKED_DOCUMENTS = 2**16
 """Documents whose index is checked on opening: the first half of them and the last; the others when they are read."""
@@ -100,7 +104,7 @@ class ShardReader:
         return self._token_file, self._dtype.itemsize, self.num_tokens, self._pointers, self._lengths
 
     def sources(self, documents: np.ndarray) -> np.ndarray:
-        """Return what kind of file each document came from: (n,) uint8, modality.Source."""
+        """Return what kind of file each document came from: (n,) uint8, source.Source."""
         return self._sources[documents]
 
     def source(self, document: int) -> Source:
@@ -126,6 +130,19 @@ class ShardReader:
             )
         return data
 
+    def document(self, number: int) -> EncodedDocument:
+        """Return a document as it was encoded."""
+        media = [
+            MediaItem(
+                BY_KIND[int(item["kind"])].name,
+                self.media_bytes(item),
+                int(item["token_offset"]),
+                int(item["num_tokens"]),
+            )
+            for item in self.media(number)
+        ]
+        return EncodedDocument(self.tokens(number), self.source(number), media)
+
     def has_media(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return whether each of documents [start, stop) has media: (stop - start,) bool."""
         stop = self.num_documents if stop is None else stop
@@ -133,6 +150,38 @@ class ShardReader:
             return np.zeros(stop - start, bool)
         first = np.append(self._first_items[start : stop + 1], len(self._items)).astype(np.int64)
         return np.diff(first[: stop - start + 1]) > 0
+
+    @property
+    def geometries(self) -> Geometries:
+        """How the items of these shards became tokens, by modality; of versions that recorded none, the defaults.
+
+        Raises DataError if they hold a modality, or were made for a setting, that this version has not.
+        """
+        recorded: dict[str, dict[str, Any]] = self.manifest.get("modalities", {})
+        unknown = [name for name in self.manifest["media"] if name not in BY_NAME]
+        if unknown:
+            raise DataError(f"{self.prefix} holds media of {', '.join(unknown)}, a modality that this version has not.")
+        try:
+            return {name: own.geometry(**recorded.get(name, {})) for name, own in BY_NAME.items()}
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            raise DataError(f"{self.prefix}.json: its modalities are not those of this version ({wrong}).") from error
+
+    def check_geometries(self, others: Geometries, *, whose: str) -> None:
+        """Pass if the media of these shards become as many tokens as by `others`, which are those of `whose`.
+
+        Raises DataError with both sides.
+        """
+        own = self.geometries
+        for name in self.manifest["media"]:
+            theirs, ours = (BY_NAME[name].fingerprint(one[name]) for one in (own, others))
+            differing = [key for key in ours if ours[key] != theirs[key]]
+            if differing:
+                here, there = (" ".join(f"{name}.{key}={one[key]}" for key in differing) for one in (theirs, ours))
+                raise DataError(
+                    f"{self.prefix} was made for {here}, and {whose} has {there}: the same item becomes other tokens. "
+                    "Preprocess the inputs again for it, or use the settings that the shards were made for."
+                )
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Check every byte against the manifest's checksums; raise DataError at the first block that differs."""
@@ -238,10 +287,12 @@ class ShardReader:
 def open_shards(prefixes: Sequence[str]) -> list[ShardReader]:
     """Open several sets of shards that are used together, a prefix of `merge` as its parts.
 
-    Raises DataError if they come from different tokenizers.
+    Raises DataError if they come from different tokenizers, or their media from different sizes.
     """
     readers = [ShardReader(part) for prefix in prefixes for part in _parts(str(prefix))]
     check_tokenizers(readers)
+    for reader in readers[1:]:
+        reader.check_geometries(readers[0].geometries, whose=readers[0].prefix)
     return readers
 
 

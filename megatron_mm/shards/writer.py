@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from megatron_mm.errors import DataError
-from megatron_mm.modality import IMAGE_TOKENS, Media, Source
+from megatron_mm.modalities import BY_NAME, MODALITIES, Geometries, default_geometries
 from megatron_mm.shards.format import (
     BLOCK_BYTES,
     DOCUMENT,
@@ -33,6 +33,7 @@ from megatron_mm.shards.format import (
     EncodedDocument,
     TokenizerInfo,
 )
+from megatron_mm.source import Source
 
 PARTS = (".bin", ".media.bin", ".rejected.jsonl", ".lengths", ".documents", ".items")
 """Files that grow while shards are written; the last three become the two indexes."""
@@ -51,7 +52,9 @@ class ShardWriter:
     `tokenizer_content` is the tokenizer.json, which is stored with them: a model that is trained on them needs it.
     Use as a context manager: leaving it publishes the shards, leaving it by an exception removes what was begun.
     With a `resume_key` what was begun stays, unless the exception is a DataError, and the next writer with the same
-    key goes on after the last `commit`. Raises DataError if another process is writing the same prefix.
+    key goes on after the last `commit`. `geometries`, by the name of a modality, are what media were measured by, and
+    are recorded in the manifest; without them, or one of them, its defaults. Raises DataError if another process is
+    writing the same prefix.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class ShardWriter:
         tokenizer: TokenizerInfo,
         tokenizer_content: bytes | None = None,
         resume_key: str | None = None,
+        geometries: Geometries | None = None,
     ) -> None:
+        self._geometries = default_geometries() | dict(geometries or {})
         self.prefix = str(prefix)
         self._tokenizer_content = tokenizer_content
         self.tokenizer = tokenizer
@@ -124,11 +129,12 @@ class ShardWriter:
         """Raise DataError unless media items come document by document, none beginning before the last has ended."""
         document = stop = 0
         for number, item in batch.media:
-            known = item.num_tokens == IMAGE_TOKENS if item.kind == Media.IMAGE else item.num_tokens > 0
+            lengths = BY_NAME[item.modality].unit_lengths(item.num_tokens, self._geometries[item.modality])
+            known = item.num_tokens > 0 and sum(lengths) == item.num_tokens
             if number < document or (number == document and item.token_offset < stop) or not known:
                 raise DataError(
                     f"{self.prefix}: document {self.counts.documents + number} has an item of {item.num_tokens} tokens "
-                    f"({item.kind.name.lower()}) at {item.token_offset}, "
+                    f"({item.modality}) at {item.token_offset}, "
                     + ("behind one that comes later." if known else "which cannot be.")
                 )
             document, stop = number, item.token_offset + item.num_tokens
@@ -193,7 +199,7 @@ class ShardWriter:
         starts = np.concatenate([[0], np.cumsum(batch.lengths, dtype=np.int64)])
         records = np.zeros(len(batch.media), ITEM)
         for record, (number, item) in zip(records, batch.media):
-            placeholder = self.tokenizer.special_ids[item.kind.name.lower()]
+            placeholder = self.tokenizer.special_ids[item.modality]
             first = int(starts[number]) + item.token_offset
             run = batch.tokens[first : min(first + item.num_tokens, starts[number + 1])]
             if len(run) != item.num_tokens or (run != placeholder).any():
@@ -202,7 +208,7 @@ class ShardWriter:
                     f"that is not {item.num_tokens} placeholders."
                 )
             record["offset"], record["num_bytes"] = self._files[".media.bin"].num_bytes, len(item.data)
-            record["crc32"], record["kind"] = zlib.crc32(item.data), item.kind
+            record["crc32"], record["kind"] = zlib.crc32(item.data), BY_NAME[item.modality].kind
             record["token_offset"], record["num_tokens"] = item.token_offset, item.num_tokens
             self._files[".media.bin"].write(item.data)
         return records
@@ -226,7 +232,9 @@ class ShardWriter:
         for file in finished.values():
             file.sync()
         files = {suffix: finished[suffix].summary() for suffix in (".bin", ".idx", ".media.bin", ".media.idx")}
-        manifest = {"version": 1, **asdict(self.counts), "tokenizer": asdict(self.tokenizer), "files": files}
+        modalities = {own.name: own.fingerprint(self._geometries[own.name]) for own in MODALITIES}
+        manifest = {"version": 1, **asdict(self.counts), "tokenizer": asdict(self.tokenizer), "modalities": modalities}
+        manifest["files"] = files
         # megatron-core's reader asks for no manifest and takes a .bin with any .idx beside it: .idx is the first of the
         # old files to go, and the last of the new ones but the manifest to come.
         for suffix in (".json", ".idx"):

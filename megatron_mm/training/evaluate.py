@@ -13,9 +13,9 @@ from megatron_mm.engine.agreement import together
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.kernels import ops
-from megatron_mm.modality import Source
 from megatron_mm.model.loss import by_name
 from megatron_mm.model.multimodal import build_chunks
+from megatron_mm.source import Source
 from megatron_mm.training import checkpoint, manifest
 from megatron_mm.training.inputs import check_stored_tokenizer
 from megatron_mm.training.start import load_weights

@@ -14,13 +14,14 @@ from typing import Any, Self
 
 from megatron_mm.config import Config, anchor_prefix, flat
 from megatron_mm.errors import ConfigError
-from megatron_mm.hf.encoders import find_weights
+from megatron_mm.modalities import BY_NAME
+from megatron_mm.modalities.pretrained import find_weights
 from megatron_mm.shards import ShardReader, fingerprints, stored_tokenizer
 from megatron_mm.training import manifest
 
 log = logging.getLogger(__name__)
 
-FILES = ("training.start_from", "image.pretrained", "audio.pretrained")
+FILES = ("training.start_from", *(f"{name}.pretrained" for name in BY_NAME))
 """Settings that name what a new run's weights come from."""
 GONE = "gone"
 """Stands for a file that is not there any more: a resumed run does not read it."""
@@ -78,8 +79,7 @@ def read_inputs(config: Config, tokenizer: str, *, hash_files: bool) -> Inputs:
     validation = {prefix: [own for _, own in fingerprints(prefix)] for prefix in config.data.validation_datasets}
     named = {
         "training.start_from": config.training.start_from,
-        "image.pretrained": config.image.pretrained,
-        "audio.pretrained": config.audio.pretrained,
+        **{f"{name}.pretrained": own.pretrained for name, own in config.encoders.items()},
     }
     files = {key: _hash(value) for key, value in named.items()} if hash_files else {}
     return Inputs(datasets, validation, tokenizer, files)

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any, Self
@@ -232,7 +232,7 @@ def _short(number: float) -> str:
 
 
 def _totals(counts: TokenCounts) -> dict[str, int]:
-    return {"tokens": counts.tokens, **{f"{name}_tokens": count for name, count in asdict(counts).items()}}
+    return {"tokens": counts.tokens, **{f"{name}_tokens": count for name, count in zip(counts.names(), counts.numbers)}}
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def _forget_after(path: Path, step: int) -> _Kept:
 
     Returns what the file says of the run.
     """
-    keys = [f"{field.name}_tokens" for field in fields(TokenCounts)]
+    keys = [f"{name}_tokens" for name in TokenCounts.names()]
     kept, lost_seconds, last = [], [], {"step": 0, **dict.fromkeys(keys, 0)}
     for line, record in _records(path) if path.exists() else ():
         if record["step"] <= step:
@@ -271,7 +271,7 @@ def _forget_after(path: Path, step: int) -> _Kept:
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(kept))
         os.replace(partial, path)
-    counts = TokenCounts(*(last[key] for key in keys))
+    counts = TokenCounts.of([last[key] for key in keys])
     return _Kept(counts, step - last["step"], len(lost_seconds), sum(lost_seconds, 0.0))
 
 

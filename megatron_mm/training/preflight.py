@@ -15,7 +15,7 @@ from megatron_mm.data.loader import Loader
 from megatron_mm.engine.agreement import check_alike, describe_software, together
 from megatron_mm.engine.mesh import Mesh, settings_by_key
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.hf.encoders import check_pretrained
+from megatron_mm.modalities.pretrained import check_pretrained
 from megatron_mm.training import checkpoint, manifest
 from megatron_mm.training.inputs import (
     Inputs,
@@ -95,7 +95,7 @@ def _check_weights(config: Config) -> None:
     if config.training.start_from:
         check_start_from(config, Path(config.training.start_from))
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        check_pretrained(config)
+        check_pretrained(config.encoders)
 
 
 def newest_checkpoint(config: Config) -> Path | None:

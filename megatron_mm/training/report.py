@@ -9,12 +9,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_mm.modalities import BY_NAME
 from megatron_mm.model.loss import BY_DATASET
 from megatron_mm.training.goodput import goodput_of
 from megatron_mm.training.metrics import read_metrics
 
 PREFIX = "heldout/loss"
-KINDS = ("text", "image", "audio")
+KINDS = ("text", *BY_NAME)
 COLOURS, DASHES = 10, ("-", "--", ":")
 """Curves that matplotlib gives colours of their own, and what tells the next ones from them."""
 

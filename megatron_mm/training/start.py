@@ -11,23 +11,24 @@ from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError
-from megatron_mm.hf.encoders import file_of, load_pretrained
 from megatron_mm.hf.pickles import only_plain_pickles
 from megatron_mm.hf.tensors import CheckpointReader, TensorInfo
+from megatron_mm.modalities import BY_NAME, RANDOM
+from megatron_mm.modalities.pretrained import file_of, load_pretrained
 from megatron_mm.model.multimodal import MultimodalModel
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
 from megatron_mm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-MODALITIES = {"embedding.image.": "image", "embedding.audio.": "audio"}
+ENCODERS = {f"embedding.{name}.": name for name in BY_NAME}
 """What a checkpoint may lack as a whole, and whose settings then say what stands there: a text model starts a
 multimodal one."""
-SECTIONS = {"model.": "decoder.", **{f"{section}.": tensors for tensors, section in MODALITIES.items()}}
+SECTIONS = {"model.": "decoder.", **{f"{section}.": tensors for tensors, section in ENCODERS.items()}}
 """Settings of a checkpoint that must be the run's, and the tensors that they describe."""
 MAY_DIFFER = {
     "model.init_std",
-    *(f"{part}.{key}" for part in ("image", "audio") for key in ("pretrained", "trainable")),
+    *(f"{part}.{key}" for part in BY_NAME for key in ("pretrained", "trainable")),
 }
 """Of these, what says nothing about what the weights mean."""
 
@@ -42,8 +43,8 @@ def start(state: TrainState) -> None:
     if config.training.start_from:
         path = Path(config.training.start_from)
         load_weights(state.chunks, config=config, mesh=state.mesh, path=path)
-    load_pretrained(state.chunks, config)
-    if config.training.start_from or file_of(config.image) or file_of(config.audio):
+    load_pretrained(state.chunks, config.encoders)
+    if config.training.start_from or any(map(file_of, config.encoders.values())):
         state.optimizer.reload_model_params()
 
 
@@ -78,7 +79,7 @@ def check_start_from(config: Config, path: Path) -> None:
     """
     lacking, wrong = _lacking(check_model(config, path)), []
     untrained = configs.untrained_encoders(configs.load_saved(path / "config.yaml"))
-    for part, name in MODALITIES.items():
+    for part, name in ENCODERS.items():
         pretrained = getattr(config, name).pretrained
         absent = part in lacking or name in untrained
         if absent and pretrained is None:
@@ -87,7 +88,7 @@ def check_start_from(config: Config, path: Path) -> None:
                 f"training.start_from={path} has {what} {name} encoder, and {name}.pretrained is not given. Give it "
                 f"the file of a pretrained one; {name}.pretrained=random trains one from random weights."
             )
-        elif not absent and pretrained == configs.RANDOM:
+        elif not absent and pretrained == RANDOM:
             wrong.append(
                 f"{name}.pretrained=random would throw away the {name} encoder of training.start_from={path}. Set "
                 f"{name}.pretrained=null to go on with it, or give the file of another one."
@@ -119,7 +120,7 @@ def check_model(config: Config, path: Path) -> dict[str, TensorInfo]:
 
 def _lacking(stored: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     """Return the modalities of which a checkpoint has nothing."""
-    return tuple(part for part in MODALITIES if not any(name.startswith(part) for name in stored))
+    return tuple(part for part in ENCODERS if not any(name.startswith(part) for name in stored))
 
 
 def _describes(key: str, lacking: tuple[str, ...]) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_mm.batch import MicroBatch, TokenCounts
 from megatron_mm.engine import device
-from megatron_mm.modality import Source
 from megatron_mm.model.loss import sum_and_count
+from megatron_mm.source import Source
 from megatron_mm.training.optimizer import clip_gradients, leave_out
 from megatron_mm.training.state import ModelState, TrainState
 
@@ -92,8 +92,8 @@ def update(state: TrainState, *, finite_loss: bool = True, counts: TokenCounts |
 def _unused(state: TrainState, counts: TokenCounts) -> Iterator[Tensor]:
     """Yield this rank's parameters of encoders and projectors that nothing in the global batch went through."""
     for embedding in (chunk.embedding for chunk in state.chunks if chunk.pre_process):
-        for part, num_tokens in ((embedding.image, counts.image), (embedding.audio, counts.audio)):
-            if not num_tokens:
+        for name, part in embedding.media.items():
+            if not counts.media[name]:
                 yield from part.parameters()
 
 
@@ -115,15 +115,15 @@ def run_micro_batches(state: ModelState, micro_batches: list[MicroBatch], *, for
         micro_batch_size=1,  # samples lie end to end: megatron-core sees one long sequence
         forward_only=forward_only,
     )
-    num_datasets, num_counts = micro_batches[0].num_datasets, len(fields(TokenCounts))
+    num_datasets, num_counts = micro_batches[0].num_datasets, len(TokenCounts.names())
     totals = torch.zeros(num_datasets * len(Source) * 2 + num_counts, dtype=torch.float64, device=place)
     if state.mesh.computes_loss:
         counts = sum((micro_batch.counts for micro_batch in micro_batches), TokenCounts())
         totals[:-num_counts] += sum(report["losses"] for report in reports).flatten()
-        totals[-num_counts:] += torch.tensor(astuple(counts), dtype=torch.float64).to(place)
+        totals[-num_counts:] += torch.tensor(counts.numbers, dtype=torch.float64).to(place)
     dist.all_reduce(totals)  # counts too: float64 is exact up to 2^53
     totals = totals.cpu()
-    counts = TokenCounts(*(int(count) for count in totals[-num_counts:].tolist()))
+    counts = TokenCounts.of(totals[-num_counts:].tolist())
     return Totals(totals[:-num_counts].view(num_datasets, len(Source), 2), counts)
 
 

@@ -25,7 +25,6 @@ from megatron_mm.hf.export import KINDS, Options, export
 from megatron_mm.hf.gate import export_inputs
 from megatron_mm.hf.load import import_folder
 from megatron_mm.hf.weight_map import Rows, Target
-from megatron_mm.modality import Media
 from megatron_mm.model.initialize import draw_normal, name_in_whole_model
 from megatron_mm.shards import open_shards
 from megatron_mm.training import checkpoint

@@ -23,11 +23,11 @@ from megatron_mm.hf import weight_map
 from megatron_mm.hf.export import KINDS, export
 from megatron_mm.hf.gate import LIMIT, Gate
 from megatron_mm.hf.generate import Sampling, Speaker, generate, model_inputs, opened
-from megatron_mm.ingest.audio import encode_flac
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, TextSegment
 from megatron_mm.ingest.read import read_file
-from megatron_mm.modality import Source
+from megatron_mm.modalities.audio.spec import encode_flac
 from megatron_mm.shards import stored_tokenizer
+from megatron_mm.source import Source
 from megatron_mm.tokenizer import TextTokenizer
 from megatron_mm.training import checkpoint
 

@@ -79,7 +79,7 @@ def curve(config: Config, steps: int) -> dict[str, Any]:
         seen["losses"].append(by_name(result.losses))
         seen["grad_norms"].append(result.grad_norm)
         seen["gradients"].append(full_gradients(state))
-        seen["images"].append([len(micro_batch.images.inputs) for micro_batch in micro_batches])
+        seen["images"].append([len(micro_batch.media["image"].inputs) for micro_batch in micro_batches])
     return seen
 
 

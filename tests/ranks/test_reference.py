@@ -7,15 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import run_ranks
-from small import decode_samples, layout, small_config
+from small import layout, small_config
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, Wav2Vec2FeatureExtractor
 
 from megatron_mm.config import Config
-from megatron_mm.data.decode import decode_pixels
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import mesh as meshes
-from megatron_mm.modality import CHUNK_SAMPLES, SAMPLE_RATE, Media, Source, audio_frames
+from megatron_mm.modalities import BY_NAME
+from megatron_mm.modalities.audio.spec import SAMPLE_RATE, audio_frames, decode_flac
+from megatron_mm.modalities.image.decode import decode_pixels
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
+from megatron_mm.source import Source
 
 
 def as_llama(model: MultimodalModel, config: Config) -> LlamaForCausalLM | Qwen3ForCausalLM:
@@ -76,16 +78,16 @@ def obvious_embedding(model: MultimodalModel, llama: LlamaForCausalLM, loader: L
     hidden = llama.model.embed_tokens(torch.from_numpy(shard.tokens(document)))
     for item in shard.media(document):
         data = shard.media_bytes(item)
-        if item["kind"] == Media.IMAGE:
+        if item["kind"] == BY_NAME["image"].kind:
             part = model.embedding.image
-            pixels = (decode_pixels(data).float() / 255 - 0.5) / 0.5
+            pixels = (decode_pixels(data, 224).float() / 255 - 0.5) / 0.5
             # transformers' ViT gives the features before its final norm as the last of the hidden states.
             outputs = part.encoder.tower(pixels.unsqueeze(0), output_hidden_states=True)
             features = outputs.hidden_states[-1][0, 1:]
         else:
             part = model.embedding.audio
-            clip = normalize(decode_samples(data), sampling_rate=SAMPLE_RATE).input_values[0]
-            whole = [chunk for chunk in torch.from_numpy(clip).split(CHUNK_SAMPLES) if audio_frames(len(chunk))]
+            clip = normalize(decode_flac(data), sampling_rate=SAMPLE_RATE).input_values[0]
+            whole = [chunk for chunk in torch.from_numpy(clip).split(16_000) if audio_frames(len(chunk))]
             features = torch.cat([part.encoder.tower(chunk.unsqueeze(0)).last_hidden_state[0] for chunk in whole])
         normed = F.layer_norm(
             features, (features.shape[1],), part.projector.norm.weight, part.projector.norm.bias, 1e-5

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image
-from small import decode_samples, png
+from small import png
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import archive, legacy, work
@@ -24,7 +24,8 @@ from megatron_mm.ingest.image import read_image
 from megatron_mm.ingest.read import read_file
 from megatron_mm.ingest.work import DEFAULTS, Work, cut_work, read_all, read_work
 from megatron_mm.ingest.workers import Cut
-from megatron_mm.modality import Source
+from megatron_mm.modalities.audio.spec import decode_flac
+from megatron_mm.source import Source
 
 LEGACY = Path(__file__).parent / "legacy_office"
 PICTURE = png(np.random.default_rng(0))
@@ -441,7 +442,7 @@ def test_a_film_is_read_second_by_second(tmp_path: Path) -> None:
     np.testing.assert_allclose(means, [0, 20, 40, 60], atol=4)
     sounds = [part for part in document.segments if isinstance(part, AudioSegment)]
     assert [sound.num_samples for sound in sounds] == [16_000, 16_000, 16_000, 8_000]
-    peaks = [np.argmax(np.abs(np.fft.rfft(decode_samples(sound.data)[:8_000]))) * 2 for sound in sounds]
+    peaks = [np.argmax(np.abs(np.fft.rfft(decode_flac(sound.data)[:8_000]))) * 2 for sound in sounds]
     assert peaks == [200, 400, 600, 800]
 
 

@@ -11,8 +11,8 @@ from small import VOCAB_SIZE
 
 from megatron_mm.ingest import deduplicate as module
 from megatron_mm.ingest.deduplicate import deduplicate
-from megatron_mm.modality import Media, Source
 from megatron_mm.shards import EncodedDocument, MediaItem, ShardReader, ShardWriter, TokenizerInfo
+from megatron_mm.source import Source
 
 INFO = TokenizerInfo("0" * 64, VOCAB_SIZE, {"image": 10, "audio": 11})
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def text(seed: int, length: int = 400, *, changed: int = 0) -> EncodedDocument:
 
 
 def picture(data: bytes) -> EncodedDocument:
-    return EncodedDocument(np.asarray([2, *[10] * 196, 3, 7]), Source.IMAGE, [MediaItem(Media.IMAGE, data, 1, 196)])
+    return EncodedDocument(np.asarray([2, *[10] * 196, 3, 7]), Source.IMAGE, [MediaItem("image", data, 1, 196)])
 
 
 @pytest.fixture

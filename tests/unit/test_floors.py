@@ -1,6 +1,9 @@
 """Imports go down the floors only, and each heavy or private thing is touched in one place."""
 
 import ast
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +11,9 @@ import megatron_mm
 
 ROOT = Path(megatron_mm.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("errors", "endings", "environment", "noise", "modality"), 0),
-    **dict.fromkeys(("config", "kernels", "tokenizer", "shards", "batch"), 1),
+    **dict.fromkeys(("errors", "endings", "environment", "noise", "settings", "source"), 0),
+    **dict.fromkeys(("modalities",), 1),
+    **dict.fromkeys(("config", "kernels", "tokenizer", "shards", "batch"), 2),
     **dict.fromkeys(("engine", "ingest"), 2),
     **dict.fromkeys(("data", "model"), 3),
     **dict.fromkeys(("training", "hf"), 4),
@@ -17,6 +21,13 @@ FLOORS = {
 }
 APART = {"ingest", "data", "model"}
 """These meet at shards.py and batch.py, and never import one another."""
+
+
+PARTS_OF_A_MODALITY = {"ingest": {"spec"}, "data": {"spec", "decode"}, "model": {"spec", "encoder"}}
+"""What may be imported of modalities/X, or asked of it by `part`; "hf" and what stands above may all but decode."""
+KNOWS_A_MODALITY = ("ingest/audio.py", "ingest/image.py", "ingest/video.py")
+"""Readers of files of a kind: elsewhere no modality is imported by its name."""
+IN_A_MODALITY = re.compile(r"megatron_mm\.modalities\.(?:image|audio)\.(\w+)")
 
 
 def imports() -> Iterator[tuple[Path, str]]:
@@ -55,6 +66,35 @@ def test_imports_go_down() -> None:
             continue
         assert FLOORS[other] <= FLOORS[own], f"{path.relative_to(ROOT)} imports {module}, which stands above it"
         assert not {own, other} <= APART, f"{path.relative_to(ROOT)} imports {module}: they meet at the borders only"
+
+
+def parts_of_modalities() -> Iterator[tuple[Path, str]]:
+    """Yield (file, part) of each import of modalities/X/part, and each `part("...")`, outside modalities."""
+    for path, module in imports():
+        if found := IN_A_MODALITY.match(module):
+            yield path.relative_to(ROOT), found[1]
+    for path in ROOT.rglob("*.py"):
+        yield from ((path.relative_to(ROOT), part) for part in re.findall(r'\.part\("(\w+)"\)', path.read_text()))
+
+
+def test_each_floor_imports_its_own_part_of_a_modality() -> None:
+    seen = set()
+    for path, part in parts_of_modalities():
+        own = path.parts[0]
+        seen.add((own, part))
+        if own != "modalities":
+            assert part in PARTS_OF_A_MODALITY.get(own, {"spec", "encoder", "hf"}), f"{path} uses {part} of a modality"
+    assert {("ingest", "spec"), ("data", "decode"), ("model", "encoder")} <= seen
+
+
+def test_a_spec_imports_no_torch() -> None:
+    code = "import sys, megatron_mm.modalities, megatron_mm.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_modalities_are_named_in_their_folders_alone() -> None:
+    named = {str(path.relative_to(ROOT)) for path, module in imports() if IN_A_MODALITY.match(module)}
+    assert {name for name in named if not name.startswith("modalities/")} == set(KNOWS_A_MODALITY)
 
 
 def test_the_mesh_alone_reads_parallel_state() -> None:

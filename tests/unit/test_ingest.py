@@ -14,16 +14,17 @@ import numpy as np
 import pypdfium2 as pdfium
 import pytest
 from PIL import Image
-from small import decode_samples, png, save_tokenizer, tone
+from small import png, save_tokenizer, tone
 
-from megatron_mm.data.decode import decode_pixels
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.audio import read_audio
 from megatron_mm.ingest.document import AudioSegment, ImageSegment, TextSegment
 from megatron_mm.ingest.encode import encode_document
 from megatron_mm.ingest.image import read_image
 from megatron_mm.ingest.read import read_file
-from megatron_mm.modality import IMAGE_TOKENS, SAMPLE_RATE, Media, Source, audio_frames
+from megatron_mm.modalities.audio.spec import SAMPLE_RATE, audio_frames, decode_flac
+from megatron_mm.modalities.image.decode import decode_pixels
+from megatron_mm.source import Source
 from megatron_mm.tokenizer import TextTokenizer
 
 SAMPLE_DATA = Path(__file__).parents[2] / "examples" / "sample_data"
@@ -231,7 +232,7 @@ def test_of_an_animation_the_first_frame_is_taken() -> None:
         buffer = io.BytesIO()
         frames[0].save(buffer, format, save_all=True, append_images=frames[1:])
         assert np.abs(pixels_of(read_image(buffer.getvalue())) - 200).max() <= 2
-        assert decode_pixels(read_image(buffer.getvalue()).data).float().mean() > 190
+        assert decode_pixels(read_image(buffer.getvalue()).data, 224).float().mean() > 190
 
 
 def test_an_image_is_turned_upright() -> None:
@@ -242,11 +243,11 @@ def test_an_image_is_turned_upright() -> None:
 
 
 def test_decoding_squashes_to_the_encoder_size() -> None:
-    pixels = decode_pixels(encode_image(gradient(), "PNG"))
+    pixels = decode_pixels(encode_image(gradient(), "PNG"), 224)
     assert pixels.shape == (3, 224, 224)
     expected = Image.fromarray(gradient()).resize((224, 224), Image.Resampling.BICUBIC)
     assert np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).max() <= 1
-    assert decode_pixels(encode_image(gradient(), "PNG", "L")).shape == (3, 224, 224)
+    assert decode_pixels(encode_image(gradient(), "PNG", "L"), 224).shape == (3, 224, 224)
 
 
 # Sound
@@ -270,7 +271,7 @@ def test_every_sound_format_becomes_16_khz_mono(container: str, codec: str, rate
     time = np.arange(int(seconds * rate)) / rate
     wave_form = (0.4 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
     segment = read_audio(encode_audio(np.stack([wave_form, wave_form]), rate, container, codec))
-    samples = decode_samples(segment.data)
+    samples = decode_flac(segment.data)
     assert len(samples) == segment.num_samples
     assert segment.num_samples == pytest.approx(seconds * SAMPLE_RATE, abs=2_500)  # encoders pad at both ends
     spectrum = np.abs(np.fft.rfft(samples[4_000:20_000]))
@@ -281,13 +282,13 @@ def test_every_sound_format_becomes_16_khz_mono(container: str, codec: str, rate
 def test_16_khz_mono_is_kept_to_the_bit() -> None:
     samples = tone(np.random.default_rng(0), 20_000)
     segment = read_audio(encode_wav(samples[None]))
-    assert np.abs(decode_samples(segment.data) - (samples * 32767).astype(np.int16) / 32768).max() <= 1.01 / 32768
+    assert np.abs(decode_flac(segment.data) - (samples * 32767).astype(np.int16) / 32768).max() <= 1.01 / 32768
 
 
 def test_resampling_does_not_alias() -> None:
     rate = 44_100
     whistle = (0.5 * np.sin(2 * np.pi * 10_000 * np.arange(2 * rate) / rate)).astype(np.float32)
-    samples = decode_samples(read_audio(encode_wav(whistle[None], rate)).data)
+    samples = decode_flac(read_audio(encode_wav(whistle[None], rate)).data)
     assert np.abs(samples[2_000:-2_000]).max() < 1e-4  # 10 kHz cannot be in 16 kHz sound, nor come back as 6 kHz
 
 
@@ -652,11 +653,11 @@ def test_a_document_becomes_text_ids_and_runs_of_placeholders(tokenizer: TextTok
     ids = tokenizer.special_ids
     text, image, audio = tokenizer.encode("the <|image|>"), encoded.media[0], encoded.media[1]
     frames = 49 + 49 + audio_frames(8_000)
-    expected = [*text, ids["image_start"], *[ids["image"]] * IMAGE_TOKENS, ids["image_end"]]
+    expected = [*text, ids["image_start"], *[ids["image"]] * 196, ids["image_end"]]
     expected += [ids["audio_start"], *[ids["audio"]] * frames, ids["audio_end"], *tokenizer.encode("hill")]
     assert encoded.tokens.tolist() == [*expected, ids["end_of_text"]]
-    assert (image.kind, image.token_offset, image.num_tokens) == (Media.IMAGE, len(text) + 1, IMAGE_TOKENS)
-    assert (audio.kind, audio.num_tokens) == (Media.AUDIO, frames)
+    assert (image.modality, image.token_offset, image.num_tokens) == ("image", len(text) + 1, 196)
+    assert (audio.modality, audio.num_tokens) == ("audio", frames)
 
 
 def test_a_long_recording_is_cut_between_seconds(tokenizer: TextTokenizer) -> None:
@@ -666,8 +667,8 @@ def test_a_long_recording_is_cut_between_seconds(tokenizer: TextTokenizer) -> No
     segment = read_audio(encode_wav(samples[None]))
     encoded = encode_document(Document([segment], Source.AUDIO), tokenizer, max_audio_seconds=2)
     assert [item.num_tokens for item in encoded.media] == [98, 98, 49 + audio_frames(9_000)]
-    clips = np.concatenate([decode_samples(item.data) for item in encoded.media])
-    np.testing.assert_allclose(clips, decode_samples(segment.data), atol=1.01 / 32768)
+    clips = np.concatenate([decode_flac(item.data) for item in encoded.media])
+    np.testing.assert_allclose(clips, decode_flac(segment.data), atol=1.01 / 32768)
 
 
 def test_frames_follow_wav2vec2() -> None:

@@ -13,15 +13,14 @@ from small import small_config, write_shards
 
 from megatron_mm.batch import MediaUnits, MicroBatch, TokenCounts, attention_spans, context_spans
 from megatron_mm.data import prefetch, row
-from megatron_mm.data.decode import blank_waveform
 from megatron_mm.data.loader import Loader, deal_rows
 from megatron_mm.data.prefetch import Prefetcher
 from megatron_mm.errors import DataError
-from megatron_mm.modality import Media, Source, audio_tokens
+from megatron_mm.modalities import BY_NAME
 from megatron_mm.model.embedding import MediaEmbedding
-from megatron_mm.model.vision import VisionEncoder
 from megatron_mm.shards import EncodedDocument, ShardReader, ShardWriter
 from megatron_mm.shards.format import ITEM
+from megatron_mm.source import Source
 
 
 def mesh(*, first: bool = True, **place: int) -> SimpleNamespace:
@@ -45,8 +44,8 @@ def assert_same(first: MicroBatch, second: MicroBatch) -> None:
     for name in ("tokens", "labels", "loss_mask", "origins", "positions"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
     assert doc_lengths(first) == doc_lengths(second)
-    for name in ("images", "audio"):
-        ours, theirs = getattr(first, name), getattr(second, name)
+    for name in BY_NAME:
+        ours, theirs = first.media[name], second.media[name]
         assert torch.equal(ours.rows, theirs.rows)
         assert all(torch.equal(a, b) for a, b in zip(ours.inputs, theirs.inputs, strict=True))
 
@@ -110,7 +109,7 @@ def test_positions_are_counted_by_what_they_hold(shards: Path, cp_size: int) -> 
         for batch in [loader.micro_batch(samples) for loader in loaders]:
             of = {name: int((batch.tokens == ids[name]).sum()) for name in ("image", "audio", "pad")}
             text, loss = batch.tokens.numel() - sum(of.values()), int(batch.loss_mask.sum())
-            assert batch.counts == TokenCounts(text, of["image"], of["audio"], of["pad"], loss)
+            assert batch.counts == TokenCounts.of([text, *of.values(), loss])
             assert batch.counts.padding_fraction == of["pad"] / batch.tokens.numel()
 
 
@@ -207,14 +206,14 @@ def test_media_units_are_dealt_and_every_placeholder_is_filled_once(shards: Path
     batches = [loader.micro_batch(samples) for loader in loaders]
     whole = loader_of(shards).micro_batch(samples)
     num_ranks = cp_size * tp_size
-    for kind, name in ((Media.IMAGE, "images"), (Media.AUDIO, "audio")):
-        placeholder = loaders[0].special_ids[kind.name.lower()]
-        units = [getattr(batch, name) for batch in batches]
+    for name in BY_NAME:
+        placeholder = loaders[0].special_ids[name]
+        units = [batch.media[name] for batch in batches]
         own = [position_in_row(batch).chunk(tp_size)[rank % tp_size] for rank, batch in enumerate(batches)]
         filled = torch.cat([place[unit.positions] for place, unit in zip(own, units)])
         expected = torch.nonzero(whole.tokens == placeholder).flatten()
         assert torch.equal(filled.sort().values, expected)
-        total = len(getattr(whole, name).inputs)
+        total = len(whole.media[name].inputs)
         assert total > 0
         assert [len(unit.inputs) for unit in units] == [len(range(rank, total, num_ranks)) for rank in range(num_ranks)]
         assert max(len(unit.inputs) for unit in units) == -(-total // num_ranks), "no rank encodes more than its share"
@@ -237,10 +236,10 @@ def test_rows_lead_to_the_features_of_the_right_unit() -> None:
     assert deal_rows([], num_ranks=3)[2] == 0
 
 
-def change_item(prefix: Path, of: Media, values: dict[str, int]) -> None:
+def change_item(prefix: Path, of: str, values: dict[str, int]) -> None:
     """Write other values into the record of the first item of a kind."""
     items = ShardReader(prefix)._items
-    number = int((items["kind"] == of).argmax())
+    number = int((items["kind"] == BY_NAME[of].kind).argmax())
     changed = items[number].copy()
     for name, value in values.items():
         changed[name] = value
@@ -253,18 +252,18 @@ def change_item(prefix: Path, of: Media, values: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (Media.IMAGE, {"num_tokens": 195}, "has an image of 195 placeholders, and an image becomes 196 tokens"),
-        (Media.IMAGE, {"kind": 7}, "has a media item of kind 7, which is none"),
-        (Media.AUDIO, {"kind": 1}, "has an image of [0-9]+ placeholders"),
-        (Media.AUDIO, {"num_tokens": 5}, "has audio placeholders that belong to no media item"),
-        (Media.AUDIO, {"num_tokens": 0}, "has a media item without placeholders"),
-        (Media.AUDIO, {"token_offset": 9_999}, "has audio placeholders that belong to no media item"),
-        (Media.IMAGE, {"token_offset": 0}, "has not the 196 placeholders at token 0"),
+        ("image", {"num_tokens": 195}, "has an item of 195 image placeholders, and none becomes so many tokens"),
+        ("image", {"kind": 7}, "has a media item of kind 7, which is none"),
+        ("audio", {"kind": 1}, "has an item of [0-9]+ image placeholders"),
+        ("audio", {"num_tokens": 5}, "has audio placeholders that belong to no media item"),
+        ("audio", {"num_tokens": 0}, "has a media item without placeholders"),
+        ("audio", {"token_offset": 9_999}, "has audio placeholders that belong to no media item"),
+        ("image", {"token_offset": 0}, "has not the 196 placeholders at token 0"),
     ],
     ids=str,
 )
 def test_an_item_that_does_not_fit_its_placeholders_is_refused(
-    kind: Media, values: dict[str, int], message: str, tmp_path: Path
+    kind: str, values: dict[str, int], message: str, tmp_path: Path
 ) -> None:
     prefix = write_shards(tmp_path)
     change_item(prefix, kind, values)
@@ -278,34 +277,23 @@ def test_an_item_that_does_not_fit_its_placeholders_is_refused(
 def test_a_recording_of_another_length_is_refused_before_it_moves_its_neighbours(change: int, tmp_path: Path) -> None:
     prefix = write_shards(tmp_path)
     loader = loader_of(prefix)
-    recordings = loader.decoder.recordings
+    audio = loader.decoders["audio"]
+    whole = audio.reference
 
-    def longer(encoded: list[bytes]) -> list[torch.Tensor]:
-        if not encoded:
-            return []
-        first, *others = recordings(encoded)
-        return [first[:change] if change < 0 else torch.cat([first, torch.zeros(change)]), *others]
+    def other_length(data: bytes) -> torch.Tensor:
+        waveform = whole(data)
+        return waveform[:change] if change < 0 else torch.cat([waveform, torch.zeros(change)])
 
-    loader.decoder.recordings = longer
-    with pytest.raises(
-        DataError, match=r"\.media\.bin: the recording at byte \d+ has \d+ samples, which are \d+ tokens"
-    ):
+    audio.reference = other_length
+    message = r"\.media\.bin: the item \(audio\) at byte \d+ decodes to \d+ tokens, and its document has \d+"
+    with pytest.raises(DataError, match=message):
         loader.micro_batch(range(loader.num_samples))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 48, 49, 50, 97, 98, 147])
-def test_silence_becomes_the_tokens_that_it_stands_for(num_tokens: int) -> None:
-    assert audio_tokens(blank_waveform(num_tokens).numel()) == num_tokens
-
-
 def test_features_that_are_not_the_promised_ones_are_refused() -> None:
-    settings = small_config("unused", "unused").image
-    embedding = MediaEmbedding(
-        VisionEncoder(settings),
-        hidden_size=8,
-        mesh=SimpleNamespace(rank=3, tp_size=1, tp_cp_group=SimpleNamespace(size=lambda: 1)),
-        modality="image",
-    )
+    mesh = SimpleNamespace(rank=3, tp_size=1, tp_cp_group=SimpleNamespace(size=lambda: 1))
+    config = small_config("unused", "unused", "model.hidden_size=8", "model.head_dim=2")
+    embedding = MediaEmbedding(BY_NAME["image"], config, mesh=mesh)
     image = torch.zeros(3, 224, 224, dtype=torch.uint8)
     rows = torch.arange(196)
     assert embedding(MediaUnits((image,), 196, 196, rows, rows)).shape == (196, 8)
@@ -320,7 +308,7 @@ def test_later_stages_read_no_media(shards: Path) -> None:
         shard.media_bytes = lambda item: pytest.fail("a later stage decoded media")
     for ours, theirs in zip(first.step(0), later.step(0), strict=True):
         assert torch.equal(ours.labels, theirs.labels)
-        assert theirs.images.inputs == theirs.audio.inputs == ()
+        assert [units.inputs for units in theirs.media.values()] == [(), ()]
 
 
 def test_without_the_extension_rows_are_the_same(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +369,7 @@ def test_a_reader_that_hangs_is_named_and_its_step_read_by_another(
     shards: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     loader = loader_of(shards)
-    real, released, decoder = loader.step, threading.Event(), loader.decoder
+    real, released, decoders = loader.step, threading.Event(), loader.decoders
 
     def step(number: int) -> list[MicroBatch]:
         if number == 2 and threading.current_thread().name == "loader-0":
@@ -392,7 +380,7 @@ def test_a_reader_that_hangs_is_named_and_its_step_read_by_another(
     batches = list(Prefetcher(loader, steps=range(4), ahead=1, stall_seconds=1.0))
     released.set()
     assert "loader-0 hangs in wait" in caplog.text and "step 2 is read again by a new thread" in caplog.text
-    assert loader.decoder is not decoder, "the thread that hangs may hold the old one"
+    assert loader.decoders is not decoders, "the thread that hangs may hold the old one"
     assert len(batches) == 4
     for number, micro_batches in enumerate(batches):
         for ours, theirs in zip(real(number), micro_batches, strict=True):
@@ -433,9 +421,8 @@ def test_a_micro_batch_moves_whole(shards: Path) -> None:
         moved.tokens,
         moved.labels,
         moved.spans[0].cu_seqlens_q,
-        moved.images.rows,
-        *moved.images.inputs,
-        *moved.audio.inputs,
+        moved.media["image"].rows,
+        *(unit for units in moved.media.values() for unit in units.inputs),
     ]
     assert all(tensor.is_meta for tensor in tensors)
     assert doc_lengths(moved) == doc_lengths(batch)

@@ -15,8 +15,8 @@ from megatron_mm.data.packing import (
     plan_packing,
 )
 from megatron_mm.errors import DataError
-from megatron_mm.modality import Media, Source
 from megatron_mm.shards import EncodedDocument, MediaItem, ShardReader, ShardWriter, TokenizerInfo
+from megatron_mm.source import Source
 
 INFO = TokenizerInfo("0" * 64, VOCAB_SIZE, {"image": 10, "audio": 11})
 
@@ -39,7 +39,7 @@ def page(*parts: int) -> EncodedDocument:
         if part > 0:
             tokens += [1] * part
             continue
-        media.append(MediaItem(Media.AUDIO, b"x", len(tokens) + 1, -part))
+        media.append(MediaItem("audio", b"x", len(tokens) + 1, -part))
         tokens += [2, *[11] * -part, 3]
     return EncodedDocument(np.asarray([*tokens, 0]), Source.PDF, media)
 

@@ -16,7 +16,7 @@ from small import documents, save_tokenizer
 from megatron_mm.data.packing import plan_packing
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.encode import encode_document
-from megatron_mm.modality import IMAGE_TOKENS, Media, Source
+from megatron_mm.modalities import BY_KIND
 from megatron_mm.shards import (
     EncodedDocument,
     MediaItem,
@@ -27,6 +27,7 @@ from megatron_mm.shards import (
     open_shards,
     stored_tokenizer,
 )
+from megatron_mm.source import Source
 from megatron_mm.tokenizer import TextTokenizer
 
 
@@ -58,8 +59,8 @@ def test_what_is_written_is_read_back(tmp_path: Path, encoded) -> None:
         assert bool(reader.has_media()[number]) == bool(document.media)
         for found, item in zip(items, document.media):
             assert reader.media_bytes(found) == item.data
-            assert (found["kind"], found["token_offset"], found["num_tokens"]) == (
-                item.kind,
+            assert (BY_KIND[found["kind"]].name, found["token_offset"], found["num_tokens"]) == (
+                item.modality,
                 item.token_offset,
                 item.num_tokens,
             )
@@ -73,7 +74,7 @@ def test_the_manifest_counts(tmp_path: Path, encoded) -> None:
     assert manifest["documents"] == len(made)
     assert manifest["tokens"] == sum(len(document.tokens) for document in made)
     assert manifest["by_source"]["audio"] == sum(document.source == Source.AUDIO for document in made)
-    assert manifest["media"]["image"] == sum(item.kind == Media.IMAGE for document in made for item in document.media)
+    assert manifest["media"]["image"] == sum(item.modality == "image" for document in made for item in document.media)
 
 
 @pytest.mark.parametrize("vocab_size", [320, 51_200, 200_000])
@@ -178,14 +179,12 @@ def test_another_tokenizer_is_refused(tmp_path: Path, encoded) -> None:
 def test_what_cannot_be_a_document_is_refused(tmp_path: Path, encoded) -> None:
     tokenizer = encoded[0]
     image = tokenizer.special_ids["image"]
-    beside = EncodedDocument(
-        np.asarray([1, *[image] * IMAGE_TOKENS]), Source.IMAGE, [MediaItem(Media.IMAGE, b"x", 0, 196)]
-    )
+    beside = EncodedDocument(np.asarray([1, *[image] * 196]), Source.IMAGE, [MediaItem("image", b"x", 0, 196)])
     outside = EncodedDocument(np.asarray([tokenizer.info.vocab_size]), Source.TEXT)
-    small = EncodedDocument(np.asarray([image] * 9), Source.IMAGE, [MediaItem(Media.IMAGE, b"x", 0, 9)])
-    silent = EncodedDocument(np.asarray([1]), Source.AUDIO, [MediaItem(Media.AUDIO, b"x", 0, 0)])
-    run = MediaItem(Media.IMAGE, b"x", 0, IMAGE_TOKENS)
-    twice = EncodedDocument(np.asarray([image] * IMAGE_TOKENS), Source.IMAGE, [run, run])
+    small = EncodedDocument(np.asarray([image] * 9), Source.IMAGE, [MediaItem("image", b"x", 0, 9)])
+    silent = EncodedDocument(np.asarray([1]), Source.AUDIO, [MediaItem("audio", b"x", 0, 0)])
+    run = MediaItem("image", b"x", 0, 196)
+    twice = EncodedDocument(np.asarray([image] * 196), Source.IMAGE, [run, run])
     for document, message in (
         (beside, "not 196 placeholders"),
         (outside, "outside the vocabulary"),
@@ -218,7 +217,8 @@ WRITE_FOR_EVER = """
 import sys, itertools
 import numpy as np
 from megatron_mm.shards import *
-from megatron_mm.modality import Source
+from megatron_mm.modalities import BY_KIND
+from megatron_mm.source import Source
 print("ready", flush=True)
 for run in itertools.count():
     with ShardWriter(sys.argv[1], tokenizer=TokenizerInfo("0" * 64, 1000, {})) as writer:

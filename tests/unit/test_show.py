@@ -12,16 +12,19 @@ import pytest
 from PIL import Image
 from small import png, save_tokenizer, tone
 
-from megatron_mm.data.decode import decode_pixels
-from megatron_mm.data.show import cut_document, render_page, render_text, runs, stored_document
-from megatron_mm.ingest.audio import encode_flac
+from megatron_mm.data.media import reference_decoders
+from megatron_mm.data.show import cut_document, render_page, render_text, runs
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, TextSegment
 from megatron_mm.ingest.encode import encode_document
-from megatron_mm.modality import Media, Source
+from megatron_mm.modalities import default_geometries
+from megatron_mm.modalities.audio.spec import encode_flac
+from megatron_mm.modalities.image.decode import decode_pixels
 from megatron_mm.shards import EncodedDocument, MediaItem, ShardReader, ShardWriter
+from megatron_mm.source import Source
 from megatron_mm.tokenizer import TextTokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "inspect_data.py"
+DECODERS = reference_decoders(default_geometries())
 PICTURE = png(np.random.default_rng(0))
 TEXTS = ("before <b> & 漢字 \U0001f600 ", " after\nthe end")
 
@@ -55,19 +58,19 @@ def test_a_terminal_gets_the_text_and_a_line_for_each_item(document: EncodedDocu
 
 
 def test_a_page_shows_what_the_encoders_get(document: EncodedDocument, tokenizer: TextTokenizer) -> None:
-    page = render_page([("a <title>", document)], tokenizer)
+    page = render_page([("a <title>", document)], tokenizer, decoders=DECODERS)
     assert "a &lt;title&gt;" in page
     assert "http" not in page, "the page is whole in itself"
     pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)"', page)
     assert len(pictures) == 1 + 2, "an image, and two chunks of sound"
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[0]))))
-    np.testing.assert_array_equal(shown, decode_pixels(PICTURE).permute(1, 2, 0).numpy())
+    np.testing.assert_array_equal(shown, decode_pixels(PICTURE, 224).permute(1, 2, 0).numpy())
     assert base64.b64encode(document.media[1].data).decode() in page
     spans = re.sub(r"<figure>.*?</figcaption></figure>", "", page, flags=re.DOTALL)
     text = re.sub(r"<[^>]+>", "", spans.partition('<div class="tokens">')[2])
     assert "before &lt;b&gt; &amp; 漢字 \U0001f600" in text
-    broken = EncodedDocument(document.tokens, document.source, [MediaItem(Media.IMAGE, b"no", 30, 196)])
-    assert "cannot be decoded" in render_page([("", broken)], tokenizer)
+    broken = EncodedDocument(document.tokens, document.source, [MediaItem("image", b"no", 30, 196)])
+    assert "cannot be decoded" in render_page([("", broken)], tokenizer, decoders=DECODERS)
 
 
 def test_the_tool_shows_files_documents_and_samples(
@@ -76,7 +79,7 @@ def test_the_tool_shows_files_documents_and_samples(
     with ShardWriter(tmp_path / "p", tokenizer=tokenizer.info) as writer:
         writer.add(document)
     shard = ShardReader(tmp_path / "p")
-    assert render_text(stored_document(shard, 0), tokenizer) == render_text(document, tokenizer)
+    assert render_text(shard.document(0), tokenizer) == render_text(document, tokenizer)
     first = document.media[0].token_offset
     piece = cut_document(document, first - 1, first + 196)
     assert len(piece.media) == 1

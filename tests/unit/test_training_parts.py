@@ -15,8 +15,8 @@ from megatron_mm.batch import TokenCounts
 from megatron_mm.config import Config
 from megatron_mm.config.schema import GuardConfig
 from megatron_mm.errors import ConfigError
-from megatron_mm.modality import Source
 from megatron_mm.model.loss import by_name
+from megatron_mm.source import Source
 from megatron_mm.training.evaluate import spread
 from megatron_mm.training.guard import Guard, LossSpike, TrainingDiverged
 from megatron_mm.training.metrics import _forget_after, read_metrics, step_line
@@ -231,10 +231,10 @@ def test_counts_go_on_from_the_last_record_that_is_kept(tmp_path: Path) -> None:
         "\n".join([*counted, json.dumps({"step": 3, "heldout/loss": 1.0}), record_of(4)]) + '\n{"step": 5, "lo'
     )
     kept = _forget_after(path, 3)
-    assert (kept.counts, kept.uncounted_steps) == (TokenCounts(30, 31, 32, 33, 34), 0)
+    assert (kept.counts, kept.uncounted_steps) == (TokenCounts.of([30, 31, 32, 33, 34]), 0)
     assert (kept.lost_steps, kept.lost_seconds) == (1, 2.0)
     kept = _forget_after(path, 2)
-    assert (kept.counts, kept.uncounted_steps, kept.lost_steps) == (TokenCounts(20, 21, 22, 23, 24), 0, 1)
+    assert (kept.counts, kept.uncounted_steps, kept.lost_steps) == (TokenCounts.of([20, 21, 22, 23, 24]), 0, 1)
     # A disk that was full: the last lines were never written. And a file of before kinds were counted.
     assert _forget_after(path, 5).uncounted_steps == 3
     path.write_text(record_of(1, tokens=100) + "\n")

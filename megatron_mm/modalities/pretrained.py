@@ -7,18 +7,16 @@ of what an encoder leaves behind (classification heads, pretraining objectives);
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_mm.config import RANDOM, AudioConfig, Config, ImageConfig
 from megatron_mm.errors import DataError
-from megatron_mm.model.audio import AudioEncoder
-from megatron_mm.model.multimodal import MultimodalModel
-from megatron_mm.model.vision import VisionEncoder
+from megatron_mm.modalities import BY_NAME, RANDOM, EncoderSection
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +64,8 @@ AUDIO_MEANING = (
 """Settings of a Hugging Face folder that change what its weights mean, and mostly no shape."""
 
 
-def load_pretrained(chunks: Sequence[MultimodalModel], config: Config) -> None:
-    """Give the encoders of this rank the weights of image.pretrained and audio.pretrained. No communication.
+def load_pretrained(chunks: Sequence[Any], encoders: Mapping[str, EncoderSection]) -> None:
+    """Give the encoders of this rank the weights of the files that their settings name. No communication.
 
     The image projector's norm starts from the published final norm, in whose place it stands. An encoder whose setting
     names no file is as it was: of random weights, or as training.start_from has it.
@@ -75,35 +73,30 @@ def load_pretrained(chunks: Sequence[MultimodalModel], config: Config) -> None:
     for chunk in chunks:
         if not chunk.pre_process:
             continue
-        if file := file_of(config.image):
-            vision = chunk.embedding.image
-            load_vision(vision.encoder.tower, file)
-            with torch.no_grad():
-                vision.projector.norm.weight.copy_(vision.encoder.tower.layernorm.weight)
-                vision.projector.norm.bias.copy_(vision.encoder.tower.layernorm.bias)
-        if file := file_of(config.audio):
-            load_audio(chunk.embedding.audio.encoder.tower, file)
-        for name, encoder in (("image", config.image), ("audio", config.audio)):
-            if encoder.pretrained == RANDOM:
+        for name, section in encoders.items():
+            part = chunk.embedding.media[name]
+            if file := file_of(section):
+                LOADERS[name](part.encoder.tower, file)
+                if name == "image":
+                    with torch.no_grad():
+                        part.projector.norm.weight.copy_(part.encoder.tower.layernorm.weight)
+                        part.projector.norm.bias.copy_(part.encoder.tower.layernorm.bias)
+            elif section.pretrained == RANDOM:
                 log.info("%s encoder: random weights, as %s.pretrained=random says", name, name)
-            elif encoder.pretrained is None:
+            else:
                 log.info("%s encoder: as training.start_from has it", name)
 
 
-def check_pretrained(config: Config) -> None:
-    """Pass if the files of image.pretrained and audio.pretrained fit the encoders; no model is needed for it.
-
-    Raises DataError as `load_vision` and `load_audio`.
-    """
-    with torch.device("meta"):
-        vision, audio = VisionEncoder(config.image), AudioEncoder(config.audio)
-    if file := file_of(config.image):
-        load_vision(vision.tower, file)
-    if file := file_of(config.audio):
-        load_audio(audio.tower, file)
+def check_pretrained(encoders: Mapping[str, EncoderSection]) -> None:
+    """Pass if the files that settings name fit the encoders; no model is needed for it. Raises DataError."""
+    for name, section in encoders.items():
+        if file := file_of(section):
+            with torch.device("meta"):
+                encoder = BY_NAME[name].part("encoder").Encoder(section)
+            LOADERS[name](encoder.tower, file)
 
 
-def file_of(encoder: ImageConfig | AudioConfig) -> Path | None:
+def file_of(encoder: EncoderSection) -> Path | None:
     """Return the pretrained file that an encoder's settings name, None if they name none."""
     return None if encoder.pretrained in (None, RANDOM) else Path(encoder.pretrained)
 
@@ -244,3 +237,6 @@ def _fill(tower: nn.Module, weights: dict[str, Tensor], path: Path, *, encoder: 
     for name, parameter in own.items():
         parameter.copy_(weights[name])
     log.info("%s encoder: %d pretrained tensors of %s", encoder, len(own), path)
+
+
+LOADERS = {"image": load_vision, "audio": load_audio}

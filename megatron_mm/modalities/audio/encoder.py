@@ -4,11 +4,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-from megatron_mm.config import AudioConfig
-from megatron_mm.modality import CHUNK_SAMPLES, CONV_KERNELS, CONV_STRIDES
+from megatron_mm.modalities.audio.spec import CONV_KERNELS, CONV_STRIDES, AudioConfig
 
 
-class AudioEncoder(nn.Module):
+class Encoder(nn.Module):
     """One-second chunks of sound to features, 49 a second; a shorter last chunk is encoded at its own length.
 
     Zero padding would change the valid frames of the ls960 form by up to 0.8 standard deviations: its group norm runs
@@ -18,7 +17,7 @@ class AudioEncoder(nn.Module):
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
         self.trainable = config.trainable
-        self.width = config.hidden_size
+        self.width, self.chunk_samples = config.hidden_size, config.chunk_samples
         layer_norm = config.form == "lv60k"
         self.tower = Wav2Vec2Model(
             Wav2Vec2Config(
@@ -59,13 +58,18 @@ class AudioEncoder(nn.Module):
         features: list[Tensor] = [torch.empty(0)] * len(chunks)
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             if not chunks:
-                silence = self.tower.feature_projection.projection.weight.new_zeros(1, CHUNK_SAMPLES)
+                silence = self.tower.feature_projection.projection.weight.new_zeros(1, self.chunk_samples)
                 return self.tower(silence).last_hidden_state[0, :0]
             for indices in _by_length(chunks):
                 batch = torch.stack([chunks[index] for index in indices]).to(dtype)  # (num_chunks, num_samples)
                 for index, frames in zip(indices, self.tower(batch).last_hidden_state.unbind(0)):
                     features[index] = frames
         return torch.cat(features)
+
+    @staticmethod
+    def example_unit(config: AudioConfig, *, device: torch.device | str | None = None) -> Tensor:
+        """Return a unit for rehearsals and counts of work: a chunk of (chunk_samples,) float32 without values."""
+        return torch.empty(config.chunk_samples, device=device)
 
 
 def _by_length(chunks: tuple[Tensor, ...]) -> list[list[int]]:

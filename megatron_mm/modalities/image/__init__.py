@@ -1,0 +1,1 @@
+"""Images: a ViT over a square of patches, one token a patch."""

@@ -1,0 +1,80 @@
+"""What an image is to shards and settings: its size in pixels, in patches and in tokens."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field
+
+from megatron_mm.modalities.modality import EncoderSection, Geometry, Modality
+from megatron_mm.settings import PositiveInt, divisors
+
+
+class ImageGeometry(Geometry):
+    """How an image becomes tokens: it is squashed to a square, one token a patch."""
+
+    image_size: PositiveInt = 224
+    """Side of the square, in pixels, that every image is squashed to."""
+    patch_size: PositiveInt = 16
+    """Side of a patch, in pixels: one token each."""
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Decoder tokens of one image: one a patch."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class ImageConfig(ImageGeometry, EncoderSection):
+    """The image encoder, a ViT over patches, and its projector."""
+
+    num_layers: PositiveInt
+    """Encoder layers."""
+    hidden_size: PositiveInt
+    """Width of the encoder and of its features."""
+    ffn_hidden_size: PositiveInt
+    """Width of the encoder's MLP."""
+    num_attention_heads: PositiveInt
+    """Attention heads of the encoder."""
+    pretrained: str | None = Field(None, min_length=1)
+    """ViT file of timm or Hugging Face that a new run's encoder starts from, or `random` for random weights, to be
+    trained. null takes the encoder of training.start_from; without that, a run does not start."""
+
+    def failures(self, name: str) -> Iterator[str]:
+        """Yield what is wrong with the settings, which the user knows as `name`.*, and how to mend it."""
+        yield from super().failures(name)
+        if self.hidden_size % self.num_attention_heads:
+            yield (
+                f"{name}.num_attention_heads={self.num_attention_heads} does not divide "
+                f"{name}.hidden_size={self.hidden_size}. Use one of {divisors(self.hidden_size)}."
+            )
+        if self.image_size % self.patch_size:
+            yield (
+                f"{name}.patch_size={self.patch_size} does not divide {name}.image_size={self.image_size}: patches "
+                f"cover the image. Use one of {divisors(self.image_size)}."
+            )
+
+
+class ImageModality(Modality):
+    """Images in a plain encoding: upright, 8-bit RGB or grey, without transparency."""
+
+    name, kind = "image", 1
+    geometry, section = ImageGeometry, ImageConfig
+    unit, pretrained_files = "image", "VIT_FILE"
+
+    def num_tokens(self, item: Any, geometry: ImageGeometry) -> int:
+        """Return the placeholders of an image."""
+        return geometry.tokens_per_image
+
+    def unit_lengths(self, num_tokens: int, geometry: ImageGeometry) -> list[int]:
+        """Return the tokens of the one unit that an image is."""
+        return [num_tokens] if num_tokens == geometry.tokens_per_image else []
+
+    def unit_tokens(self, geometry: ImageGeometry) -> int:
+        """Return the tokens of an image."""
+        return geometry.tokens_per_image
+
+    def unit_positions(self, geometry: ImageGeometry) -> int:
+        """Return the positions of an image with its start and end token."""
+        return geometry.tokens_per_image + 2
+
+
+IMAGE = ImageModality()
