@@ -1,6 +1,7 @@
 """Sound of any container, codec and rate to 16 kHz mono FLAC."""
 
 import io
+from pathlib import Path
 from typing import IO
 
 import av
@@ -8,7 +9,7 @@ import numpy as np
 import soxr
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.document import AudioSegment
+from megatron_mm.ingest.document import AudioSegment, Rejection, Segment
 from megatron_mm.modalities.audio.spec import SAMPLE_RATE, audio_frames, encode_flac
 
 MISSING_FRACTION = 0.02
@@ -27,6 +28,11 @@ def read_audio(data: bytes) -> AudioSegment:
     if not audio_frames(len(samples)):
         raise DataError(f"the sound has {len(samples)} samples, too few for one frame")
     return AudioSegment(encode_flac(samples), len(samples))
+
+
+def read_audio_file(path: Path) -> tuple[list[Segment], list[Rejection]]:
+    """Return the sound in a file. Raises DataError as `read_audio`."""
+    return [read_audio(path.read_bytes())], []
 
 
 def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:

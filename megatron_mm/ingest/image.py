@@ -3,13 +3,14 @@
 import io
 import struct
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pillow_heif
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.document import ImageSegment
+from megatron_mm.ingest.document import ImageSegment, Rejection, Segment
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused from their header, before anything is decoded."""
@@ -45,6 +46,11 @@ def read_image(data: bytes) -> ImageSegment:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise DataError(f"the image is damaged: {error}") from error
+
+
+def read_image_file(path: Path) -> tuple[list[Segment], list[Rejection]]:
+    """Return the image in a file. Raises DataError as `read_image`."""
+    return [read_image(path.read_bytes())], []
 
 
 def encode_pixels(pixels: Image.Image) -> ImageSegment:

@@ -12,8 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest import work
-from megatron_mm.ingest.detect import Kind
+from megatron_mm.ingest import kinds, work
 from megatron_mm.ingest.document import Rejection, TextSegment
 from megatron_mm.ingest.filters import check_languages
 from megatron_mm.ingest.lines import Encoded, encode_documents, encode_lines
@@ -237,7 +236,7 @@ def _make_task(tokenizer_path: str, engine: Engine, options: Options) -> "Callab
 
     def read_and_encode(work: Work) -> Encoded | Cut[Work] | str:
         try:
-            if work.kind is Kind.JSONL:
+            if work.kind == kinds.JSONL:
                 return encode_lines(work, tokenizer, options)
             reading = read_work(work, options)
             if isinstance(reading, Cut):

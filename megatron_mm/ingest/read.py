@@ -3,88 +3,60 @@
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mm.errors import DataError
+from megatron_mm.ingest import kinds
 from megatron_mm.ingest.archive import MAX_DEPTH, decompress, unpack
-from megatron_mm.ingest.audio import read_audio
-from megatron_mm.ingest.detect import KIND_OF_SUFFIX, Kind, detect, mime_of
+from megatron_mm.ingest.detect import detect, mime_of
 from megatron_mm.ingest.document import Document, Reading, Rejection, Segment, TextSegment
-from megatron_mm.ingest.image import read_image
-from megatron_mm.ingest.legacy import read_legacy
+from megatron_mm.ingest.kinds import Parts
 from megatron_mm.ingest.mail import read_mail
-from megatron_mm.ingest.office import read_office
-from megatron_mm.ingest.pdf import read_pdf
 from megatron_mm.ingest.records import TEXT_FIELDS, read_lines, read_rows
-from megatron_mm.ingest.text import decode_text, read_html, read_text
-from megatron_mm.ingest.video import read_video
-from megatron_mm.ingest.work import CAPTIONED, pair_captions
-from megatron_mm.source import Source
+from megatron_mm.ingest.text import decode_text, read_text
+from megatron_mm.ingest.work import is_captioned, pair_captions
 
 MAX_FILE_BYTES = 2**30
 """Larger files are refused where a file is read whole: all kinds but JSON lines, Parquet and archives."""
-UNBOUNDED = {Kind.JSONL, Kind.PARQUET, Kind.ARCHIVE, Kind.COMPRESSED}
 BESIDE_MEDIA = (".txt", ".json", ".cls")
 """Files that say something of media of the same name."""
 
-Parts = tuple[list[Segment], list[Rejection]]
-"""The segments of a file, and what was left out of it."""
-
 
 def read_file(path: Path, *, caption: Path | None = None, trust_content: bool = False, depth: int = 0) -> Reading:
-    """Return the documents of the file at `path`; with a `caption`, its text follows the image, recording or film.
+    """Return the documents of the file at `path`; with a `caption`, its text follows the image, recording or video.
 
     Never raises for what is in the file: a file that cannot be read is a rejection. `depth` counts the archives that
     it was unpacked from.
     """
     try:
         kind = detect(path, trust_content=trust_content)
-        if kind not in UNBOUNDED and path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"it has {path.stat().st_size:,} bytes, and {kind.value} files are read up to 1 GiB")
-        if kind is Kind.JSONL:
+        if not kind.unbounded and path.stat().st_size > MAX_FILE_BYTES:
+            raise DataError(f"it has {path.stat().st_size:,} bytes, and {kind.words} files are read up to 1 GiB")
+        if kind == kinds.JSONL:
             return read_lines(path)
-        if kind is Kind.PARQUET:
+        if kind == kinds.PARQUET:
             return read_rows(path)
-        if kind is Kind.ARCHIVE:
+        if kind == kinds.ARCHIVE:
             return read_archive(path, trust_content=trust_content, depth=depth + 1)
-        if kind is Kind.COMPRESSED:
+        if kind == kinds.COMPRESSED:
             return _read_compressed(path, trust_content=trust_content, depth=depth + 1)
-        if kind is Kind.MAIL:
+        if kind == kinds.MAIL:
             segments, rejections = _read_mail(path, trust_content=trust_content, depth=depth + 1)
-            return [Document(segments, Source.OFFICE)], rejections
-        read, source = READERS[kind]
-        segments, rejections = read(path)
+            return [Document(segments, kind.source)], rejections
+        segments, rejections = kind.read(path)
         if caption is not None:
             segments = [*segments, *_caption(caption)]
     except (DataError, OSError) as error:
         return [], [Rejection(str(path), str(error))]
     except RecursionError:
         return [], [Rejection(str(path), "it is nested too deeply")]
-    return [Document(segments, source)], rejections
+    return [Document(segments, kind.source)], rejections
 
 
-def _whole(read: Callable[[bytes], Segment]) -> Callable[[Path], Parts]:
-    return lambda path: ([read(path.read_bytes())], [])
-
-
-def _describe(path: Path) -> Parts:
+def describe(path: Path) -> Parts:
     """Return what can be said of a file that cannot be read: its metadata."""
     return [TextSegment(f"{path.name}: {mime_of(path)}, {path.stat().st_size:,} bytes\n")], []
-
-
-READERS: Mapping[Kind, tuple[Callable[[Path], Parts], Source]] = {
-    Kind.TEXT: (lambda path: (read_text(path), []), Source.TEXT),
-    Kind.HTML: (read_html, Source.TEXT),
-    Kind.IMAGE: (_whole(read_image), Source.IMAGE),
-    Kind.AUDIO: (_whole(read_audio), Source.AUDIO),
-    Kind.VIDEO: (read_video, Source.VIDEO),
-    Kind.PDF: (read_pdf, Source.PDF),
-    Kind.OFFICE: (read_office, Source.OFFICE),
-    Kind.LEGACY: (read_legacy, Source.OFFICE),
-    Kind.UNKNOWN: (_describe, Source.TEXT),
-}
-"""Who reads a file that is one document, and where the document is counted."""
 
 
 def _caption(path: Path) -> list[Segment]:
@@ -100,7 +72,7 @@ def _caption(path: Path) -> list[Segment]:
 
 def _beside_media(files: Sequence[Path]) -> set[Path]:
     """Return the files that say something of media of the same name, so that they are no documents of their own."""
-    media = {file.with_suffix("") for file in files if KIND_OF_SUFFIX.get(file.suffix.lower()) in CAPTIONED}
+    media = {file.with_suffix("") for file in files if is_captioned(file)}
     return {file for file in files if file.suffix.lower() in BESIDE_MEDIA and file.with_suffix("") in media}
 
 

@@ -66,6 +66,11 @@ Fetch = Callable[[str], bytes | None]
 """From the address of an image on a page to its bytes, None where it is not to be looked for."""
 
 
+def read_plain(path: Path) -> tuple[list[Segment], list[Rejection]]:
+    """Return the text of a file as one segment, nothing of it left out. Raises DataError if it is not text."""
+    return read_text(path), []
+
+
 def read_html(path: Path) -> tuple[list[Segment], list[Rejection]]:
     """Return what a reader of the page sees: its text by blocks, its images in place, and the images left out.
 

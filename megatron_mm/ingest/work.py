@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.detect import KIND_OF_SUFFIX, Kind, detect
+from megatron_mm.ingest import kinds
+from megatron_mm.ingest.detect import detect
 from megatron_mm.ingest.document import Reading, Rejection
 from megatron_mm.ingest.encode import MAX_AUDIO_SECONDS
+from megatron_mm.ingest.kinds import Kind
 from megatron_mm.ingest.workers import Cut
 from megatron_mm.modalities import Geometries, default_geometries
 
@@ -22,8 +24,6 @@ ARCHIVE_BYTES = 16 * 2**20
 """Bytes of a tar or a Parquet file, the same."""
 PARTS_OF_ROWS = 16
 """Parts that a range of rows is cut into when it fails: each of them reads its row group again."""
-CAPTIONED = {Kind.IMAGE, Kind.AUDIO, Kind.VIDEO}
-"""Kinds whose text may stand in a file of the same name beside them."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Work:
 
     path: Path
     caption: Path | None = None
-    """A file of the same name with the text of an image, a recording or a film."""
+    """A file of the same name with the text of an image, a recording or a video."""
     kind: Kind | None = None
     """What the range below is one of: JSON lines and archives count bytes, Parquet files rows; None: the whole file."""
     start: int = 0
@@ -74,7 +74,7 @@ DEFAULTS = Options()
 
 def cut_file(path: Path, *, caption: Path | None = None) -> Iterator[Work]:
     """Yield the work of reading one file: long JSON-lines files are cut, any other file is one piece."""
-    if KIND_OF_SUFFIX.get(path.suffix.lower()) is Kind.JSONL and path.stat().st_size > LINES_BYTES:
+    if kinds.by_suffix(path) == kinds.JSONL and path.stat().st_size > LINES_BYTES:
         yield from _line_ranges(path)
     else:
         yield Work(path, caption=caption)
@@ -90,13 +90,19 @@ def _line_ranges(path: Path) -> Iterator[Work]:
             lines = int(np.count_nonzero(np.frombuffer(block, np.uint8, size) == NEWLINE))
             tail = rest.readline() if rest.seek(start + size) else b""
             stop = start + size + len(tail)
-            yield Work(path, kind=Kind.JSONL, start=start, stop=stop, first_line=line, size=stop - start)
+            yield Work(path, kind=kinds.JSONL, start=start, stop=stop, first_line=line, size=stop - start)
             start = file.seek(stop)
             line += lines + tail.endswith(b"\n")
 
 
+def is_captioned(path: Path) -> bool:
+    """Return whether the text of a file, by its name, may stand in another one of the same name beside it."""
+    kind = kinds.by_suffix(path)
+    return kind is not None and kind.captioned
+
+
 def pair_captions(files: Iterable[Path]) -> dict[Path, Path]:
-    """Pair each image, recording and film with the file of the same name beside it that holds its text.
+    """Pair each image, recording and video with the file of the same name beside it that holds its text.
 
     That is a text file or else a JSON object with a text field (WebDataset's conventions).
     """
@@ -104,7 +110,7 @@ def pair_captions(files: Iterable[Path]) -> dict[Path, Path]:
     texts = {
         file.with_suffix(""): file for suffix in (".json", ".txt") for file in files if file.suffix.lower() == suffix
     }
-    media = (file for file in files if KIND_OF_SUFFIX.get(file.suffix.lower()) in CAPTIONED)
+    media = (file for file in files if is_captioned(file))
     return {file: texts[file.with_suffix("")] for file in media if file.with_suffix("") in texts}
 
 
@@ -122,11 +128,11 @@ def read_work(work: Work, options: Options) -> Reading | Cut[Work]:
     from megatron_mm.ingest.records import read_lines, read_rows
 
     try:
-        if work.kind is Kind.JSONL:
+        if work.kind == kinds.JSONL:
             return read_lines(work.path, start=work.start, stop=work.stop, first_line=work.first_line)
-        if work.kind is Kind.PARQUET:
+        if work.kind == kinds.PARQUET:
             return read_rows(work.path, start=work.start, stop=work.stop)
-        if work.kind is Kind.ARCHIVE:
+        if work.kind == kinds.ARCHIVE:
             trust_content = options.trust_content
             return read_archive(work.path, start=work.start, stop=work.stop, trust_content=trust_content)
         parts = _cut_archive(work, options)
@@ -150,18 +156,18 @@ def read_all(work: Work, options: Options) -> Iterator[Reading]:
 def _cut_archive(work: Work, options: Options) -> list[Work]:
     """Return the ranges in which a large Parquet or tar file is read, nothing for any other file."""
     size = work.path.stat().st_size
-    named = KIND_OF_SUFFIX.get(work.path.suffix.lower())
-    if size <= ARCHIVE_BYTES or named not in (Kind.PARQUET, Kind.ARCHIVE) or work.path.suffix.lower() == ".zip":
+    named = kinds.by_suffix(work.path)
+    if size <= ARCHIVE_BYTES or named not in (kinds.PARQUET, kinds.ARCHIVE) or work.path.suffix.lower() == ".zip":
         return []
     from megatron_mm.ingest.archive import sample_ranges
     from megatron_mm.ingest.records import row_groups
 
     kind = detect(work.path, trust_content=options.trust_content)
-    if kind is Kind.PARQUET:
+    if kind == kinds.PARQUET:
         rows = row_groups(work.path)
         whole = Work(work.path, kind=kind, start=0, stop=rows[-1], size=size)
         return _cut_rows(whole, -(-size // ARCHIVE_BYTES))
-    if kind is not Kind.ARCHIVE:
+    if kind != kinds.ARCHIVE:
         return []
     return [
         Work(work.path, kind=kind, start=marks[0], stop=marks[-1], marks=tuple(marks), size=marks[-1] - marks[0])
@@ -181,14 +187,14 @@ def cut_work(work: Work) -> list[Work]:
 
 
 def _cut(work: Work) -> list[Work]:
-    if work.kind is Kind.ARCHIVE:
+    if work.kind == kinds.ARCHIVE:
         spans = list(pairwise(work.marks))
         return [replace(work, start=start, stop=stop, marks=(start, stop), size=stop - start) for start, stop in spans]
-    if work.kind is Kind.PARQUET:
+    if work.kind == kinds.PARQUET:
         return _cut_rows(work, PARTS_OF_ROWS)
-    if work.kind is None and KIND_OF_SUFFIX.get(work.path.suffix.lower()) is Kind.JSONL:
-        work = replace(work, kind=Kind.JSONL, stop=work.num_bytes)
-    if work.kind is not Kind.JSONL or work.stop is None:
+    if work.kind is None and kinds.by_suffix(work.path) == kinds.JSONL:
+        work = replace(work, kind=kinds.JSONL, stop=work.num_bytes)
+    if work.kind != kinds.JSONL or work.stop is None:
         return [work]
     parts, start = [], work.start
     with work.path.open("rb") as file:
