@@ -1,0 +1,1 @@
+"""The encoders of readings, a file each."""
