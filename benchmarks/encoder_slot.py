@@ -15,15 +15,14 @@ one of whole layers: only the last stage could take another, and its head takes 
 import math
 
 import torch
-from megatron_mm.model.audio import AudioEncoder
-from megatron_mm.model.vision import VisionEncoder
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from verdict import finish
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
-from megatron_mm.modalities.audio.spec import audio_frames
+from megatron_mm.modalities.audio.spec import AUDIO, audio_frames
+from megatron_mm.modalities.image.spec import IMAGE
 from megatron_mm.model.accounting import build_on_meta, encoder_price
 from megatron_mm.planning.cost import GPUS, Gpu, Layout, layer_seconds, linear_seconds
 from megatron_mm.planning.layouts import RATES, shape_of
@@ -113,14 +112,12 @@ def main() -> None:
             largest = max(largest, price if mix == MIXED else 0.0)
             print(f"{name} {precision}: {mix} ({images} images, {sounds} s a rank): {price:.2f} layers by time")
     deep = in_flight(layout_of(config, "bf16"))
-    image, silence = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), torch.zeros(16_000)
-    for name, unit, count, encoder in (
-        ("image", image, all_images, VisionEncoder(config.image)),
-        ("second", silence, all_sound, AudioEncoder(config.audio)),
-    ):
-        kept = kept_bytes(encoder.bfloat16(), unit)
+    for modality, count in ((IMAGE, all_images), (AUDIO, all_sound)):
+        encoder = modality.part("encoder").Encoder
+        section = config.encoders[modality.name]
+        kept = kept_bytes(encoder(section).bfloat16(), torch.zeros_like(encoder.example_unit(section)))
         print(
-            f"{kept / 2**20:.0f} MiB kept of one {name}; x {count} a rank x {deep} micro-batches in flight: "
+            f"{kept / 2**20:.0f} MiB kept of one {modality.unit}; x {count} a rank x {deep} micro-batches in flight: "
             f"{kept * count * deep / 2**30:.1f} GiB"
         )
     finish("encoder_slot", ours=largest, peer=BAR, bar=1.0)

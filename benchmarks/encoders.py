@@ -20,9 +20,9 @@ from transformers import ViTConfig, ViTModel, Wav2Vec2Config, Wav2Vec2Model
 from verdict import finish
 
 from megatron_mm import config as configs
-from megatron_mm.hf.encoders import load_audio, load_vision
-from megatron_mm.model.audio import AudioEncoder
-from megatron_mm.model.vision import VisionEncoder
+from megatron_mm.modalities.audio.encoder import Encoder as AudioEncoder
+from megatron_mm.modalities.image.encoder import Encoder as ImageEncoder
+from megatron_mm.modalities.pretrained import load_tower
 
 ROOT = Path(__file__).parents[1]
 BAR = 1e-5
@@ -42,8 +42,8 @@ def stirred(module: nn.Module) -> nn.Module:
 def vision(theirs: nn.Module, save: Callable[[], Path], features: Callable[[Tensor], Tensor]) -> float:
     """Return the largest difference of a feature behind the final norm, in standard deviations."""
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
-    ours = VisionEncoder(configs.load("mm_88b").image).eval()
-    load_vision(ours.tower, save())
+    ours = ImageEncoder(configs.load("mm_88b").image).eval()
+    load_tower(ours.tower, ours.family, save(), name="image")
     assert sum(p.numel() for p in ours.tower.parameters()) == 303_301_632
     with torch.no_grad():
         found = ours.tower.layernorm(ours(tuple(images))).view(2, 196, -1)
@@ -55,7 +55,7 @@ def audio(form: str, save: Callable[[], Path], features: Callable[[Tensor], Tens
     """Return the largest difference of a feature of a second of noise, in standard deviations."""
     sound = torch.randn(16_000)
     ours = AudioEncoder(configs.load("mm_88b").audio.model_copy(update={"form": form})).eval()
-    load_audio(ours.tower, save())
+    load_tower(ours.tower, ours.family, save(), name="audio")
     with torch.no_grad():
         found, expected = ours((sound,)), features(sound.unsqueeze(0))[0]
     return ((found - expected).abs().max() / expected.std()).item()

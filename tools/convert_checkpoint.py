@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", type=Path, metavar="T", help="the tokenizer.json of the run's shards (default: the checkpoint's)"
     )
     for kind in KINDS:
-        to_hf.add_argument(f"--{kind}", action="store_true", help=f"write OUT/{kind} (default: all three)")
+        to_hf.add_argument(f"--{kind}", action="store_true", help=f"write OUT/{kind} (default: every one)")
     to_hf.add_argument("--dtype", choices=PRECISIONS, help="of the weights (default: as they were trained)")
     to_hf.add_argument(
         "--kv-replicate", type=endings.at_least(1), default=1, metavar="R", help="write each key/value head R times"
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _to_hf(arguments: argparse.Namespace) -> None:
-    kinds = tuple(kind for kind in KINDS if getattr(arguments, kind)) or KINDS
+    kinds = tuple(kind for kind in KINDS if getattr(arguments, kind)) or None
     dtype = PRECISIONS[arguments.dtype] if arguments.dtype else None
     options = Options(kinds, dtype, arguments.kv_replicate, int(arguments.shard_gb * 1e9))
     tokenizer, gate = arguments.tokenizer, _gate(arguments)
@@ -85,8 +85,9 @@ def _to_hf(arguments: argparse.Namespace) -> None:
     kept = f"what is whole is kept in {arguments.out}.partial, and the same command goes on behind it"
     with endings.note(stop=lambda: kept, disk=f"OUT={arguments.out}"):
         export(arguments.checkpoint, arguments.out, tokenizer_path=tokenizer, options=options, gate=gate)
-    for kind in kinds:
-        print(arguments.out / kind)
+    for kind in KINDS:
+        if (arguments.out / kind).exists():
+            print(arguments.out / kind)
 
 
 def _gate(arguments: argparse.Namespace) -> Callable[[Path], dict[str, str]] | None:

@@ -1,10 +1,11 @@
-"""A training checkpoint as Hugging Face folders: stock text, stock text and images, and everything."""
+"""A training checkpoint as Hugging Face folders: stock text, stock text and one modality, and everything."""
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,15 @@ from megatron_mm.hf.stream import (
 from megatron_mm.hf.tensors import CheckpointReader, TensorInfo
 from megatron_mm.hf.weight_map import Target
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
+from megatron_mm.settings import divisors
 from megatron_mm.tokenizer import TextTokenizer
 
-KINDS = ("text", "image", "full")
-"""Exports: LlamaForCausalLM; InternVLForConditionalGeneration; text, images, sound and PDFs with a little own code."""
-PARTS = {"text": ("text",), "image": ("language", "image"), "full": ("language", "image", "audio")}
+log = logging.getLogger(__name__)
+
+STOCK = tuple(name for name, exports in files.EXPORTS.items() if exports.stock)
+KINDS = ("text", *STOCK, "full")
+"""Exports: a stock decoder; text and one modality in a stock class; everything, with a little own code."""
+PARTS = {"text": ("text",), **{name: ("language", name) for name in STOCK}, "full": ("language", *files.EXPORTS)}
 """Which parts make up an export; a part that two of them have is one file on the disk."""
 MANIFEST = "conversion_manifest.json"
 
@@ -42,7 +47,8 @@ MANIFEST = "conversion_manifest.json"
 class Options:
     """What is written."""
 
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] | None = None
+    """None: every one that can have the run's encoders."""
     dtype: torch.dtype | None = None
     """None keeps the type of the training weights."""
     kv_replicate: int = 1
@@ -79,7 +85,7 @@ def export(
     options: Options = Options(),
     gate: Callable[[Path], dict[str, str]] | None = None,
 ) -> None:
-    """Write the exports of a checkpoint to OUT/text, OUT/image and OUT/full, as `options` has it.
+    """Write the exports of a checkpoint to OUT/KIND, a folder for each kind, as `options` has it.
 
     The tokenizer is the checkpoint's, or the one that is named. `gate` is given each folder that has all but its model
     card and manifest: it raises if the export is wrong, or returns figures for the card.
@@ -90,6 +96,7 @@ def export(
     if out.exists():
         raise ConfigError(f"{out} exists: name a folder that does not, or remove it.")
     job = _prepare(checkpoint, tokenizer_path, options)
+    options = job.options
     partial = out.with_name(out.name + ".partial")
     begun = _fingerprint(checkpoint, job.tokenizer, options)
     done = _begin(partial, begun)
@@ -128,10 +135,26 @@ def _prepare(checkpoint: Path, tokenizer_path: Path | None, options: Options) ->
     if tokenizer_path is None and not (checkpoint / "tokenizer.json").exists():
         raise ConfigError(f"{checkpoint} has no tokenizer.json: name that of the run's shards with --tokenizer.")
     tokenizer = TextTokenizer(tokenizer_path or checkpoint / "tokenizer.json")
+    options = replace(options, kinds=_kinds(config, options.kinds))
     _check_settings(config, tokenizer, options)
     _check_shapes(source, config)
     shards, links = _plan(source, config, options)
     return _Job(source, config, tokenizer, options, tuple(shards), links)
+
+
+def _kinds(config: Config, asked: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the exports to write. Raises ConfigError if one is asked for whose class cannot have the run's encoder."""
+    refused = {}
+    for name in STOCK:
+        reason = files.EXPORTS[name].stock.refusal(config.encoders[name])
+        if reason:
+            refused[name] = f"{reason}; --full carries it"
+    for name in refused.keys() & set(asked or ()):
+        raise ConfigError(f"--{name} cannot be written: {refused[name]}.")
+    if asked is None:
+        for name, reason in refused.items():
+            log.warning("%s is left out: %s", name, reason)
+    return asked or tuple(kind for kind in KINDS if kind not in refused)
 
 
 def verify(folder: Path) -> int:
@@ -148,7 +171,7 @@ def verify(folder: Path) -> int:
 def _check_settings(config: Config, tokenizer: TextTokenizer, options: Options) -> None:
     heads, groups, times = config.model.num_attention_heads, config.model.num_query_groups, options.kv_replicate
     if heads % (groups * times):
-        fitting = configs.divisors(heads // groups)
+        fitting = divisors(heads // groups)
         raise ConfigError(
             f"--kv-replicate {times} x {groups} groups does not divide {heads} heads. Use one of {fitting}."
         )
@@ -162,7 +185,7 @@ def _check_settings(config: Config, tokenizer: TextTokenizer, options: Options) 
 def _check_shapes(source: CheckpointReader, config: Config) -> None:
     """Raise DataError if the checkpoint is not the model of its config.yaml, apart from a modality that it has not."""
     found = {name: info.shape for name, info in source.tensors.items()}
-    lacking = tuple(f"embedding.{part}." for part in ("image", "audio"))
+    lacking = tuple(f"embedding.{name}." for name in files.EXPORTS)
     lacking = tuple(part for part in lacking if not any(name.startswith(part) for name in found))
     expected = {name: shape for name, shape in tensor_shapes(config).items() if not name.startswith(lacking)}
     wrong = compare_shapes(found, expected)
@@ -176,14 +199,13 @@ def targets_of(part: str, source: CheckpointReader, config: Config, *, kv_replic
         prefix = "model." if part == "text" else "model.language_model."
         return list(weight_map.decoder(config.model, prefix=prefix, kv_replicate=kv_replicate))
     rows = {name: info.shape[0] for name, info in source.tensors.items()}
-    return list(weight_map.encoder(rows, modality=part, num_layers=config.image.num_layers))
+    return list(files.media_map(part, config).targets(rows))
 
 
 def _plan(source: CheckpointReader, config: Config, options: Options) -> tuple[list[Shard], dict[str, str]]:
     """Return the shards to write, and the paths that are hard links to others."""
-    media = ("image", "audio")
     there = ["text", "language"]
-    there += [part for part in media if any(name.startswith(f"embedding.{part}.") for name in source.tensors)]
+    there += [part for part in files.EXPORTS if any(name.startswith(f"embedding.{part}.") for name in source.tensors)]
     for kind in options.kinds:
         lacking = [part for part in PARTS[kind] if part not in there]
         if lacking:
@@ -192,7 +214,9 @@ def _plan(source: CheckpointReader, config: Config, options: Options) -> tuple[l
     for part in there:
         targets = targets_of(part, source, config, kv_replicate=options.kv_replicate)
         resolved[part] = [(target, info_of(target, source, dtype=options.dtype)) for target in targets]
-    check_complete(source, [target for part in resolved.values() for target, _ in part], where=str(source.path))
+    targets = [target for part in resolved.values() for target, _ in part]
+    kept = [name for part in files.EXPORTS for name in files.media_map(part, config).kept]
+    check_complete(source, targets, where=str(source.path), without=kept)
     packed = {part: pack(tensors, shard_bytes=options.shard_bytes) for part, tensors in resolved.items()}
     shards: list[Shard] = []
     links: dict[str, str] = {}

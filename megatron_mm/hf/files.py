@@ -1,6 +1,7 @@
 """The files of an export that are not weights, written for transformers 4.57 and 5 alike, without importing either."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,32 +9,30 @@ import torch
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
-from megatron_mm.modality import (
-    CHUNK_SAMPLES,
-    CONV_KERNELS,
-    CONV_STRIDES,
-    IMAGE_SIZE,
-    IMAGE_TOKENS,
-    PATCH_SIZE,
-    SAMPLE_RATE,
-)
+from megatron_mm.hf.weight_map import MediaMap
+from megatron_mm.modalities import BY_NAME, MODALITIES
+from megatron_mm.modalities.exports import Exports, Stock
 from megatron_mm.tokenizer import SPECIAL_TOKENS, TextTokenizer
 
 CODE = Path(__file__).parent / "code"
+EXPORTS: Mapping[str, Exports] = {modality.name: modality.part("hf").EXPORTS for modality in MODALITIES}
+"""The part of each modality in Hugging Face folders, by its name."""
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {%- if message['content'] is string %}{{ message['content'] }}
 {%- else %}
 {%- for part in message['content'] %}
 {%- if part['type'] == 'text' %}{{ part['text'] }}
-{%- elif part['type'] == 'image' %}{{ '<|image|>' }}
-{%- elif part['type'] == 'audio' %}{{ '<|audio|>' }}
+MEDIA
 {%- endif %}
 {%- endfor %}
 {%- endif %}
 {%- if not loop.last %}{{ '\\n' }}{% endif %}
 {%- endfor %}
-"""
+""".replace(
+    "MEDIA",
+    "\n".join(f"{{%- elif part['type'] == '{name}' %}}{{{{ '{SPECIAL_TOKENS[name]}' }}}}" for name in EXPORTS),
+)
 """A pretrained model knows no roles: messages follow one another, media where they stand."""
 FULL_CLASSES = {
     "AutoConfig": "configuration_megatron_mm.MegatronMMConfig",
@@ -43,19 +42,28 @@ FULL_CLASSES = {
     "AutoModelForMultimodalLM": "modeling_megatron_mm.MegatronMMForConditionalGeneration",
     "AutoProcessor": "processing_megatron_mm.MegatronMMProcessor",
 }
+FULL_PROJECTORS = {"projector_hidden_act": "gelu", "projector_layernorm_eps": 1e-5}
+"""What features go through on their way into the decoder, in an export that carries its code."""
+LISTED = "modalities_megatron_mm.py"
+"""The file of that code that says which modalities there are."""
+
+
+def media_map(name: str, config: Config) -> MediaMap:
+    """Return the names of a modality's tensors, here and in exports."""
+    section = config.encoders[name]
+    return MediaMap(EXPORTS[name], BY_NAME[name].family(section), section)
 
 
 def write_files(
     folder: Path, *, kind: str, config: Config, tokenizer: TextTokenizer, dtype: torch.dtype, kv_replicate: int
 ) -> None:
-    """Write everything but weights, index, card and manifest of an export of `kind` (text, image or full)."""
+    """Write everything but weights, index, card and manifest of an export of `kind`."""
     ids = {"eos_token_id": tokenizer.special_ids["end_of_text"], "pad_token_id": tokenizer.special_ids["pad"]}
     text = _text_config(config, kv_replicate=kv_replicate) | {"bos_token_id": None} | ids
     # transformers 4 reads torch_dtype, 5 reads dtype.
     precision = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-    model = {"text": {}, "image": _image_config, "full": _full_config}[kind]
-    values = model(config, text, tokenizer) | ids if model else text
-    _write_json(folder / "config.json", values | {"bos_token_id": None, "tie_word_embeddings": False} | precision)
+    model = text if kind == "text" else _with_encoders(config, kind, text, tokenizer) | ids
+    _write_json(folder / "config.json", model | {"bos_token_id": None, "tie_word_embeddings": False} | precision)
     _write_json(folder / "generation_config.json", ids | {"do_sample": False})
     (folder / "tokenizer.json").write_text(tokenizer.to_json())
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(config))
@@ -63,18 +71,16 @@ def write_files(
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     if kind != "text":
         # transformers 5 reads the parts from one file, 4 all of them from another.
-        parts, own = _processor_parts(config, kind=kind)
+        parts, own = _processor(config, kind)
         _write_json(folder / "processor_config.json", own | parts)
         _write_json(
             folder / "preprocessor_config.json", own | {k: v for part in parts.values() for k, v in part.items()}
         )
-    if kind == "image":
-        _write_json(
-            folder / "video_preprocessor_config.json", {"video_processor_type": "InternVLVideoProcessor", **_SQUASH}
-        )
     if kind == "full":
-        for file in sorted(CODE.glob("*.py")):
-            (folder / file.name).write_text(file.read_text())
+        _write_code(folder, config)
+    elif kind != "text":
+        for name, values in EXPORTS[kind].stock.files(config.encoders[kind]).items():
+            _write_json(folder / name, values)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -111,123 +117,67 @@ def _text_config(config: Config, *, kv_replicate: int) -> dict[str, Any]:
     }
 
 
-STOCK_PROJECTOR = {
-    "downsample_ratio": 1.0,
-    "projector_hidden_act": "gelu",
-    "vision_feature_layer": -1,
-    "vision_feature_select_strategy": "default",
-}
-FULL_PROJECTORS = {
-    "audio_chunk_samples": CHUNK_SAMPLES,
-    "projector_hidden_act": "gelu",
-    "projector_layernorm_eps": 1e-5,
-}
-"""What features go through on their way into the decoder, in the two kinds of export that have encoders."""
-
-
-def vision_config(config: Config) -> dict[str, Any]:
-    """Return the image encoder's: a ViT whose final norm is the identity and whose LayerScale is one."""
-    return {
-        "model_type": "internvl_vision",
-        "architectures": ["InternVLVisionModel"],
-        "hidden_size": config.image.hidden_size,
-        "num_hidden_layers": config.image.num_layers,
-        "num_attention_heads": config.image.num_attention_heads,
-        "intermediate_size": config.image.ffn_hidden_size,
-        "image_size": [IMAGE_SIZE, IMAGE_SIZE],
-        "patch_size": [PATCH_SIZE, PATCH_SIZE],
-        "attention_bias": True,
-        "use_qk_norm": False,
-        "norm_type": "layer_norm",
-        "layer_norm_eps": 1e-6,
-        "hidden_act": "gelu",
-        "use_mean_pooling": True,
-        "layer_scale_init_value": 1.0,
-        "use_absolute_position_embeddings": True,
-    }
-
-
-def audio_config(config: Config) -> dict[str, Any]:
-    """Return the sound encoder's: a Wav2Vec 2.0 of one of its two forms, without dropout and masking."""
-    audio, layer_norm = config.audio, config.audio.form == "lv60k"
-    dropouts = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "layerdrop")
-    return {
-        "model_type": "wav2vec2",
-        "architectures": ["Wav2Vec2Model"],
-        "hidden_size": audio.hidden_size,
-        "num_hidden_layers": audio.num_layers,
-        "num_attention_heads": audio.num_attention_heads,
-        "intermediate_size": audio.ffn_hidden_size,
-        "conv_dim": [audio.conv_channels] * len(CONV_KERNELS),
-        "conv_kernel": list(CONV_KERNELS),
-        "conv_stride": list(CONV_STRIDES),
-        "conv_bias": layer_norm,
-        "feat_extract_norm": "layer" if layer_norm else "group",
-        "do_stable_layer_norm": layer_norm,
-        "num_conv_pos_embeddings": audio.pos_conv_kernel,
-        "num_conv_pos_embedding_groups": audio.pos_conv_groups,
-        "layer_norm_eps": 1e-5,
-        **dict.fromkeys((*dropouts, "mask_time_prob", "mask_feature_prob"), 0.0),
-    }
-
-
-def _image_config(config: Config, text: dict[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]:
-    image_id = tokenizer.special_ids["image"]
-    return {
-        "architectures": ["InternVLForConditionalGeneration"],
-        "model_type": "internvl",
+def _with_encoders(config: Config, kind: str, text: dict[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Return the config.json of an export that has encoders: one of them in a stock class, or all."""
+    stock = None if kind == "full" else EXPORTS[kind].stock
+    values: dict[str, Any] = {
+        "architectures": [stock.architecture if stock else "MegatronMMForConditionalGeneration"],
+        "model_type": stock.model_type if stock else "megatron_mm",
+        **({} if stock else {"auto_map": FULL_CLASSES}),
         "text_config": text,
-        "vision_config": vision_config(config),
-        "image_token_id": image_id,
-        "image_token_index": image_id,
-        "image_seq_length": IMAGE_TOKENS,
-        **STOCK_PROJECTOR,
     }
+    for name in EXPORTS if stock is None else (kind,):
+        exports, section = EXPORTS[name], config.encoders[name]
+        values[exports.describes] = BY_NAME[name].family(section).description(section)
+        values[f"{name}_token_id"] = tokenizer.special_ids[name]
+        if stock:
+            values[f"{name}_token_index"] = tokenizer.special_ids[name]
+        values |= stock.config(section) if stock else exports.config(section)
+    return values if stock else values | FULL_PROJECTORS
 
 
-def _full_config(config: Config, text: dict[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]:
-    image_id, audio_id = tokenizer.special_ids["image"], tokenizer.special_ids["audio"]
-    return {
-        "architectures": ["MegatronMMForConditionalGeneration"],
-        "model_type": "megatron_mm",
-        "auto_map": FULL_CLASSES,
-        "text_config": text,
-        "vision_config": vision_config(config),
-        "audio_config": audio_config(config),
-        "image_token_id": image_id,
-        "audio_token_id": audio_id,
-        "image_seq_length": IMAGE_TOKENS,
-        **FULL_PROJECTORS,
-    }
+def _write_code(folder: Path, config: Config) -> None:
+    """Write the code that a full export carries: what composes the model, and a file for each modality.
+
+    transformers finds the files by their relative imports, so the one that lists them says each by name.
+    """
+    for file in sorted(CODE.glob("*.py")):
+        if file.name != LISTED:
+            (folder / file.name).write_text(file.read_text())
+    for modality in MODALITIES:
+        code = Path(modality.part("spec").__file__).with_name("exported.py").read_text()
+        (folder / f"{modality.name}_megatron_mm.py").write_text(code)
+    parts, own = _processor(config, "full")
+    defaults = dict.fromkeys((*parts, "tokenizer")) | own | {"chat_template": None}
+    names = [name for name in defaults if name not in ("processor_class", "auto_map")]
+    imports = "".join(f"from .{name}_megatron_mm import MODALITY as {name}\n" for name in EXPORTS)
+    (
+        folder / LISTED
+    ).write_text(f'''"""The modalities beside text of this export, and what the settings of its processor are called."""
+
+{imports}
+MODALITIES = ({", ".join(EXPORTS)},)
+
+
+class ProcessorSettings:
+    """Has the arguments of the processor by their names: transformers reads them off."""
+
+    def __init__(self, {", ".join(f"{name}={defaults[name]!r}" for name in names)}, **kwargs):
+        self.set_up({{{", ".join(f"{name!r}: {name}" for name in names)}}})
+''')
 
 
 _END_AND_PAD = {"eos_token": SPECIAL_TOKENS["end_of_text"], "pad_token": SPECIAL_TOKENS["pad"]}
-_SQUASH = {
-    "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    "resample": 3,  # bicubic
-    "do_resize": True,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "do_convert_rgb": True,
-}
 
 
 def _tokenizer_config(config: Config) -> dict[str, Any]:
-    names = {
-        "start_image_token": SPECIAL_TOKENS["image_start"],
-        "end_image_token": SPECIAL_TOKENS["image_end"],
-        "context_image_token": SPECIAL_TOKENS["image"],
-        "image_token": SPECIAL_TOKENS["image"],
-        "start_audio_token": SPECIAL_TOKENS["audio_start"],
-        "end_audio_token": SPECIAL_TOKENS["audio_end"],
-        "context_audio_token": SPECIAL_TOKENS["audio"],
-        "audio_token": SPECIAL_TOKENS["audio"],
-        # InternVL's processor wants one; a text+image model has no other use for this token.
-        "video_token": SPECIAL_TOKENS["audio"],
-    }
+    names = {}
+    for name, exports in EXPORTS.items():
+        start, placeholder, end = (SPECIAL_TOKENS[role] for role in BY_NAME[name].special_tokens)
+        names |= {f"start_{name}_token": start, f"end_{name}_token": end}
+        names |= {f"context_{name}_token": placeholder, f"{name}_token": placeholder}
+        if exports.stock:
+            names |= {token: SPECIAL_TOKENS[role] for token, role in exports.stock.token_names.items()}
     return _END_AND_PAD | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.data.seq_len,
@@ -238,45 +188,36 @@ def _tokenizer_config(config: Config) -> dict[str, Any]:
     }
 
 
-def _processor_parts(config: Config, *, kind: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def _processor(config: Config, kind: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Return the parts of the processor of an export, and the settings of its own."""
-    if kind == "image":
-        image = {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": False, "max_patches": 1} | _SQUASH
-        video = {"video_processor_type": "InternVLVideoProcessor"} | _SQUASH
-        own = {"processor_class": "InternVLProcessor", "image_seq_length": IMAGE_TOKENS}
-        return {"video_processor": video, "image_processor": image | {"min_patches": 1}}, own
-    sound = {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "feature_size": 1,
-        "sampling_rate": SAMPLE_RATE,
-        "padding_value": 0.0,
-        "return_attention_mask": True,
-    }
-    own = {
-        "processor_class": "MegatronMMProcessor",
-        "auto_map": {"AutoProcessor": FULL_CLASSES["AutoProcessor"]},
-        "image_seq_length": IMAGE_TOKENS,
-        "audio_chunk_samples": CHUNK_SAMPLES,
-        # Not the feature extractor's do_normalize: transformers 4 reads one of that name for images and for sound.
-        "normalize_audio": config.audio.form == "lv60k",
-    }
-    image = {"image_processor_type": "ViTImageProcessor"} | _SQUASH
-    return {"feature_extractor": sound, "image_processor": image}, own
+    if kind != "full":
+        stock: Stock = EXPORTS[kind].stock
+        return stock.processor(config.encoders[kind])
+    parts: dict[str, dict[str, Any]] = {}
+    own = {"processor_class": "MegatronMMProcessor", "auto_map": {"AutoProcessor": FULL_CLASSES["AutoProcessor"]}}
+    for name, exports in EXPORTS.items():
+        its_parts, its_own = exports.processor(config.encoders[name])
+        parts, own = parts | its_parts, own | its_own
+    return parts, own
 
 
 def model_card(config: Config, *, kind: str, step: int, figures: dict[str, Any]) -> str:
     """Return the README.md of an export: what it is, how it was trained, what was checked, how to load it."""
     loading = {
         "text": "AutoModelForCausalLM.from_pretrained(FOLDER)",
-        "image": "AutoModelForImageTextToText.from_pretrained(FOLDER)",
         "full": "AutoModelForMultimodalLM.from_pretrained(FOLDER, trust_remote_code=True)",
-    }[kind]
-    what = {"text": "text", "image": "text and images", "full": "text, images, sound and PDFs"}[kind]
-    pipeline = {"text": "text-generation", "image": "image-text-to-text", "full": "any-to-any"}[kind]
+    }
+    takes = {"text": "text", "full": ", ".join(["text", *(own.takes for own in EXPORTS.values())]) + " and PDFs"}
+    pipelines = {"text": "text-generation", "full": "any-to-any"}
+    if kind not in loading:
+        stock = EXPORTS[kind].stock
+        loading[kind] = f"{stock.auto_class}.from_pretrained(FOLDER)"
+        takes[kind], pipelines[kind] = f"text and {EXPORTS[kind].takes}", stock.pipeline
+    what = takes[kind]
     checks = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     return f"""---
 library_name: transformers
-pipeline_tag: {pipeline}
+pipeline_tag: {pipelines[kind]}
 ---
 # {Path(config.run_dir).name}, step {step}
 
@@ -284,7 +225,7 @@ A pretrained (not instruction-tuned) decoder that continues {what}, exported fro
 
 ```python
 from transformers import *
-model = {loading}
+model = {loading[kind]}
 ```
 
 Trained for {step:,} steps, the last of {config.tokens_per_step:,} positions (text, media and padding). No licence is

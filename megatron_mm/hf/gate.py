@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
-from megatron_mm.data.decode import decode_chunks, decode_pixels
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import device, mesh
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.hf.generate import load_export
+from megatron_mm.hf.files import EXPORTS
+from megatron_mm.hf.generate import load_export, media_inputs
 from megatron_mm.hf.tensors import CheckpointReader
-from megatron_mm.modality import Media
+from megatron_mm.modalities import BY_KIND, Geometries
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
 from megatron_mm.training.start import load_weights
 
@@ -31,18 +31,14 @@ SEARCHED = 200
 """Samples among which those with images and with sound are looked for."""
 WHOLE = (
     *("training.precision=fp32", "training.backend=auto", "training.attention=auto", "training.loss_chunk_tokens=0"),
-    *(
-        "training.micro_batch_size=1",
-        "image.pretrained=null",
-        "audio.pretrained=null",
-        "parallel.tp=1",
-        "parallel.pp=1",
-    ),
+    *("training.micro_batch_size=1", *(f"{name}.pretrained=null" for name in EXPORTS)),
+    *("parallel.tp=1", "parallel.pp=1"),
     *("parallel.vpp=1", "parallel.cp=1", "parallel.stage_layers=null", "parallel.embedding_slot=false"),
     *("parallel.loss_slot=false", "parallel.tp_comm_overlap=false", "data.prefetch_steps=0"),
 )
 """Settings of the training model in one process."""
-INPUTS = {"pixel_values": Media.IMAGE, "input_values": Media.AUDIO, "input_values_mask": Media.AUDIO}
+INPUTS = {given: name for name, exports in EXPORTS.items() for given in exports.inputs}
+"""The modality of each input of a model that is not text."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +68,20 @@ class Gate:
         largest, positions, kinds = 0.0, 0, set()
         for answer in self.answers:
             media = {INPUTS[name] for name in answer.inputs if name in INPUTS}
-            if not media <= speaker.kinds:
+            if not media <= speaker.sections.keys():
                 continue
             inputs = {name: value.to(device.current()) for name, value in answer.inputs.items()}
             with torch.no_grad():
                 found = speaker.model(**inputs).logits[0].cpu()
             difference = (found - answer.logits).abs().max().item()
             if not difference < LIMIT:  # NaN is no agreement either
-                what = " and ".join(sorted(kind.name.lower() for kind in media)) or "text"
+                what = " and ".join(sorted(media)) or "text"
                 raise DataError(
                     f"{folder}: a logit differs by {difference:.2e} from the training model's on a document of {what}; "
                     f"{LIMIT:.0e} is allowed. The export is wrong: do not use it, and report it."
                 )
             largest, positions = max(largest, difference), positions + len(found)
-            kinds |= {"text"} | {{Media.IMAGE: "images", Media.AUDIO: "sound"}[kind] for kind in media}
+            kinds |= {"text"} | {EXPORTS[name].takes for name in media}
         if not positions:
             raise ConfigError(f"no document of the gate's shards can be given to {folder}: name others with --gate P.")
         spread = torch.cat([answer.logits for answer in self.answers]).std().item()
@@ -115,10 +111,7 @@ def _add_types_in(dtype: torch.dtype, model: MultimodalModel) -> None:
     embedding = model.embedding
     sums: list[tuple[nn.Parameter, nn.Parameter]] = [
         (embedding.word_embeddings.weight, embedding.text_type_embedding),
-        *(
-            (part.projector.linear_2.bias, part.projector.linear_2.type_embedding)
-            for part in (embedding.image, embedding.audio)
-        ),
+        *((part.projector.linear_2.bias, part.projector.linear_2.type_embedding) for part in embedding.media.values()),
     ]
     with torch.no_grad():
         for value, kind in sums:
@@ -129,7 +122,7 @@ def _add_types_in(dtype: torch.dtype, model: MultimodalModel) -> None:
 def _choose(loader: Loader, num_samples: int) -> list[int]:
     """Return samples that show every kind of media that the first SEARCHED have, and others up to `num_samples`."""
     numbers = range(min(SEARCHED, loader.num_samples))
-    seen: set[frozenset[Media]] = set()
+    seen: set[frozenset[str]] = set()
     telling = []
     for number in numbers:
         kinds = {frozenset(media) for _, _, media in _documents(loader, number)}
@@ -139,13 +132,13 @@ def _choose(loader: Loader, num_samples: int) -> list[int]:
     return (telling + [number for number in numbers if number not in telling])[: max(num_samples, len(telling))]
 
 
-def _documents(loader: Loader, sample: int) -> Iterator[tuple[np.void, np.ndarray, list[Media]]]:
-    """Yield (PIECE record, ITEM records, their kinds) of each document of a sample."""
+def _documents(loader: Loader, sample: int) -> Iterator[tuple[np.void, np.ndarray, list[str]]]:
+    """Yield (PIECE record, ITEM records, their modalities) of each document of a sample."""
     for piece in loader.samples.pieces(sample):
         start, length = int(piece["start"]), int(piece["length"])
         items = loader.shards[piece["shard"]].media(int(piece["document"]))
         inside = [item for item in items if 0 <= int(item["token_offset"]) - start < length]
-        yield piece, inside, [Media(int(item["kind"])) for item in inside]
+        yield piece, inside, [BY_KIND[int(item["kind"])].name for item in inside]
 
 
 def _answers(loader: Loader, model: MultimodalModel, sample: int, config: Config) -> Iterator[Answer]:
@@ -156,29 +149,16 @@ def _answers(loader: Loader, model: MultimodalModel, sample: int, config: Config
         model(loader.micro_batch([sample]).to(device.current()))
     hook.remove()
     logits, position = kept[0].float().cpu(), 0
-    for piece, items, _ in _documents(loader, sample):
+    for piece, items, names in _documents(loader, sample):
         stop = position + int(piece["length"])
         shard = loader.shards[piece["shard"]]
         first, length = int(piece["start"]), int(piece["length"])
         tokens = shard.tokens(int(piece["document"]), first, first + length)
-        media = [(Media(int(item["kind"])), shard.media_bytes(item)) for item in items]
-        yield Answer(export_inputs(tokens, media, normalize=config.audio.form == "lv60k"), logits[position:stop])
+        media = [(name, shard.media_bytes(item)) for name, item in zip(names, items)]
+        yield Answer(export_inputs(tokens, media, config.encoders), logits[position:stop])
         position = stop
 
 
-def export_inputs(tokens: np.ndarray, media: Sequence[tuple[Media, bytes]], *, normalize: bool) -> dict[str, Tensor]:
-    """Return what an export is given for one document.
-
-    Shapes: input_ids (1, num_tokens); pixel_values (num_images, 3, 224, 224) and input_values, input_values_mask
-    (num_clips, longest clip), if it has such media.
-    """
-    inputs = {"input_ids": torch.from_numpy(tokens.astype(np.int64)).unsqueeze(0)}
-    images = [decode_pixels(data) for kind, data in media if kind is Media.IMAGE]
-    clips = [torch.cat(decode_chunks(data, normalize=normalize)) for kind, data in media if kind is Media.AUDIO]
-    if images:
-        inputs["pixel_values"] = torch.stack(images).float() / 127.5 - 1.0
-    if clips:
-        lengths = torch.tensor([len(clip) for clip in clips])
-        inputs["input_values"] = nn.utils.rnn.pad_sequence(clips, batch_first=True)
-        inputs["input_values_mask"] = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-    return inputs
+def export_inputs(tokens: np.ndarray, media: Sequence[tuple[str, bytes]], geometries: Geometries) -> dict[str, Tensor]:
+    """Return what an export is given for one document: input_ids (1, num_tokens), and `media_inputs`."""
+    return {"input_ids": torch.from_numpy(tokens.astype(np.int64)).unsqueeze(0)} | media_inputs(media, geometries)

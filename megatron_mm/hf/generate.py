@@ -9,7 +9,7 @@ through.
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from megatron_mm.data.decode import decode_chunks, decode_pixels
+from megatron_mm.data.media import reference_decoders
 from megatron_mm.engine import device
 from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.hf import files
 from megatron_mm.hf.export import Options, export
+from megatron_mm.hf.load import PARTS
 from megatron_mm.ingest.document import Document
 from megatron_mm.ingest.encode import encode_document
-from megatron_mm.modality import Media
+from megatron_mm.modalities import BY_NAME, EncoderSection, Geometries, default_geometries
 from megatron_mm.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -63,10 +65,8 @@ class Speaker:
 
     model: nn.Module
     tokenizer: TextTokenizer
-    kinds: frozenset[Media]
-    """Media that the model can be given."""
-    normalize: bool
-    """Whether clips are normalised before they are encoded."""
+    sections: Mapping[str, EncoderSection]
+    """Of each modality that the model can be given, by its name: what decides how an item is decoded."""
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def opened(path: Path, *, tokenizer_path: Path | None = None, dtype: torch.dtype
 
 def load_export(folder: Path, dtype: torch.dtype | None = None) -> Speaker:
     """Return the export in `folder`, on this process's device. Raises DataError if its tensors are not its model's."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -107,11 +107,11 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> Speaker:
     except (ValueError, TypeError) as error:
         raise DataError(f"{folder / 'config.json'} is damaged ({error}). Write the export again.") from error
     kind = description.get("model_type")
-    classes = {
-        "internvl": (AutoModelForImageTextToText, {Media.IMAGE}),
-        "megatron_mm": (MegatronMMForConditionalGeneration, {Media.IMAGE, Media.AUDIO}),
-    }
-    model_class, kinds = classes.get(kind, (AutoModelForCausalLM, set()))
+    model_class = transformers.AutoModelForCausalLM
+    if kind == "megatron_mm":
+        model_class = MegatronMMForConditionalGeneration
+    elif kind in PARTS:
+        model_class = getattr(transformers, files.EXPORTS[PARTS[kind][0]].stock.auto_class)
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
     except (OSError, SafetensorError) as error:
@@ -122,43 +122,50 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> Speaker:
     if wrong:
         raise DataError(f"{folder}: its tensors are not those of its config.json: {wrong}.")
     model = model.eval().to(device.current())
-    normalize = description.get("audio_config", {}).get("do_stable_layer_norm", False)
-    return Speaker(model, TextTokenizer(folder / "tokenizer.json"), frozenset(kinds), normalize)
+    settings = {name: files.EXPORTS[name].settings(description) for name in PARTS.get(kind, ())}
+    sections = {name: BY_NAME[name].section(**own) for name, own in settings.items()}
+    return Speaker(model, TextTokenizer(folder / "tokenizer.json"), sections)
 
 
 def model_inputs(speaker: Speaker, prompts: Sequence[Document]) -> dict[str, Tensor]:
     """Return the inputs of a batch of prompts, padded on the left.
 
-    Shapes: input_ids, attention_mask (num_prompts, longest); pixel_values (num_images, 3, 224, 224) and input_values,
-    input_values_mask (num_clips, longest clip) of all prompts in their order, if there are any. Raises DataError if a
-    prompt is empty, or has media that the model cannot be given.
+    Shapes: input_ids, attention_mask (num_prompts, longest), and `media_inputs` of all prompts in their order. Raises
+    DataError if a prompt is empty, or has media that the model cannot be given.
     """
     rows: list[Tensor] = []
-    images: list[Tensor] = []
-    clips: list[Tensor] = []
+    media: list[tuple[str, bytes]] = []
+    geometries = default_geometries() | speaker.sections
     for prompt in prompts:
-        encoded = encode_document(prompt, speaker.tokenizer)
+        encoded = encode_document(prompt, speaker.tokenizer, geometries=geometries)
         rows.append(torch.from_numpy(encoded.tokens[:-1]).long())  # without the end of the text: it goes on
         if not len(rows[-1]):
             raise DataError("a prompt is empty: there is nothing to continue.")
         for item in encoded.media:
-            if item.kind not in speaker.kinds:
-                raise DataError(f"this export takes no {item.kind.name.lower()}: use OUT/full.")
-            if item.kind is Media.IMAGE:
-                images.append(decode_pixels(item.data).float() / 127.5 - 1.0)
-            else:
-                clips.append(torch.cat(decode_chunks(item.data, normalize=speaker.normalize)))
+            if item.modality not in speaker.sections:
+                raise DataError(f"this export takes no {item.modality}: use OUT/full.")
+            media.append((item.modality, item.data))
     pad = speaker.tokenizer.special_ids["pad"]
     longest = max(len(row) for row in rows)
     ids = torch.stack([torch.cat([row.new_full((longest - len(row),), pad), row]) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
     inputs = {"input_ids": ids, "attention_mask": (torch.arange(longest) >= longest - lengths.unsqueeze(1)).long()}
-    if images:
-        inputs["pixel_values"] = torch.stack(images)
-    if clips:
-        samples = torch.tensor([len(clip) for clip in clips])
-        inputs["input_values"] = nn.utils.rnn.pad_sequence(clips, batch_first=True)
-        inputs["input_values_mask"] = torch.arange(int(samples.max())) < samples.unsqueeze(1)
+    return inputs | media_inputs(media, geometries)
+
+
+def media_inputs(media: Sequence[tuple[str, bytes]], geometries: Geometries) -> dict[str, Tensor]:
+    """Return what an export's model is given for media items, each the name of its modality and its bytes.
+
+    Shapes: as the modality's `model_inputs` has them; nothing of a modality without items. Raises DataError for an item
+    that cannot be decoded.
+    """
+    inputs: dict[str, Tensor] = {}
+    decoders = reference_decoders(geometries)
+    for name, exports in files.EXPORTS.items():
+        items = [decoders[name].units(data) for kind, data in media if kind == name]
+        if None in items:
+            raise DataError(f"item {items.index(None) + 1} of {len(items)} ({name}) cannot be decoded.")
+        inputs |= exports.model_inputs(items) if items else {}
     return inputs
 
 

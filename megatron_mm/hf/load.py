@@ -33,19 +33,9 @@ from megatron_mm.model.shapes import compare_shapes, tensor_shapes
 
 TEXT_MODELS = ("llama", "mistral", "qwen3")
 """Model types whose layers are ours: RMSNorm, SwiGLU, rotary halves, no biases."""
-PARTS = {"internvl": ("image",), "megatron_mm": ("image", "audio")}
+PARTS = {exports.stock.model_type: (name,) for name, exports in files.EXPORTS.items() if exports.stock}
+PARTS["megatron_mm"] = tuple(files.EXPORTS)
 """Model types that hold encoders and projectors as well, as our exports do."""
-ENCODERS = {"image": ("image", "vision_config"), "audio": ("audio", "audio_config")}
-"""Our section and theirs of each encoder's settings."""
-ENCODER_KEYS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-}
-FREE_KEYS = ("architectures", "layerdrop", "use_mean_pooling", "layer_scale_init_value")
-"""Of an encoder's settings, what says nothing about what its weights mean; neither do dropout and masking."""
-SOUND_KEYS = {"pos_conv_kernel": "num_conv_pos_embeddings", "pos_conv_groups": "num_conv_pos_embedding_groups"}
 FILE_BYTES = 4 << 30
 """Of one file of the checkpoint."""
 DEFAULTS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
@@ -66,7 +56,7 @@ def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[s
     description = _read_json(folder / "config.json")
     found = decoder_settings(description) | encoder_settings(description)
     settings = [f"{key}={value}" for key, value in found.items()]
-    settings += [f"{ENCODERS[part][0]}.pretrained=null" for part in PARTS.get(description["model_type"], ())]
+    settings += [f"{part}.pretrained=null" for part in PARTS.get(description["model_type"], ())]
     config = configs.load(preset, [*settings, f"training.start_from={out}", *overrides])
     _check_encoders(description, config)
     reader = SafetensorsReader(folder)
@@ -77,7 +67,7 @@ def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[s
     partial.mkdir(parents=True)
     dtype = PRECISIONS[config.training.precision]
     resolved = [(target, info_of(target, source, dtype=dtype)) for target in targets]
-    check_complete(source, targets, where=str(folder))
+    check_complete(source, targets, where=str(folder), without=_ignored(reader, config, description["model_type"]))
     _check_shapes(resolved, config, where=folder, parts=PARTS.get(description["model_type"], ()))
     require_space(partial, sum(info.shape[0] * info.row_bytes for _, info in resolved))
     try:
@@ -124,51 +114,33 @@ def decoder_settings(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def encoder_settings(description: dict[str, Any]) -> dict[str, Any]:
-    """Return our image.* and audio.* settings of a Hugging Face configuration that has encoders.
+    """Return our settings of the encoders that a Hugging Face configuration has, as image.* and so on.
 
     Raises ConfigError if it says nothing of one that its model type has.
     """
-    found: dict[str, Any] = {}
-    for part in PARTS.get(description["model_type"], ()):
-        section, encoder = ENCODERS[part]
-        own = description.get(encoder)
-        if own is None:
-            raise ConfigError(f"the folder's config.json has no {encoder}: its {part} encoder is not described.")
-        found |= {f"{section}.{ours}": own[theirs] for ours, theirs in ENCODER_KEYS.items() if theirs in own}
-        if section == "audio":
-            if "conv_dim" in own:  # of convolutions that are not alike, `_check_encoders` will say so
-                found["audio.conv_channels"] = own["conv_dim"][0]
-            found |= {f"audio.{ours}": own[theirs] for ours, theirs in SOUND_KEYS.items() if theirs in own}
-            if "feat_extract_norm" in own:
-                found["audio.form"] = "lv60k" if own["feat_extract_norm"] == "layer" else "ls960"
-    return found
+    return {
+        f"{part}.{key}": value
+        for part in PARTS.get(description["model_type"], ())
+        for key, value in files.EXPORTS[part].settings(description).items()
+    }
 
 
 def _check_encoders(description: dict[str, Any], config: Config) -> None:
     """Raise ConfigError with all that the folder says of its encoders and that ours have otherwise."""
     parts = PARTS.get(description["model_type"], ())
-    ours = {"image": files.vision_config(config), "audio": files.audio_config(config)}
-    pairs = [(f"{ENCODERS[part][1]}.", description[ENCODERS[part][1]], ours[part]) for part in parts]
+    wrong = [line for part in parts for line in files.EXPORTS[part].unlike(description, config.encoders[part])]
     if parts:
-        pairs.append(("", description, files.STOCK_PROJECTOR | files.FULL_PROJECTORS))
-    wrong = [
-        f"{where}{key}={theirs[key]}, ours has {value}"
-        for where, theirs, own in pairs
-        for key, value in own.items()
-        if key not in FREE_KEYS
-        and not key.endswith(("dropout", "_prob"))
-        and theirs.get(key, value) != value
-        and [theirs[key]] * 2 != value  # a square's side
-    ]
+        pairs = files.FULL_PROJECTORS.items()
+        wrong += [f"{k}={description[k]}, ours has {v}" for k, v in pairs if description.get(k, v) != v]
     if wrong:
-        raise ConfigError("the folder's encoders are not those of this run:\n  " + "\n  ".join(wrong))
+        raise ConfigError("the folder's encoders are not those of this run:\n  " + "\n  ".join(dict.fromkeys(wrong)))
 
 
 def _check_shapes(
     resolved: Sequence[tuple[Target, TensorInfo]], config: Config, *, where: Path, parts: Sequence[str]
 ) -> None:
     """Raise DataError if what is to be written is not the run's model, apart from encoders that a folder has not."""
-    media = tuple(f"embedding.{part}." for part in ("image", "audio") if part not in parts)
+    media = tuple(f"embedding.{part}." for part in files.EXPORTS if part not in parts)
     expected = {name: shape for name, shape in tensor_shapes(config).items() if not name.startswith(media)}
     wrong = compare_shapes({target.name: info.shape for target, info in resolved}, expected)
     if wrong:
@@ -184,7 +156,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _targets(reader: SafetensorsReader, config: Config, *, kind: str) -> list[Target]:
     """Return our tensors as rows of the folder's. Raises DataError with what is missing and what is left over."""
-    own = [name for name in reader.tensors if not name.endswith("rotary_emb.inv_freq")]
+    ignored = _ignored(reader, config, kind)
+    own = [name for name in reader.tensors if name not in ignored]
     prefix = "model.language_model." if kind in PARTS else "model."
     targets = weight_map.inverted(list(weight_map.decoder(config.model, prefix=prefix)))
     if "lm_head.weight" not in own:  # tied: the head starts as the embedding
@@ -192,14 +165,11 @@ def _targets(reader: SafetensorsReader, config: Config, *, kind: str) -> list[Ta
             "output_layer.weight", (weight_map.Rows(f"{prefix}embed_tokens.weight", 0, config.model.vocab_size),)
         )
         targets = [tied if target.name == tied.name else target for target in targets]
+    rows = {name: reader.tensors[name].shape[0] for name in own}
     for part in PARTS.get(kind, ()):
-        targets += _encoder_targets(own, reader, part)
+        targets += files.media_map(part, config).sources(rows)
     used = {rows.source for target in targets for rows in target.rows}
-    neutral = {name for name in own if name.endswith(weight_map.NEUTRAL)}
-    scaled = [name for name in neutral if (reader.read_rows(name, 0, reader.tensors[name].shape[0]) != 1).any()]
-    if scaled:
-        raise DataError(f"{', '.join(scaled)} scale layers of the image encoder, which ours cannot.")
-    missing, unexpected = sorted(used - set(own)), sorted(set(own) - used - neutral)
+    missing, unexpected = sorted(used - set(own)), sorted(set(own) - used)
     if missing or unexpected:
         raise DataError(
             f"the folder's tensors are not those of its config.json. Missing: {', '.join(missing) or 'none'}. "
@@ -208,20 +178,21 @@ def _targets(reader: SafetensorsReader, config: Config, *, kind: str) -> list[Ta
     return targets
 
 
-def _encoder_targets(own: Sequence[str], reader: SafetensorsReader, part: str) -> list[Target]:
-    targets = []
-    for name in own:
-        ours = weight_map.renamed(name, ours=False)
-        if ours and ours.startswith(f"embedding.{part}.") and not name.endswith(weight_map.NEUTRAL):
-            targets.append(whole(ours, name, reader.tensors[name].shape[0]))
-            if ours.endswith("projector.linear_2.bias"):
-                zero = ours.replace("bias", "type_embedding")  # it is in the bias already
-                targets.append(Target(zero, (), fill_like=name))
-    if part == "image":
-        like = "model.vision_tower.encoder.layer.0.layernorm_before.weight"
-        targets.append(Target(f"{weight_map.KEPT}weight", (), fill_like=like, fill=1.0))
-        targets.append(Target(f"{weight_map.KEPT}bias", (), fill_like=like))
-    return targets
+def _ignored(reader: SafetensorsReader, config: Config, kind: str) -> set[str]:
+    """Return what of the folder says nothing: constants, and vectors that scale layers by one.
+
+    Raises DataError if one of these is not one.
+    """
+    neutral = {
+        name
+        for part in PARTS.get(kind, ())
+        for name in files.media_map(part, config).neutral()
+        if name in reader.tensors
+    }
+    scaled = [name for name in neutral if (reader.read_rows(name, 0, reader.tensors[name].shape[0]) != 1).any()]
+    if scaled:
+        raise DataError(f"{', '.join(sorted(scaled))} scale layers of an encoder, which ours cannot.")
+    return neutral | {name for name in reader.tensors if name.endswith(weight_map.CONSTANTS)}
 
 
 class _Grown:

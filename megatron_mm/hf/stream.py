@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_mm.errors import DataError
 from megatron_mm.hf.tensors import SAFETENSORS_NAMES, TensorInfo, TensorSource, row_blocks
-from megatron_mm.hf.weight_map import IGNORED, KEPT, Target
+from megatron_mm.hf.weight_map import Target
 
 SYNC_BYTES = 256 << 20
 """Bytes after which what was written is pushed to the disk and read back: unwritten pages stall the machine."""
@@ -50,8 +50,8 @@ def info_of(target: Target, source: TensorSource, *, dtype: torch.dtype | None =
     return TensorInfo((num_rows, *first.shape[1:]), dtype or first.dtype)
 
 
-def check_complete(source: TensorSource, targets: Sequence[Target], *, where: str) -> None:
-    """Pass if `targets` take every row of every tensor of `source` that they know. Raises DataError otherwise."""
+def check_complete(source: TensorSource, targets: Sequence[Target], *, where: str, without: Collection[str]) -> None:
+    """Pass if `targets` take every row of every tensor of `source` but those `without`. Raises DataError otherwise."""
     taken: dict[str, int] = {}
     for target in targets:
         for rows in target.rows:
@@ -59,7 +59,7 @@ def check_complete(source: TensorSource, targets: Sequence[Target], *, where: st
         if target.plus:
             taken[target.plus] = source.tensors[target.plus].shape[0]
     for name, info in source.tensors.items():
-        if not name.startswith(KEPT) and not name.endswith(IGNORED) and taken.get(name, 0) != info.shape[0]:
+        if name not in without and taken.get(name, 0) != info.shape[0]:
             raise DataError(
                 f"{where}: {name} has {info.shape[0]} rows, of which its configuration knows {taken.get(name, 0)}: "
                 "they do not belong together."

@@ -7,26 +7,13 @@ from dataclasses import dataclass
 
 from megatron_mm.config import ModelConfig
 from megatron_mm.errors import DataError
+from megatron_mm.modalities import EncoderSection
+from megatron_mm.modalities.exports import Exports
+from megatron_mm.modalities.family import Family
 
 TEXT_TYPE = "embedding.text_type_embedding"
-NEUTRAL = ("lambda_1", "lambda_2")
-"""InternVL's LayerScale, which our image encoder has not: one in an export."""
-IGNORED = (*NEUTRAL, "rotary_emb.inv_freq")
-"""Of a folder that is imported: what is neutral, and a constant that old files keep."""
-KEPT = "embedding.image.encoder.tower.layernorm."
-"""The published final norm of the image encoder: not applied (the projector's norm stands in its place)."""
-RENAMED = (
-    ("embedding.image.encoder.tower.layers.", "model.vision_tower.encoder.layer."),
-    ("embedding.image.encoder.tower.", "model.vision_tower."),
-    ("embedding.image.projector.norm.", "model.multi_modal_projector.layer_norm."),
-    ("embedding.image.projector.", "model.multi_modal_projector."),
-    ("embedding.audio.encoder.tower.", "model.audio_tower."),
-    ("embedding.audio.projector.norm.", "model.audio_projector.layer_norm."),
-    ("embedding.audio.projector.", "model.audio_projector."),
-)
-"""Prefixes of the encoders and projectors, ours and theirs: the first that fits."""
-ATTENTION_OUTPUT = (".attention.o_proj.", ".attention.projection_layer.")
-"""The same in names of the image encoder."""
+CONSTANTS = ("rotary_emb.inv_freq",)
+"""Endings of what old folders keep beside weights."""
 
 
 @dataclass(frozen=True)
@@ -90,36 +77,77 @@ def decoder(model: ModelConfig, *, prefix: str, kv_replicate: int = 1) -> Iterat
     yield whole("lm_head.weight", "output_layer.weight", model.vocab_size)
 
 
-def renamed(name: str, *, ours: bool) -> str | None:
-    """Return the other side's name of an encoder's or projector's tensor, None if it is neither's."""
-    here, there = (0, 1) if ours else (1, 0)
-    for pair in RENAMED:
-        if name.startswith(pair[here]):
-            other = pair[there] + name.removeprefix(pair[here])
-            is_vision = pair[0].startswith("embedding.image.encoder.")
-            return other.replace(ATTENTION_OUTPUT[here], ATTENTION_OUTPUT[there]) if is_vision else other
-    return None
+@dataclass(frozen=True)
+class MediaMap:
+    """The tensors of one modality's encoder and projector, here and in an export."""
 
+    exports: Exports
+    family: Family
+    section: EncoderSection
 
-def encoder(rows: dict[str, int], *, modality: str, num_layers: int) -> Iterator[Target]:
-    """Yield the exported tensors of one modality's encoder and projector; `rows` are those of each tensor we hold.
+    @property
+    def ours(self) -> str:
+        """What the names of our tensors begin with."""
+        return f"embedding.{self.exports.modality.name}."
 
-    The modality-type embedding goes into the last bias, where training adds it too: exact to the bit in any precision.
-    Tensors come in the order of their names, layer 2 before layer 10: that of `rows` depends on who saved them.
-    """
-    prefix = f"embedding.{modality}."
-    for name in sorted(rows, key=_by_number):
-        if not name.startswith(prefix) or name.startswith(KEPT) or name.endswith("type_embedding"):
-            continue
-        is_typed = name == f"{prefix}projector.linear_2.bias"
-        type_embedding = f"{prefix}projector.linear_2.type_embedding" if is_typed else None
-        yield whole(renamed(name, ours=True), name, rows[name], plus=type_embedding)
-    if modality == "image":
-        for number in range(num_layers):
-            like = f"{prefix}encoder.tower.layers.{number}.layernorm_before.weight"
-            layer = f"model.vision_tower.encoder.layer.{number}."
-            for part in NEUTRAL:
-                yield Target(layer + part, (), fill_like=like, fill=1.0)
+    @property
+    def tower(self) -> tuple[str, str]:
+        """What the names of the encoder's tensors begin with, ours and theirs."""
+        return f"{self.ours}encoder.tower.", f"model.{self.exports.tower}."
+
+    @property
+    def projector(self) -> tuple[str, str]:
+        """What the names of the projector's tensors begin with, ours and theirs."""
+        return f"{self.ours}projector.", f"model.{self.exports.projector}."
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Our tensors that no export has: a published final norm that the projector's norm stands in for."""
+        return tuple(f"{self.tower[0]}{self.family.norm}.{part}" for part in ("weight", "bias") if self.family.norm)
+
+    def exported(self, name: str) -> str:
+        """Return the name in an export of one of our tensors."""
+        (ours, theirs), (own, other) = self.tower, self.projector
+        if name.startswith(ours):
+            return theirs + self.family.exported(name.removeprefix(ours))
+        return other + re.sub(r"^norm\.", "layer_norm.", name.removeprefix(own))
+
+    def imported(self, name: str) -> str | None:
+        """Return our name of a tensor of an export, None if it is not of this modality."""
+        (ours, theirs), (own, other) = self.tower, self.projector
+        if name.startswith(theirs):
+            return ours + self.family.imported(name.removeprefix(theirs))
+        return own + re.sub(r"^layer_norm\.", "norm.", name.removeprefix(other)) if name.startswith(other) else None
+
+    def neutral(self) -> Iterator[str]:
+        """Yield the names in an export of the vectors of ones that our encoder has not."""
+        return (self.exported(self.tower[0] + name) for name in self.family.neutral(self.section))
+
+    def targets(self, rows: dict[str, int]) -> Iterator[Target]:
+        """Yield the tensors of an export; `rows` are those of each tensor that we hold.
+
+        The modality-type embedding goes into the last bias, where training adds it too: exact to the bit in any
+        precision. Tensors come in the order of their names, layer 2 before layer 10: that of `rows` depends on who
+        saved them.
+        """
+        bias, type_embedding = (f"{self.projector[0]}linear_2.{part}" for part in ("bias", "type_embedding"))
+        for name in sorted(rows, key=_by_number):
+            if name.startswith(self.ours) and name not in (*self.kept, type_embedding):
+                yield whole(self.exported(name), name, rows[name], plus=type_embedding if name == bias else None)
+        for name in self.neutral():
+            yield Target(name, (), fill_like=self.tower[0] + self.family.like, fill=1.0)
+
+    def sources(self, rows: dict[str, int]) -> Iterator[Target]:
+        """Yield our tensors; `rows` are those of each tensor of an export."""
+        neutral = set(self.neutral())
+        for name in rows:
+            if (ours := self.imported(name)) and name not in neutral:
+                yield whole(ours, name, rows[name])
+                if ours == f"{self.projector[0]}linear_2.bias":  # the type embedding is in it already
+                    yield Target(ours.replace("bias", "type_embedding"), (), fill_like=name)
+        like = self.exported(self.tower[0] + self.family.like)
+        for name in self.kept:
+            yield Target(name, (), fill_like=like, fill=float(name.endswith("weight")))
 
 
 def _by_number(name: str) -> list[str | int]:

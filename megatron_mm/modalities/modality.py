@@ -1,20 +1,25 @@
 """What the rest of the package asks of a modality: what an item costs in tokens, and where its other parts are.
 
-A modality is a folder of four files. `spec` says what it is, and imports no torch: ingestion needs no more. `decode`
+A modality is a folder of files. `spec` says what it is, and imports no torch: ingestion needs no more. `decode`
 turns stored bytes into what the encoder takes, `encoder` is the module that makes features of it, and `hf` knows the
-names of both in pretrained files and exports. Data loading imports the first two, the model spec and encoder, exports
-all but decode.
+names of both in exports, whose own code is in `exported`. In the folder `towers` is a file for each family of encoders.
+Data loading imports the first two, the model spec and encoder, exports all but decode.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import Field
 
 from megatron_mm.settings import PositiveInt, Section
+
+if TYPE_CHECKING:
+    from megatron_mm.modalities.family import Family
 
 RANDOM = "random"
 """What a modality's `pretrained` says for an encoder that starts from random weights on purpose."""
@@ -33,6 +38,8 @@ class Geometry(Section):
 class EncoderSection(Section):
     """The settings that the encoder of every modality has."""
 
+    encoder: str
+    """Family of the encoder: a file of the modality's folder `towers`."""
     hidden_size: PositiveInt
     """Width of the encoder."""
     pretrained: str | None = Field(None, min_length=1)
@@ -43,6 +50,11 @@ class EncoderSection(Section):
 
     def failures(self, name: str) -> Iterator[str]:
         """Yield what is wrong with the settings, which the user knows as `name`.*, and how to mend it."""
+        known = encoders_beside(type(self).__module__)
+        if self.encoder not in known:
+            close = get_close_matches(self.encoder, known, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"Use one of {', '.join(known)}."
+            yield f"{name}.encoder={self.encoder} is no encoder that there is. {hint}"
         if self.pretrained == RANDOM and not self.trainable:
             yield (
                 f"{name}.pretrained=random and {name}.trainable=false are an encoder of random weights that never "
@@ -96,3 +108,21 @@ class Modality(ABC):
     def part(self, name: str) -> ModuleType:
         """Return the file `name` of the modality's folder: 'decode', 'encoder' or 'hf'."""
         return import_module(f"{type(self).__module__.rpartition('.')[0]}.{name}")
+
+    def encoders(self) -> list[str]:
+        """Return the families of encoders that there are: what the setting `encoder` may say."""
+        return encoders_beside(type(self).__module__)
+
+    def family(self, section: EncoderSection) -> "Family":
+        """Return the family of encoders that a section of settings names."""
+        return self.family_of(section.encoder)
+
+    def family_of(self, encoder: str) -> "Family":
+        """Return the family of encoders in the file `encoder` of the modality's folder `towers`."""
+        return self.part(f"towers.{encoder}").FAMILY
+
+
+def encoders_beside(module: str) -> list[str]:
+    """Return the families in the folder `towers` beside the file of `module`, without importing them."""
+    towers = Path(import_module(module).__file__).parent / "towers"
+    return sorted(path.stem for path in towers.glob("*.py") if path.stem != "__init__")

@@ -25,6 +25,7 @@ from megatron_mm.hf.export import KINDS, Options, export
 from megatron_mm.hf.gate import export_inputs
 from megatron_mm.hf.load import import_folder
 from megatron_mm.hf.weight_map import Rows, Target
+from megatron_mm.modalities import BY_KIND
 from megatron_mm.model.initialize import draw_normal, name_in_whole_model
 from megatron_mm.shards import open_shards
 from megatron_mm.training import checkpoint
@@ -111,9 +112,9 @@ def pieces(config: Config) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
         for piece in plan.sample(sample):
             document, start, length = int(piece["document"]), int(piece["start"]), int(piece["length"])
             items = [item for item in shard.media(document) if 0 <= int(item["token_offset"]) - start < length]
-            media = [(Media(int(item["kind"])), shard.media_bytes(item)) for item in items]
+            media = [(BY_KIND[int(item["kind"])].name, shard.media_bytes(item)) for item in items]
             tokens = shard.tokens(document, start, start + length)
-            inputs = export_inputs(tokens, media, normalize=config.audio.form == "lv60k")
+            inputs = export_inputs(tokens, media, config.encoders)
             yield number, slice(position, position + length), inputs
             position += length
 

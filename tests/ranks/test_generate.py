@@ -14,7 +14,7 @@ import pytest
 import torch
 from launch import run_alone, run_ranks
 from PIL import Image
-from small import decode_samples, png, small_config, tone
+from small import png, small_config, tone
 from test_export import WRONG_MAPS, save_and_run
 from transformers import AutoProcessor
 
@@ -25,7 +25,7 @@ from megatron_mm.hf.gate import LIMIT, Gate
 from megatron_mm.hf.generate import Sampling, Speaker, generate, model_inputs, opened
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, TextSegment
 from megatron_mm.ingest.read import read_file
-from megatron_mm.modalities.audio.spec import encode_flac
+from megatron_mm.modalities.audio.spec import decode_flac, encode_flac
 from megatron_mm.shards import stored_tokenizer
 from megatron_mm.source import Source
 from megatron_mm.tokenizer import TextTokenizer
@@ -151,7 +151,7 @@ def test_the_processor_of_an_export_gives_the_inputs_of_training(kind: str, expo
             images.append(Image.open(io.BytesIO(segment.data)))
             text += "<|image|>"
         else:
-            clips.append(decode_samples(segment.data))
+            clips.append(decode_flac(segment.data))
             text += "<|audio|>"
     processor = AutoProcessor.from_pretrained(exports / kind, trust_remote_code=kind == "full")
     media = {"images": images} | ({"audio": clips} if clips else {})
@@ -176,7 +176,7 @@ def test_the_processor_reads_a_pdf_as_training_does(exports: Path) -> None:
 def test_misuse_is_named(speaker: Speaker, saved: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="empty"):
         generate(speaker, [Document([], Source.TEXT)])
-    deaf = Speaker(speaker.model, speaker.tokenizer, frozenset(), normalize=False)
+    deaf = Speaker(speaker.model, speaker.tokenizer, {})
     with pytest.raises(DataError, match="takes no image"):
         generate(deaf, prompts()[1:2])
     mute = shutil.copytree(saved, tmp_path / "mute")

@@ -1,4 +1,4 @@
-"""Configuration of an exported megatron_mm model: a text decoder, an image encoder and a sound encoder."""
+"""Configuration of an exported megatron_mm model: a text decoder, and an encoder for each modality."""
 
 from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -6,6 +6,8 @@ try:
     from transformers import PreTrainedConfig
 except ImportError:  # transformers 4
     from transformers import PretrainedConfig as PreTrainedConfig
+
+from .modalities_megatron_mm import MODALITIES
 
 
 def _part(values, default):
@@ -17,35 +19,26 @@ def _part(values, default):
 
 
 class MegatronMMConfig(PreTrainedConfig):
-    """A stock text decoder that reads the projected features of a stock image encoder and a stock sound encoder."""
+    """A stock text decoder that reads the projected features of a stock encoder for each modality."""
 
     model_type = "megatron_mm"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig, "audio_config": AutoConfig}  # noqa: RUF012
-    attribute_map = {"image_token_index": "image_token_id", "audio_token_index": "audio_token_id"}  # noqa: RUF012
+    sub_configs = {"text_config": AutoConfig, **{own.encoder: AutoConfig for own in MODALITIES}}  # noqa: RUF012
+    attribute_map = {f"{own.name}_token_index": f"{own.name}_token_id" for own in MODALITIES}  # noqa: RUF012
 
     def __init__(
         self,
         text_config=None,
-        vision_config=None,
-        audio_config=None,
-        image_token_id=0,
-        audio_token_id=1,
-        image_seq_length=196,
-        audio_chunk_samples=16000,
-        max_audio_seconds=30,
         projector_hidden_act="gelu",
         projector_layernorm_eps=1e-5,
         tie_word_embeddings=False,
         **kwargs,
     ):
         self.text_config = _part(text_config, "llama")
-        self.vision_config = _part(vision_config, "internvl_vision")
-        self.audio_config = _part(audio_config, "wav2vec2")
-        self.image_token_id, self.audio_token_id = image_token_id, audio_token_id
-        self.image_seq_length = image_seq_length
-        self.audio_chunk_samples = audio_chunk_samples
-        # vLLM's Transformers backend sizes its sound budget by it: 49 frames a second.
-        self.audio_config.max_source_positions = 49 * max_audio_seconds
-        self.max_audio_seconds = max_audio_seconds
+        for number, modality in enumerate(MODALITIES):
+            setattr(self, modality.encoder, _part(kwargs.pop(modality.encoder, None), modality.model_type))
+            setattr(self, f"{modality.name}_token_id", kwargs.pop(f"{modality.name}_token_id", number))
+            for name, default in modality.settings.items():
+                setattr(self, name, kwargs.pop(name, default))
+            modality.set_up(self)
         self.projector_hidden_act, self.projector_layernorm_eps = projector_hidden_act, projector_layernorm_eps
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

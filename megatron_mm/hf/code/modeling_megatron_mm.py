@@ -1,12 +1,25 @@
 """An exported megatron_mm model: stock towers of transformers, composed. No attention, norm or mask of its own."""
 
-import torch
+import inspect
+
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_megatron_mm import MegatronMMConfig
+from .modalities_megatron_mm import MODALITIES
+
+INPUTS = [name for modality in MODALITIES for name in modality.inputs]
+
+
+def _takes_media(function):
+    """Name the inputs of every modality among the arguments of a function that passes them on: generate reads them."""
+    own = inspect.signature(function)
+    *before, rest = own.parameters.values()
+    media = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in INPUTS]
+    function.__signature__ = own.replace(parameters=[*before, *media, rest])
+    return function
 
 
 class MegatronMMProjector(nn.Module):
@@ -30,23 +43,27 @@ class MegatronMMPreTrainedModel(PreTrainedModel):
     config: MegatronMMConfig
     config_class = MegatronMMConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "audio", "text")
+    input_modalities = (*(modality.name for modality in MODALITIES), "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer", "Qwen3DecoderLayer", "InternVLVisionLayer", "Wav2Vec2EncoderLayer"]  # noqa: RUF012
+    _no_split_modules = [  # noqa: RUF012
+        *("LlamaDecoderLayer", "Qwen3DecoderLayer"),
+        *(layer for modality in MODALITIES for layer in modality.layers),
+    ]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
 
 
-class MegatronMMModel(MegatronMMPreTrainedModel):
+class MegatronMMModel(*(modality.model for modality in MODALITIES), MegatronMMPreTrainedModel):
     """Encoders, projectors and decoder, without the head."""
 
     def __init__(self, config):
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.audio_tower = AutoModel.from_config(config.audio_config)
-        self.multi_modal_projector = MegatronMMProjector(config.vision_config.hidden_size, hidden_size, config)
-        self.audio_projector = MegatronMMProjector(config.audio_config.hidden_size, hidden_size, config)
+        for modality in MODALITIES:
+            self.add_module(modality.tower, AutoModel.from_config(getattr(config, modality.encoder)))
+        for modality in MODALITIES:
+            projector = MegatronMMProjector(modality.width(config), hidden_size, config)
+            self.add_module(modality.projector, projector)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -58,35 +75,6 @@ class MegatronMMModel(MegatronMMPreTrainedModel):
         """Replace the token embedding."""
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values, **kwargs):
-        """(num_images, 3, 224, 224) to pooler_output (num_images, 196, hidden_size): patches, no class token."""
-        features = self.vision_tower(pixel_values.to(self.dtype)).last_hidden_state[:, 1:]
-        return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=self.multi_modal_projector(features)
-        )
-
-    def get_audio_features(self, input_values, input_values_mask=None, **kwargs):
-        """(num_clips, num_samples) and its mask to pooler_output (frames of all clips, hidden_size).
-
-        Each second is encoded on its own, and what is left of the last one at its own length: padding would change
-        its features, because the encoder's group norm runs over time.
-        """
-        size = self.config.audio_chunk_samples
-        if input_values_mask is None:
-            lengths = [input_values.shape[1]] * input_values.shape[0]
-        else:
-            lengths = input_values_mask.long().sum(-1).tolist()
-        chunks = [chunk for clip, length in zip(input_values, lengths) for chunk in clip[:length].split(size)]
-        chunks = [c for c in chunks if int(self.audio_tower._get_feat_extract_output_lengths(c.shape[0])) > 0]
-        features = [None] * len(chunks)
-        for length in sorted({chunk.shape[0] for chunk in chunks}):
-            alike = [number for number, chunk in enumerate(chunks) if chunk.shape[0] == length]
-            batch = torch.stack([chunks[number] for number in alike]).to(self.dtype)
-            for number, frames in zip(alike, self.audio_tower(batch).last_hidden_state):
-                features[number] = frames
-        features = torch.cat(features)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.audio_projector(features))
-
     def _merge(self, input_ids, embeds, features, token_id):
         mask = input_ids == token_id
         features = features.reshape(-1, features.shape[-1])
@@ -94,12 +82,10 @@ class MegatronMMModel(MegatronMMPreTrainedModel):
             raise ValueError(f"there are {int(mask.sum())} placeholders of id {token_id}, but {len(features)} features")
         return embeds.masked_scatter(mask.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
 
+    @_takes_media
     def forward(
         self,
         input_ids=None,
-        pixel_values=None,
-        input_values=None,
-        input_values_mask=None,
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
@@ -111,12 +97,12 @@ class MegatronMMModel(MegatronMMPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is not None:
-            features = self.get_image_features(pixel_values).pooler_output
-            inputs_embeds = self._merge(input_ids, inputs_embeds, features, self.config.image_token_id)
-        if input_values is not None:
-            features = self.get_audio_features(input_values, input_values_mask).pooler_output
-            inputs_embeds = self._merge(input_ids, inputs_embeds, features, self.config.audio_token_id)
+        for modality in MODALITIES:
+            given = {name: kwargs.pop(name, None) for name in modality.inputs}
+            if given[modality.inputs[0]] is not None:
+                features = getattr(self, f"get_{modality.name}_features")(**given).pooler_output
+                placeholder = getattr(self.config, f"{modality.name}_token_id")
+                inputs_embeds = self._merge(input_ids, inputs_embeds, features, placeholder)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -133,7 +119,7 @@ class MegatronMMModel(MegatronMMPreTrainedModel):
 
 
 class MegatronMMForConditionalGeneration(MegatronMMPreTrainedModel, GenerationMixin):
-    """The whole model: text from text, images and sound."""
+    """The whole model: text from text and media."""
 
     _tied_weights_keys = {}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -156,20 +142,10 @@ class MegatronMMForConditionalGeneration(MegatronMMPreTrainedModel, GenerationMi
         """The head."""
         return self.lm_head
 
-    def get_image_features(self, *args, **kwargs):
-        """See MegatronMMModel."""
-        return self.model.get_image_features(*args, **kwargs)
-
-    def get_audio_features(self, *args, **kwargs):
-        """See MegatronMMModel."""
-        return self.model.get_audio_features(*args, **kwargs)
-
+    @_takes_media
     def forward(
         self,
         input_ids=None,
-        pixel_values=None,
-        input_values=None,
-        input_values_mask=None,
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
@@ -181,9 +157,6 @@ class MegatronMMForConditionalGeneration(MegatronMMPreTrainedModel, GenerationMi
         """Return logits, and the loss of `labels` if they are given."""
         outputs = self.model(
             input_ids=input_ids,
-            pixel_values=pixel_values,
-            input_values=input_values,
-            input_values_mask=input_values_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -204,17 +177,26 @@ class MegatronMMForConditionalGeneration(MegatronMMPreTrainedModel, GenerationMi
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(
-        self, input_ids, pixel_values=None, input_values=None, input_values_mask=None, **kwargs
-    ):
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
         """Give the encoders their inputs only while the cache is empty: once a prompt."""
+        media = {name: kwargs.pop(name, None) for name in INPUTS}
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         past = kwargs.get("past_key_values")
         if past is None or past.get_seq_length() == 0:
-            media = {
-                "pixel_values": pixel_values,
-                "input_values": input_values,
-                "input_values_mask": input_values_mask,
-            }
             inputs.update({name: value for name, value in media.items() if value is not None})
         return inputs
+
+
+def _asks_model(name):
+    """Return a method that asks the model below the head."""
+
+    def ask(self, *args, **kwargs):
+        return getattr(self.model, name)(*args, **kwargs)
+
+    ask.__doc__ = f"See MegatronMMModel.{name}."
+    return ask
+
+
+for _modality in MODALITIES:
+    _name = f"get_{_modality.name}_features"
+    setattr(MegatronMMForConditionalGeneration, _name, _asks_model(_name))

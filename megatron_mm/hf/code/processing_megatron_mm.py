@@ -1,146 +1,112 @@
-"""Processor of an exported megatron_mm model: text with placeholders, images and sound to model inputs.
+"""Processor of an exported megatron_mm model: text with placeholders, and media, to model inputs.
 
-`<|image|>` and `<|audio|>` in the text stand for the images and recordings, in their order. `read_file` turns a PDF, or
-any other file that the training data was read from, into such a text and its media.
+`<|image|>` and `<|audio|>` in the text stand for the images and recordings, in their order; so do the placeholders of
+other modalities. `read_file` turns a PDF, or any other file that the training data was read from, into such a text and
+its media.
 """
 
 import importlib
-import io
 
-import numpy as np
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-CONVOLUTIONS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))
-"""Kernel and stride of Wav2Vec 2.0's feature encoder."""
+from .modalities_megatron_mm import MODALITIES, ProcessorSettings
+
+OLD = not hasattr(ProcessorMixin, "get_text_with_replacements")
+"""transformers 4, whose processor expands no placeholders."""
+OWN = [modality for modality in MODALITIES if OLD or modality.argument not in ("images", "audio")]
+"""The modalities that transformers' processor does not expand."""
+AUTO = {
+    "image_processor": "AutoImageProcessor",
+    "feature_extractor": "AutoFeatureExtractor",
+    "tokenizer": "AutoTokenizer",
+}
 
 
-def audio_frames(num_samples, chunk_samples):
-    """Return the frames of a clip of which each chunk is encoded on its own: 49 a second of 16,000 samples."""
-    total = 0
-    for start in range(0, num_samples, chunk_samples):
-        frames = min(chunk_samples, num_samples - start)
-        for kernel, stride in CONVOLUTIONS:
-            frames = (frames - kernel) // stride + 1 if frames >= kernel else 0
-        total += frames
-    return total
+class MegatronMMProcessor(ProcessorSettings, *(modality.processor for modality in MODALITIES), ProcessorMixin):
+    """The tokenizer, and what transformers has for each modality, in one."""
 
+    def set_up(self, given):
+        """Take the parts and the settings that the processor was made of."""
+        chat_template = given.pop("chat_template")
+        parts = [given.pop(part) for modality in MODALITIES for part in modality.parts]
+        tokenizer = given.pop("tokenizer")
+        for name, value in given.items():
+            setattr(self, name, value)
+        for modality in MODALITIES:
+            token = getattr(tokenizer, f"context_{modality.name}_token")
+            setattr(self, f"{modality.name}_token", token)
+            setattr(self, f"{modality.name}_token_id", tokenizer.convert_tokens_to_ids(token))
+        ProcessorMixin.__init__(self, *parts, tokenizer, chat_template=chat_template)
+        for modality in MODALITIES:
+            modality.set_up_processor(self)
 
-class MegatronMMProcessor(ProcessorMixin):
-    """Image processor, feature extractor and tokenizer in one."""
-
-    if not hasattr(ProcessorMixin, "get_text_with_replacements"):  # transformers 4 wants them, 5 warns of them
-        attributes = ["image_processor", "feature_extractor", "tokenizer"]
-        image_processor_class = "AutoImageProcessor"
-        feature_extractor_class = "AutoFeatureExtractor"
-        tokenizer_class = "AutoTokenizer"
-
-    def __init__(
-        self,
-        image_processor=None,
-        feature_extractor=None,
-        tokenizer=None,
-        image_seq_length=196,
-        audio_chunk_samples=16000,
-        normalize_audio=False,
-        chat_template=None,
-        **kwargs,
-    ):
-        self.image_seq_length, self.audio_chunk_samples = image_seq_length, audio_chunk_samples
-        self.normalize_audio = feature_extractor.do_normalize = normalize_audio
-        self.image_token, self.audio_token = tokenizer.context_image_token, tokenizer.context_audio_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.audio_token_id = tokenizer.convert_tokens_to_ids(self.audio_token)
-        super().__init__(image_processor, feature_extractor, tokenizer, chat_template=chat_template)
-
-    def replace_image_token(self, image_inputs, image_idx, **kwargs):
-        """Return what stands for an image: its start, 196 placeholders, its end."""
-        names = self.tokenizer
-        return names.start_image_token + self.image_token * self.image_seq_length + names.end_image_token
-
-    def replace_audio_token(self, audio_inputs, audio_idx, **kwargs):
-        """Return what stands for a recording: its start, a placeholder a frame, its end."""
-        num_samples = int(np.asarray(audio_inputs["input_values_mask"][audio_idx]).sum())
-        frames = audio_frames(num_samples, self.audio_chunk_samples)
-        return self.tokenizer.start_audio_token + self.audio_token * frames + self.tokenizer.end_audio_token
-
-    def _process_audio(self, audio, **kwargs):
-        kwargs.pop("return_tensors", None)
-        kwargs.pop("padding", None)
-        kwargs.setdefault("sampling_rate", self.feature_extractor.sampling_rate)
-        clips = [np.asarray(clip, dtype=np.float32) for clip in audio]
-        outputs = self.feature_extractor(clips, padding=True, return_attention_mask=True, return_tensors="pt", **kwargs)
-        inputs = BatchFeature(
-            {"input_values": outputs["input_values"], "input_values_mask": outputs["attention_mask"].bool()}
-        )
-        return inputs, [self.replace_audio_token(inputs, audio_idx=number) for number in range(len(clips))]
-
-    if not hasattr(ProcessorMixin, "get_text_with_replacements"):  # transformers 4: expand the placeholders here
-
-        def __call__(self, images=None, text=None, videos=None, audio=None, return_tensors=None, **kwargs):
-            """Return the inputs of the model."""
-            text = [text] if isinstance(text, str) else list(text)
-            data = {}
-            if images is not None:
-                data["pixel_values"] = self.image_processor(images, return_tensors=return_tensors)["pixel_values"]
-                whole = [self.replace_image_token(None, number) for number in range(len(data["pixel_values"]))]
-                text = _expand(text, self.image_token, whole)
-            if audio is not None:
-                audio = audio if isinstance(audio, (list, tuple)) else [audio]
-                inputs, whole = self._process_audio(audio)
+    def __call__(self, images=None, text=None, videos=None, audio=None, return_tensors=None, **kwargs):
+        """Return the inputs of the model: media of other modalities are arguments of their names."""
+        given = kwargs | {"images": images, "audio": audio}
+        data = {}
+        for modality in OWN:
+            media = given.get(modality.argument)
+            kwargs.pop(modality.argument, None)
+            if media is not None:
+                inputs, whole = getattr(self, f"process_{modality.name}")(media, return_tensors=return_tensors)
+                text = _expand(text, getattr(self, f"{modality.name}_token"), whole)
                 data.update(inputs)
-                text = _expand(text, self.audio_token, whole)
+        if OLD:
             known = ("padding", "truncation", "max_length", "add_special_tokens", "padding_side")
             options = {name: value for name, value in kwargs.items() if name in known}
+            text = [text] if isinstance(text, str) else list(text)
             return BatchFeature({**self.tokenizer(text, return_tensors=return_tensors, **options), **data})
+        inputs = super().__call__(images, text, videos, audio, return_tensors=return_tensors, **kwargs)
+        inputs.update(data)
+        return inputs
 
     def read_file(self, path):
-        """Return {"text", "images", "audio"} of a PDF, or any other file, in the reading order of training.
+        """Return {"text", "images", "audio", ...} of a PDF, or any other file, in the reading order of training.
 
         Needs the megatron_mm package, which read the training data.
         """
         try:
             read = importlib.import_module("megatron_mm.ingest.read")
         except ImportError as error:
-            raise ImportError("reading files needs the megatron_mm package; text, images and sound do not") from error
-        av, image = importlib.import_module("av"), importlib.import_module("PIL.Image")
+            raise ImportError("reading files needs the megatron_mm package; text and media do not") from error
         documents, rejections = read.read_file(importlib.import_module("pathlib").Path(path))
         if not documents:
             raise ValueError(f"{path} cannot be read: {rejections[0].reason}")
-        text, images, audio = "", [], []
+        text, media = "", {modality.name: [] for modality in MODALITIES}
         for segment in documents[0].segments:
             if hasattr(segment, "text"):
                 text += segment.text
-            elif hasattr(segment, "num_samples"):
-                with av.open(io.BytesIO(segment.data)) as container:
-                    clip = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
-                audio.append(clip.astype(np.float32) / 32768.0)
-                text += self.audio_token
             else:
-                images.append(image.open(io.BytesIO(segment.data)).convert("RGB"))
-                text += self.image_token
-        return {"text": text, "images": images or None, "audio": audio or None}
+                media[segment.modality].append(getattr(self, f"open_{segment.modality}")(segment.data))
+                text += getattr(self, f"{segment.modality}_token")
+        return {"text": text} | {modality.argument: media[modality.name] or None for modality in MODALITIES}
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, audio_lengths=None, **kwargs):
+    def _get_num_multimodal_tokens(self, **sizes):
         """Return the tokens of media of these sizes; vLLM asks."""
         from transformers.processing_utils import MultiModalData
 
         counts = {}
-        if image_sizes is not None:
-            counts["num_image_tokens"] = [self.image_seq_length + 2] * len(image_sizes)
-            counts["num_image_patches"] = [1] * len(image_sizes)
-        if audio_lengths is not None:
-            counts["num_audio_tokens"] = [audio_frames(n, self.audio_chunk_samples) + 2 for n in audio_lengths]
+        for modality in MODALITIES:
+            if sizes.get(modality.sizes) is not None:
+                counts.update(getattr(self, f"count_{modality.name}")(sizes[modality.sizes]))
         return MultiModalData(**counts)
 
     @property
     def model_input_names(self):
         """What the model takes."""
-        return ["input_ids", "attention_mask", "pixel_values", "input_values", "input_values_mask"]
+        return ["input_ids", "attention_mask", *(name for modality in MODALITIES for name in modality.inputs)]
+
+
+if OLD:  # transformers 4 wants them, 5 warns of them
+    MegatronMMProcessor.attributes = [*(part for modality in MODALITIES for part in modality.parts), "tokenizer"]
+    for _part in MegatronMMProcessor.attributes:
+        setattr(MegatronMMProcessor, f"{_part}_class", AUTO[_part])
 
 
 def _expand(texts, token, replacements):
     """Replace each `token` by the next of `replacements`."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
     if sum(text.count(token) for text in texts) != len(replacements):
         raise ValueError(f"the text has not as many {token} as there are media: {len(replacements)}")
     following = iter(replacements)

@@ -42,8 +42,10 @@ class AudioGeometry(Geometry):
 
 
 class AudioConfig(AudioGeometry, EncoderSection):
-    """The audio encoder, a Wav2Vec 2.0 over one-second chunks of 16 kHz sound (49 tokens each), and its projector."""
+    """The audio encoder, over one-second chunks of 16 kHz sound (49 tokens each), and its projector."""
 
+    encoder: str = "wav2vec2"
+    """Family of the encoder, a file of modalities/audio/towers: wav2vec2."""
     num_layers: PositiveInt
     """Encoder layers."""
     hidden_size: PositiveInt

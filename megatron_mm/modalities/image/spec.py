@@ -24,8 +24,10 @@ class ImageGeometry(Geometry):
 
 
 class ImageConfig(ImageGeometry, EncoderSection):
-    """The image encoder, a ViT over patches, and its projector."""
+    """The image encoder, over patches, and its projector."""
 
+    encoder: str = "vit"
+    """Family of the encoder, a file of modalities/image/towers: vit."""
     num_layers: PositiveInt
     """Encoder layers."""
     hidden_size: PositiveInt

@@ -1,0 +1,1 @@
+"""The families of audio encoders: audio.encoder names one of these files."""

@@ -1,0 +1,88 @@
+"""Images in exports: InternVL for text and images, and their part of the full export."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mm.modalities.exports import Exports
+from megatron_mm.modalities.image.spec import IMAGE, ImageConfig
+
+
+class InternVL:
+    """transformers' InternVLForConditionalGeneration."""
+
+    model_type, architecture = "internvl", "InternVLForConditionalGeneration"
+    auto_class, pipeline = "AutoModelForImageTextToText", "image-text-to-text"
+    token_names = {"video_token": "audio"}  # noqa: RUF012
+    """InternVL's processor wants one; a text+image model has no other use for the token of sound."""
+
+    def refusal(self, section: ImageConfig) -> str | None:
+        """Return why InternVL cannot have the encoder of `section`, None if it can."""
+        if section.encoder != "vit":
+            return f"image.encoder={section.encoder} is no ViT, and InternVL's is one"
+        return None
+
+    def config(self, section: ImageConfig) -> dict[str, Any]:
+        """Return what its config.json says of images beside their encoder."""
+        return {
+            "image_seq_length": section.tokens_per_image,
+            "downsample_ratio": 1.0,
+            "projector_hidden_act": "gelu",
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+        }
+
+    def processor(self, section: ImageConfig) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """Return the parts of its processor, by their names, and the settings of its own."""
+        squash = squashing(section)
+        image = {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": False, "max_patches": 1} | squash
+        video = {"video_processor_type": "InternVLVideoProcessor"} | squash
+        own = {"processor_class": "InternVLProcessor", "image_seq_length": section.tokens_per_image}
+        return {"video_processor": video, "image_processor": image | {"min_patches": 1}}, own
+
+    def files(self, section: ImageConfig) -> dict[str, dict[str, Any]]:
+        """Return what else is in the folder, by the name of the file."""
+        video = {"video_processor_type": "InternVLVideoProcessor", **squashing(section)}
+        return {"video_preprocessor_config.json": video}
+
+
+class ImageExports(Exports):
+    """Pixels in [-1, 1] for an image processor of transformers that squashes."""
+
+    modality = IMAGE
+    describes, tower, projector = "vision_config", "vision_tower", "multi_modal_projector"
+    inputs, takes = ("pixel_values",), "images"
+    stock = InternVL()
+
+    def config(self, section: ImageConfig) -> dict[str, Any]:
+        """Return what the config.json of a full export says of images beside their encoder."""
+        return {"image_seq_length": section.tokens_per_image}
+
+    def processor(self, section: ImageConfig) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """Return the image processor of a full export, and the settings of the processor's own."""
+        image = {"image_processor_type": "ViTImageProcessor"} | squashing(section)
+        return {"image_processor": image}, {"image_seq_length": section.tokens_per_image}
+
+    def model_inputs(self, items: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+        """Return pixel_values (num_images, 3, image_size, image_size)."""
+        return {"pixel_values": torch.stack([unit for units in items for unit in units]).float() / 127.5 - 1.0}
+
+
+def squashing(section: ImageConfig) -> dict[str, Any]:
+    """Return the settings of an image processor that squashes as our decoding does."""
+    return {
+        "size": {"height": section.image_size, "width": section.image_size},
+        "resample": 3,  # bicubic
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_convert_rgb": True,
+    }
+
+
+EXPORTS = ImageExports()

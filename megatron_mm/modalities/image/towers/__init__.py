@@ -1,0 +1,1 @@
+"""The families of image encoders: image.encoder names one of these files."""
