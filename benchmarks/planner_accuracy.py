@@ -19,6 +19,8 @@ RUNS = Path(__file__).with_name("published_runs.csv")
 CALIBRATION = {("A100-80", "175B"), ("H100-80", "Llama3.1-70B")}
 """(GPU, model): 2 rows of A100 and 12 of H100. Everything else that states a step time is held out."""
 MEDIAN_BAR, WORST_BAR, TAU_BAR, MEMORY_BAR = 0.08, 0.25, 0.7, 0.1
+ADAM_BYTES = 8
+"""Bytes of the two moments a parameter, which all of the published runs kept."""
 STATES = {"mem_param_opt_GiB": None, "mem_act_none_GiB": "none", "mem_act_seqsel_GiB": "selective+SP"}
 """What a row of memory states: weights, gradients and optimizer, or activations with this recomputation."""
 
@@ -58,7 +60,7 @@ def errors(chosen: list[dict[str, str]], rate: Efficiency) -> list[float]:
     for row in chosen:
         shape, layout, seconds = as_run(row)
         gpu = GPUS["a100-80" if row["gpu"] == "A100-80" else "h100-80"]
-        result.append(step_time(shape, layout, gpu, rate).total / seconds - 1)
+        result.append(step_time(shape, layout, gpu, rate, state_bytes=ADAM_BYTES).total / seconds - 1)
     return result
 
 
@@ -95,7 +97,7 @@ def memory_misses() -> list[tuple[str, float, float]]:
     for row in published:
         recompute = STATES[row["metric"]]
         shape, layout, _ = as_run({**timed[row["model"]], "recompute": recompute or "none", "dp": "1"})
-        held = memory(shape, layout, extra_parameters=0)
+        held = memory(shape, layout, extra_parameters=0, state_bytes=ADAM_BYTES)
         predicted = held["weights"] + held["gradients"] + held["optimizer"]
         if recompute is not None:
             chunk = shape.num_layers / (layout.pp * layout.vpp)

@@ -1,6 +1,7 @@
 """From a preset and overrides to a checked `Config`, and back to YAML."""
 
 import contextlib
+import copy
 import difflib
 import logging
 import os
@@ -11,8 +12,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megatron_mm import optimizers
 from megatron_mm.config import rules
-from megatron_mm.config.schema import Config
+from megatron_mm.config.schema import Config, OptimizerConfig
 from megatron_mm.errors import ConfigError
 from megatron_mm.modalities import BY_NAME, MODALITIES, RANDOM, Geometry
 
@@ -164,7 +166,10 @@ def check_own_run(preset: str, config: Config) -> None:
 def differences(before: Config, after: Config) -> dict[str, str]:
     """Return a line 'section.key: value before -> value after' for every setting that differs, by its key."""
     old, new = flat(before), flat(after)
-    return {key: f"{key}: {old[key]} -> {value}" for key, value in new.items() if old[key] != value}
+    keys = {
+        key: (old.get(key, "none"), new.get(key, "none")) for key in (*new, *(key for key in old if key not in new))
+    }
+    return {key: f"{key}: {was} -> {now}" for key, (was, now) in keys.items() if was != now}
 
 
 def changes(config: Config) -> list[str]:
@@ -309,12 +314,28 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _fields(info.annotation, f"{prefix}{name}.")
+def _fields(model: type[BaseModel] | BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (key, field) of every setting: those of a configuration, or of a class all that one may have."""
+    kind = model if isinstance(model, type) else type(model)
+    for name, info in kind.model_fields.items():
+        inner = info.annotation if isinstance(model, type) else getattr(model, name)
+        if inner is OptimizerConfig:
+            yield from _optimizer_fields()
+        elif isinstance(inner, BaseModel) or (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            yield from _fields(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info
+
+
+def _optimizer_fields() -> Iterator[tuple[str, Any]]:
+    """Yield (key, field) of the settings that all optimizers share, then of those that each has of its own."""
+    yield from _fields(OptimizerConfig, "optimizer.")
+    for name in optimizers.names():
+        for key, info in optimizers.find(name).model_fields.items():
+            if key not in OptimizerConfig.model_fields:
+                own = copy.copy(info)
+                own.description = f"With optimizer.name={name}: {info.description}"
+                yield f"optimizer.{key}", own
 
 
 def _unknown(key: str) -> str:
@@ -338,6 +359,8 @@ def _take_out_unknown(settings: dict[str, Any]) -> list[str]:
         if field is None:
             problems.append(_unknown(str(name)))
             del settings[name]
+        elif field.annotation is OptimizerConfig and isinstance(value, dict):
+            problems += _take_out_unknown_of_optimizer(settings)
         elif isinstance(value, dict):
             for inner in [inner for inner in value if inner not in field.annotation.model_fields]:
                 problems.append(_unknown(f"{name}.{inner}"))
@@ -345,11 +368,31 @@ def _take_out_unknown(settings: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _take_out_unknown_of_optimizer(settings: dict[str, Any]) -> list[str]:
+    """Do the same in the section `optimizer`, all of which goes if nobody knows the optimizer."""
+    section, problems = settings["optimizer"], []
+    chosen = section.get("name", optimizers.DEFAULT)
+    try:
+        known = optimizers.find(chosen).model_fields
+    except ConfigError as error:
+        del settings["optimizer"]
+        return [str(error)]
+    for inner in [inner for inner in section if inner not in known]:
+        others = [name for name in optimizers.names() if inner in optimizers.find(name).model_fields]
+        of_another = (
+            f"optimizer.{inner} is a setting of optimizer.name={' and '.join(others)}, not of {chosen}. Take it out, "
+            "or choose the optimizer that has it."
+        )
+        problems.append(of_another if others else _unknown(f"optimizer.{inner}"))
+        del section[inner]
+    return problems
+
+
 def flat(config: Config) -> dict[str, Any]:
     """Return every setting by its key, 'section.key', as plain values."""
     dump = config.model_dump(mode="json")
     values = {}
-    for path, _ in _fields(Config):
+    for path, _ in _fields(config):
         value: Any = dump
         for part in path.split("."):
             value = value[part]

@@ -18,6 +18,7 @@ NEVER = {
     "data.packing": "it says which samples there are",
     "data.seed": "it says in which order samples are seen",
     "training.seed": "it is the key of weights that were made long ago",
+    "optimizer.name": "the state is that of this optimizer",
 }
 """Settings, or sections, and why: a start with another value is refused."""
 

@@ -165,7 +165,7 @@ def _schedule(config: Config) -> Iterator[str]:
             f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of the {config.decay_steps} steps of "
             "the schedule to decay over. Use fewer."
         )
-    if config.optimizer.min_lr > config.optimizer.lr:
+    if config.optimizer.min_lr > config.optimizer.lr and config.schedule.style != "constant":
         yield (
             f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}. Use a smaller "
             "optimizer.min_lr."
@@ -187,10 +187,12 @@ def _blend(config: Config) -> Iterator[str]:
 def _without_effect(config: Config) -> Iterator[str]:
     """Name what was asked for, in place of its default, and would not happen: a setting is honoured or refused."""
     training, guard = config.training, config.guard
-    fp8 = training.precision == "fp8"
+    fp8, style = training.precision == "fp8", config.schedule.style
     for needed, met, keys in (
         ("training.precision=fp8", fp8, ("training.fp8_recipe", "training.bf16_end_layers")),
         ("optimizer.weight_decay above 0", config.optimizer.weight_decay > 0, ("optimizer.decay_embeddings",)),
+        ("a schedule.style that decays", style != "constant", ("optimizer.min_lr",)),
+        ("schedule.style=cosine or linear", style in ("cosine", "linear"), ("schedule.decay_steps",)),
         ("data.prefetch_steps above 0", config.data.prefetch_steps > 0, ("data.stall_seconds",)),
         ("guard.spike_window above 0", guard.spike_window > 0, ("guard.spike_deviations", "guard.spike_steps")),
         ("guard.spike_window above 0", guard.spike_window > 0, ("guard.spike_nats",)),

@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, SerializeAsAny
 
+from megatron_mm import optimizers
 from megatron_mm.modalities import MODALITIES, EncoderSection
+from megatron_mm.optimizers import OptimizerConfig
 from megatron_mm.settings import NonNegativeInt, PositiveInt, Section
 
 MAX_SECONDS = 1e9
@@ -164,32 +166,12 @@ class TrainingConfig(Section):
     TransformerEngine's layers have norms of their own, and refuse reference."""
 
 
-class OptimizerConfig(Section):
-    """AdamW (Loshchilov and Hutter 2019). Norms, biases and other vectors are never decayed."""
-
-    lr: PositiveFloat = 2e-4
-    """Peak learning rate."""
-    min_lr: NonNegativeFloat = 2e-5
-    """Learning rate at the end of the decay."""
-    encoder_lr_scale: PositiveFloat = 0.1
-    """Learning rate of trainable encoders, as a fraction of the decoder's at every step."""
-    beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    """Decay of the first moment."""
-    beta2: float = Field(0.95, ge=0.0, lt=1.0)
-    """Decay of the second moment."""
-    epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of matrices."""
-    decay_embeddings: bool = False
-    """Decay the token embedding too; the head is always decayed."""
-    clip_grad: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 does not clip."""
-
-
 class ScheduleConfig(Section):
-    """Learning rate over steps: linear warm-up, then a cosine down to optimizer.min_lr."""
+    """Learning rate over steps: linear warm-up to optimizer.lr, then a decay in the chosen style."""
 
+    style: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    """How lr goes on after the warm-up. cosine and linear fall to optimizer.min_lr at decay_steps; constant stays;
+    inverse_sqrt is lr sqrt(warmup_steps / step), never under optimizer.min_lr."""
     warmup_steps: NonNegativeInt = 10_000
     """Optimizer steps over which lr climbs from 0 to its peak."""
     decay_steps: PositiveInt | None = None
@@ -270,7 +252,7 @@ class Config(Section):
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
     training: TrainingConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: SerializeAsAny[OptimizerConfig] = Field(default_factory=optimizers.find(optimizers.DEFAULT))
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()

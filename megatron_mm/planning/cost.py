@@ -221,8 +221,8 @@ def send_seconds(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency) -> fl
     return 2 * tokens * shape.hidden / spread / (gpu.network_bytes * rate.links)
 
 
-def step_time(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency) -> StepTime:
-    """Return the predicted seconds of one optimizer step."""
+def step_time(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency, *, state_bytes: int) -> StepTime:
+    """Return the predicted seconds of one optimizer step, whose optimizer keeps `state_bytes` a parameter."""
     passes = [layer_seconds(shape, layout, gpu, rate, backward=backward) for backward in (False, True)]
     per_layer, exposed = (sum(values) for values in zip(*passes))
     layers = shape.num_layers / layout.pp * layout.num_micro_batches
@@ -243,5 +243,6 @@ def step_time(shape: Shape, layout: Layout, gpu: Gpu, rate: Efficiency) -> StepT
         tensor_communication=layers * exposed,
         pipeline_communication=layout.num_micro_batches * layout.vpp * sent if layout.pp > 1 else 0.0,
         data_communication=data,
-        optimizer=32 * own / replicas / (gpu.hbm_bytes * rate.memory),
+        # State and main copy (4 bytes) are read and written, the gradient (4) read, the weight written and gathered.
+        optimizer=(16 + 2 * state_bytes) * own / replicas / (gpu.hbm_bytes * rate.memory),
     )

@@ -8,6 +8,7 @@ from itertools import product
 from megatron_mm.config import Config, divisors
 from megatron_mm.config.rules import failures, world_failures
 from megatron_mm.errors import ConfigError
+from megatron_mm.optimizers import MAIN_BYTES
 from megatron_mm.planning.cost import Efficiency, Gpu, Layout, Shape, StepTime, step_time
 from megatron_mm.planning.timeline import Pass, durations_of, schedule
 
@@ -105,13 +106,19 @@ def layouts(config: Config, *, gpus: int) -> Iterator[Layout]:
 
 
 def memory(
-    shape: Shape, layout: Layout, *, extra_parameters: int, extra_trained: int = 0, stage: int = 0
+    shape: Shape,
+    layout: Layout,
+    *,
+    extra_parameters: int,
+    extra_trained: int = 0,
+    state_bytes: int,
+    stage: int = 0,
 ) -> dict[str, float]:
     """Return the bytes of a rank of `stage` by category.
 
     `extra_parameters` are those of encoders and projectors, whole on every tensor rank of the first stage;
-    `extra_trained` of them are trained. What encoders keep of images and sound is left out: docs/planning.md has how
-    much that is, and how near the formula is to the rehearsal of mm_88b.
+    `extra_trained` of them are trained. The optimizer keeps `state_bytes` a parameter. What encoders keep of images and
+    sound is left out: docs/planning.md has how much that is, and how near the formula is to the rehearsal of mm_88b.
     """
     first, last = stage == 0, stage == layout.pp - 1
     table = shape.vocab * shape.hidden / layout.tp  # the embedding, and the head
@@ -123,7 +130,7 @@ def memory(
     return {
         "weights": (4.0 if layout.precision == "fp8" else 2.0) * own + 2.0 * extra,
         "gradients": 4.0 * trained,
-        "optimizer": 12.0 * trained / (layout.dp * layout.cp),
+        "optimizer": float(MAIN_BYTES + state_bytes) * trained / (layout.dp * layout.cp),
         "activations": chunks_in_flight(layout, stage) * chunk * kept_by_layer(shape, layout)
         + max(4 * 2 * tokens * shape.ffn / layout.tp, logits),
     }
@@ -162,11 +169,12 @@ def plan(
     """
     _refuse(config, gpus=gpus, gpu=gpu)
     shape, rate = shape_of(config), RATES[gpu.name]
-    extra = {"extra_parameters": extra_parameters, "extra_trained": extra_trained}
+    state_bytes = config.optimizer.state_bytes
+    extra = {"extra_parameters": extra_parameters, "extra_trained": extra_trained, "state_bytes": state_bytes}
     planned, too_big = [], 0
     for layout in layouts(config, gpus=gpus):
         held = [memory(shape, layout, **extra, stage=stage) for stage in range(layout.pp)]
-        one = Planned(layout, step_time(shape, layout, gpu, rate), held)
+        one = Planned(layout, step_time(shape, layout, gpu, rate, state_bytes=state_bytes), held)
         if one.memory_bytes > USABLE * gpu.memory_bytes:
             too_big += 1
         else:
@@ -235,7 +243,7 @@ def forecast(config: Config, best: Planned, *, gpus: int, gpu: Gpu, parameters: 
         days=days,
         days_with_failures=days / (1 - waste),
         gpu_hours=days * 24 * gpus,
-        checkpoint_bytes=14.0 * parameters,
+        checkpoint_bytes=(2.0 + MAIN_BYTES + config.optimizer.state_bytes) * parameters,
         checkpoint_seconds_apart=apart,
         hours_between_failures=between / 3600,
     )

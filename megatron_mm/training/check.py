@@ -13,6 +13,7 @@ from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError
 from megatron_mm.model.accounting import build_whole
 from megatron_mm.model.multimodal import MultimodalModel
+from megatron_mm.optimizers import MAIN_BYTES
 from megatron_mm.shards.format import TOKENIZER_SUFFIX
 from megatron_mm.tokenizer import TextTokenizer
 from megatron_mm.training import checkpoint, manifest
@@ -20,8 +21,6 @@ from megatron_mm.training.preflight import Ready, check_run_dir, compare, examin
 
 SHOWN_DOCUMENTS = 3
 SHOWN_CHARACTERS = 300
-OPTIMIZER_BYTES = 12
-"""Of a trained parameter in a checkpoint: FP32 master weight and two moments."""
 
 
 def check(config: Config, world_size: int) -> Iterator[str]:
@@ -68,10 +67,11 @@ def _start_line(config: Config, ready: Ready) -> str:
 
 def checkpoint_bytes(config: Config, model: MultimodalModel) -> int:
     """Return the bytes of one checkpoint: every weight, and of trained ones the optimizer's state."""
-    weight = 4 if config.training.precision == "fp32" else 2
+    weight, optimizer = 4 if config.training.precision == "fp32" else 2, config.optimizer
     return sum(
-        parameter.numel() * (weight + (OPTIMIZER_BYTES if parameter.requires_grad else 0))
-        for parameter in model.parameters()
+        parameter.numel() * (weight + (MAIN_BYTES + 4 * len(optimizer.rule_of(name, parameter).state)) * trained)
+        for name, parameter in model.named_parameters()
+        for trained in [parameter.requires_grad]
     )
 
 

@@ -107,7 +107,7 @@ def begin_save(state: TrainState, saver: Saver) -> Saved | None:
     content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
     before = saver.begin(
         state.step,
-        lambda: _sharded_state(state, metadata, loading=False),
+        lambda: _sharded_state(state, metadata),
         metadata=content,
         facts=_facts(state),
         texts={
@@ -194,13 +194,12 @@ def load(state: TrainState, path: Path, *, verify: bool = True) -> None:
     saved = configs.load_saved(path / "config.yaml")
     changed = configs.check_resume(saved, state.config, step=int(facts["step"]), source=str(path))
     metadata = _metadata(state)
+    described = _sharded_state(state, metadata)
     with only_plain_pickles(path):
-        loaded = dist_checkpointing.load(
-            _sharded_state(state, metadata, loading=True), str(path), strict=StrictHandling.RAISE_ALL
-        )
+        loaded = dist_checkpointing.load(described, str(path), strict=StrictHandling.RAISE_ALL)
     for chunk, key in zip(state.chunks, _chunk_keys(state)):
         chunk.load_state_dict(loaded[key])
-    load_optimizer(state.optimizer, loaded["optimizer"])
+    load_optimizer(state.optimizer, loaded["optimizer"], described=described["optimizer"])
     _take_facts(state, path, facts, changed)
     state.scheduler = build_scheduler(state.config, state.optimizer, step=state.step)
 
@@ -323,14 +322,10 @@ def _metadata(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _sharded_state(state: TrainState, metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+def _sharded_state(state: TrainState, metadata: dict[str, Any]) -> dict[str, Any]:
     chunks = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_chunk_keys(state), state.chunks)}
     model = chunks["model"] if len(chunks) == 1 else chunks
-    if loading:
-        optimizer = state.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)
-    else:
-        optimizer = describe_shards(state.optimizer, model)
-    return {**chunks, "optimizer": optimizer}
+    return {**chunks, "optimizer": describe_shards(state.optimizer, model)}
 
 
 def planned_bytes(state: TrainState) -> int:
@@ -339,7 +334,7 @@ def planned_bytes(state: TrainState) -> int:
     Parameters that data-parallel ranks hold alike are dealt out among them; of the optimizer each writes what it has.
     Collective over dp_cp.
     """
-    described = _sharded_state(state, _metadata(state), loading=False)
+    described = _sharded_state(state, _metadata(state))
     optimizer = described.pop("optimizer")
     apply_factories(described)
     group = state.mesh.dp_cp_group

@@ -15,49 +15,42 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
+
+from megatron_mm.training.optimizer import PartOptimizer, complete_state
 
 LOADED_AS = "fully_reshardable"
 """megatron-core's name for whole tensors that any layout can cut: the form in which a checkpoint is loaded."""
 
 
-def describe_shards(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
-    """Return what `optimizer` adds to a checkpoint, to be loaded as LOADED_AS: views of its tensors, no copies.
+def describe_shards(optimizer: ChainedOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
+    """Return what `optimizer` adds to a checkpoint, of each optimizer that it chains: views of its tensors, no copies.
 
     `model_state` is the sharded state of the model that it updates. No communication.
     """
-    (distributed,) = optimizer.chained_optimizers
-    assert isinstance(distributed, DistributedOptimizer)
     tensors, _ = extract_sharded_tensors_and_factories(model_state)
     described = {id(part.data): part for part in nested_values(tensors)}
-    _complete_moments(distributed)
+    parts = [_describe(part, described) for part in optimizer.chained_optimizers]
+    return parts[0] if len(parts) == 1 else dict(enumerate(parts))
+
+
+def _describe(optimizer: PartOptimizer, described: dict[int, ShardedTensor]) -> dict[str, Any]:
+    """Return what one distributed optimizer adds; `described` are the model's tensors by their id."""
+    complete_state(optimizer.optimizer, optimizer.rule)
     shards = []
-    for buckets in distributed.gbuf_ranges:
+    for buckets in optimizer.gbuf_ranges:
         for bucket in (one for of_type in buckets.values() for one in of_type):
             for parameter, ranges in bucket["param_map"].items():
-                states = distributed._get_main_param_and_optimizer_states(parameter)
+                states = optimizer._get_main_param_and_optimizer_states(parameter)
                 for name, value in states.items():
                     assert value.dtype == torch.float32
                     shards += _blocks_of(described[id(parameter)], name, value, first=ranges["param"].start)
     return {
-        **distributed.state_dict(),
+        **optimizer.state_dict(),
         "param_state": dict(enumerate(shards)),
         "param_state_sharding_type": LOADED_AS,
     }
-
-
-def _complete_moments(optimizer: DistributedOptimizer) -> None:
-    """Give moments of zero to what no step has changed yet: the fused optimizers make them when they first need them.
-
-    The first batches may bear no loss, or hold nothing of a modality, whose parameters are then left as they are.
-    """
-    for group in optimizer.optimizer.param_groups:
-        for parameter in group["params"]:
-            if not optimizer.optimizer.state[parameter]:
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                optimizer.optimizer.state[parameter] = moments
 
 
 def _blocks_of(

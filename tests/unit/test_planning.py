@@ -132,7 +132,7 @@ def test_the_timeline_takes_what_the_step_time_says() -> None:
     shape, layout = shape_of(config), Layout(8, 4, 7, 1, 32, 1, 512, "bf16")
     slots = {"embedding_slot": True, "loss_slot": True}
     passes = schedule(durations_of(shape, layout, H100, RATES[H100.name], **slots), num_micro_batches=16)
-    time = step_time(shape, layout, H100, RATES[H100.name])
+    time = step_time(shape, layout, H100, RATES[H100.name], state_bytes=config.optimizer.state_bytes)
     outside = time.data_communication + time.optimizer
     assert max(one.end for one in passes) == pytest.approx(time.total - outside, rel=0.03)
 
@@ -145,7 +145,7 @@ def test_memory_and_flops_are_what_a_rehearsal_counts(encoders: str) -> None:
     layout, shape = Layout(2, 2, 1, 1, 1, config.training.micro_batch_size, 16, "bf16"), shape_of(config)
     products = matrices(shape, layout)
     for stage, report in enumerate(reports):
-        held = memory(shape, layout, **extra, stage=stage)
+        held = memory(shape, layout, **extra, state_bytes=config.optimizer.state_bytes, stage=stage)
         assert sum(held.values()) == pytest.approx(report.peak_bytes, rel=0.1)
         assert held["gradients"] == pytest.approx(report.peak["gradients"], rel=0.02)
         passes = 3 * report.num_layers * report.num_micro_batches

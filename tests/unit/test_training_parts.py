@@ -5,6 +5,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,18 @@ from megatron_mm.config import Config
 from megatron_mm.config.schema import GuardConfig
 from megatron_mm.errors import ConfigError
 from megatron_mm.model.loss import by_name
+from megatron_mm.optimizers.adamw import AdamW
 from megatron_mm.source import Source
 from megatron_mm.training.evaluate import spread
 from megatron_mm.training.guard import Guard, LossSpike, TrainingDiverged
 from megatron_mm.training.metrics import _forget_after, read_metrics, step_line
-from megatron_mm.training.optimizer import AdamW, is_decayed
+from megatron_mm.training.optimizer import RuleOptimizer, build_scheduler, is_decayed
 from megatron_mm.training.step import StepResult
+
+
+def adamw(groups: list[dict]) -> RuleOptimizer:
+    """Return the rule of AdamW over parameter groups."""
+    return RuleOptimizer(groups, AdamW().rules()[0], lr=0.01, weight_decay=0.1)
 
 
 def test_adamw_is_torchs() -> None:
@@ -30,7 +37,7 @@ def test_adamw_is_torchs() -> None:
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
     settings = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    optimizer = AdamW([{"params": ours[:2]}, {"params": ours[2:], "weight_decay": 0.0}], **settings)
+    optimizer = adamw([{"params": ours[:2]}, {"params": ours[2:], "weight_decay": 0.0}])
     reference = torch.optim.AdamW([{"params": theirs[:2]}, {"params": theirs[2:], "weight_decay": 0.0}], **settings)
     for step in range(20):
         for mine, other in zip(ours, theirs):
@@ -45,10 +52,9 @@ def test_adamw_is_torchs() -> None:
 
 def test_adamw_divides_gradients_once_where_clipping_asks_it_to() -> None:
     torch.manual_seed(0)
-    settings = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     ours = torch.nn.Parameter(torch.randn(5, 3))
     theirs = torch.nn.Parameter(ours.detach().clone())
-    optimizer, reference = AdamW([{"params": [ours]}], **settings), AdamW([{"params": [theirs]}], **settings)
+    optimizer, reference = adamw([{"params": [ours]}]), adamw([{"params": [theirs]}])
     for divisor in (4.0, 1.0, 2.5):
         ours.grad = torch.randn(5, 3)
         theirs.grad = ours.grad / divisor
@@ -62,18 +68,17 @@ def test_adamw_divides_gradients_once_where_clipping_asks_it_to() -> None:
 def test_adamw_goes_on_from_its_saved_state() -> None:
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(4))
-    settings = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     gradients = [torch.randn(4) for _ in range(6)]
 
-    def run(optimizer: AdamW, parameter: torch.nn.Parameter, part: list[torch.Tensor]) -> None:
+    def run(optimizer: RuleOptimizer, parameter: torch.nn.Parameter, part: list[torch.Tensor]) -> None:
         for gradient in part:
             parameter.grad = gradient
             optimizer.step()
 
-    first = AdamW([{"params": [parameter]}], **settings)
+    first = adamw([{"params": [parameter]}])
     run(first, parameter, gradients[:3])
     twin = torch.nn.Parameter(parameter.detach().clone())
-    second = AdamW([{"params": [twin]}], **settings)
+    second = adamw([{"params": [twin]}])
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     run(first, parameter, gradients[3:])
     run(second, twin, gradients[3:])
@@ -286,6 +291,28 @@ def test_a_step_is_one_line_in_a_fixed_order() -> None:
     assert (
         line == "step 1200 | loss 2.4183 | grad_norm 0.71 | lr 1.5e-04 | 8.39M tok | 10.90 s | 769.60k tok/s | 61.2 GiB"
     )
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "constant", "inverse_sqrt"])
+def test_the_learning_rate_is_that_of_its_style(style: str) -> None:
+    fitting = ["optimizer.min_lr=2e-5"] if style == "constant" else ["optimizer.min_lr=3e-4"]
+    fitting += ["schedule.decay_steps=90"] if style in ("cosine", "linear") else []
+    config = configs.load(
+        "tiny",
+        ["optimizer.lr=1e-3", "training.steps=100", "schedule.warmup_steps=10", f"schedule.style={style}", *fitting],
+    )
+    group: dict[str, float] = {}
+    optimizer = SimpleNamespace(param_groups=[group])
+    for step in (0, 4, 10, 11, 50, 89, 90, 100):
+        build_scheduler(config, optimizer, step=step)
+        left = max(0.0, (90 - step) / 80)
+        expected = {
+            "cosine": 3e-4 + 7e-4 * (1 - math.cos(math.pi * left)) / 2,
+            "linear": 3e-4 + 7e-4 * left,
+            "constant": 1e-3,
+            "inverse_sqrt": max(3e-4, 1e-3 * math.sqrt(10 / max(step, 1))),
+        }[style]
+        assert group["lr"] == pytest.approx(1e-4 * step if step <= 10 else expected, rel=1e-12), step
 
 
 def test_presets_warm_up_within_their_run() -> None:
