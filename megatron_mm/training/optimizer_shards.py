@@ -16,12 +16,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_mm.training.optimizer import PartOptimizer, complete_state
-
 LOADED_AS = "fully_reshardable"
-"""megatron-core's name for whole tensors that any layout can cut: the form in which a checkpoint is loaded."""
+"""megatron-core's name for whole tensors that any layout can cut: how it, and earlier versions, load them."""
 
 
 def describe_shards(optimizer: ChainedOptimizer, model_state: dict[str, Any]) -> dict[str, Any]:
@@ -35,9 +34,9 @@ def describe_shards(optimizer: ChainedOptimizer, model_state: dict[str, Any]) ->
     return parts[0] if len(parts) == 1 else dict(enumerate(parts))
 
 
-def _describe(optimizer: PartOptimizer, described: dict[int, ShardedTensor]) -> dict[str, Any]:
+def _describe(optimizer: DistributedOptimizer, described: dict[int, ShardedTensor]) -> dict[str, Any]:
     """Return what one distributed optimizer adds; `described` are the model's tensors by their id."""
-    complete_state(optimizer.optimizer, optimizer.rule)
+    optimizer.init_state_fn(optimizer.optimizer)  # what no step has changed yet is zero, and has to be there
     shards = []
     for buckets in optimizer.gbuf_ranges:
         for bucket in (one for of_type in buckets.values() for one in of_type):

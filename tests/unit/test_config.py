@@ -108,6 +108,21 @@ def test_what_would_have_no_effect_is_refused(without: str, settings: list[str])
             configs.load("tiny", [without, setting])
 
 
+def test_a_style_that_does_not_decay_or_never_ends_refuses_what_it_would_not_heed() -> None:
+    configs.load("tiny", ["schedule.style=constant", "optimizer.min_lr=2e-5", "optimizer.lr=1e-5"])
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.min_lr=0\.0003 has no effect without a schedule\.style that decays"
+    ):
+        configs.load("tiny", ["schedule.style=constant"])
+    for style, fitting in (("constant", ["optimizer.min_lr=2e-5"]), ("inverse_sqrt", [])):
+        chosen = [f"schedule.style={style}", *fitting]
+        configs.load("tiny", chosen)
+        with pytest.raises(
+            ConfigError, match=r"schedule\.decay_steps=90 has no effect without schedule\.style=cosine or"
+        ):
+            configs.load("tiny", [*chosen, "schedule.decay_steps=90"])
+
+
 def test_layers_dealt_by_hand_do_not_make_chunks_of_one_stage() -> None:
     slots = ["parallel.embedding_slot=false", "parallel.loss_slot=false"]
     with pytest.raises(ConfigError, match=r"parallel\.vpp=2 needs more than one pipeline stage"):

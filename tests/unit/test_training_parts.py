@@ -65,6 +65,21 @@ def test_adamw_divides_gradients_once_where_clipping_asks_it_to() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+def test_a_fused_adamw_that_is_installed_takes_the_place_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import optimizer as mcore
+
+    rule = AdamW(beta1=0.8, beta2=0.9, epsilon=1e-7, lr=0.2, weight_decay=0.3).rules()[0]
+    assert rule.fused([]) is None
+    seen: dict[str, object] = {}
+    stand_in = type("FusedAdam", (), {"__init__": lambda self, groups, **own: seen.update(own, groups=groups)})
+    stand_in.__module__ = "transformer_engine.pytorch.optimizers.fused_adam"
+    monkeypatch.setattr(mcore, "Adam", stand_in)
+    groups = [{"params": []}]
+    assert isinstance(rule.fused(groups), stand_in)
+    assert seen.pop("groups") is groups
+    assert seen == {"lr": 0.2, "weight_decay": 0.3, "betas": (0.8, 0.9), "eps": 1e-7, "adam_w_mode": True}
+
+
 def test_adamw_goes_on_from_its_saved_state() -> None:
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(4))
