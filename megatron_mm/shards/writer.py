@@ -34,6 +34,7 @@ from megatron_mm.shards.format import (
     TokenizerInfo,
 )
 from megatron_mm.source import Source
+from megatron_mm.storage import PARTIAL, give_name, replacing
 
 PARTS = (".bin", ".media.bin", ".rejected.jsonl", ".lengths", ".documents", ".items")
 """Files that grow while shards are written; the last three become the two indexes."""
@@ -243,12 +244,13 @@ class ShardWriter:
         for suffix in (".journal", *set(PARTS) - set(SUFFIXES)):
             Path(_partial(self.prefix + suffix)).unlink(missing_ok=True)
         for suffix in SUFFIXES:
-            os.replace(_partial(self.prefix + suffix), self.prefix + suffix)
+            give_name(Path(_partial(self.prefix + suffix)), Path(self.prefix + suffix))
             finished[suffix].close()
         if self._tokenizer_content is None:
             Path(self.prefix + TOKENIZER_SUFFIX).unlink(missing_ok=True)
         else:
-            write_atomically(self.prefix + TOKENIZER_SUFFIX, self._tokenizer_content)
+            with replacing(Path(self.prefix + TOKENIZER_SUFFIX)) as file:
+                file.write(self._tokenizer_content)
         write_manifest(self.prefix, manifest)
 
     def _token_index(self) -> "CheckedFile":
@@ -337,20 +339,8 @@ class CheckedFile:
 
 def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
     """Write `prefix`.json: from then on the shards are there."""
-    write_atomically(prefix + ".json", json.dumps(manifest, indent=1).encode())
-
-
-def write_atomically(path: str, content: bytes) -> None:
-    """Let a file have its name only when it is whole and on the disk."""
-    partial = _partial(path)
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(Path(path).parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    with replacing(Path(prefix + ".json")) as file:
+        file.write(json.dumps(manifest, indent=1).encode())
 
 
 def _whole_lines(path: str) -> list[bytes]:
@@ -362,4 +352,4 @@ def _whole_lines(path: str) -> list[bytes]:
 
 
 def _partial(path: str) -> str:
-    return path + ".partial"
+    return path + PARTIAL

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from megatron_mm.config import Config
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.model.loss import BY_DATASET, by_name
+from megatron_mm.storage import replacing
 from megatron_mm.training.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -268,9 +268,8 @@ def _forget_after(path: Path, step: int) -> _Kept:
         elif "grad_norm" in record:
             lost_seconds.append(record["step_seconds"])
     if path.exists():
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
+        with replacing(path) as file:
+            file.write("".join(kept).encode())
     counts = TokenCounts.of([last[key] for key in keys])
     return _Kept(counts, step - last["step"], len(lost_seconds), sum(lost_seconds, 0.0))
 

@@ -25,6 +25,7 @@ from torch._C import _distributed_c10d as c10d
 from megatron_mm.config.schema import GuardConfig
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
+from megatron_mm.storage import replacing
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +136,10 @@ class Watch:
             "waits_in": current_collective() if looks else None,
             "at": _place(sys._current_frames().get(self._main)) if looks else None,
         }
-        partial = self._path.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(record))
-            os.replace(partial, self._path)
+            # It is written again before a crash of the machine could be looked into, and must not wait for a slow disk.
+            with replacing(self._path, sync=False) as file:
+                file.write(json.dumps(record).encode())
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, error)
 

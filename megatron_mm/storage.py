@@ -1,0 +1,88 @@
+"""Files and folders that stand under their name only when they are whole and on the disk, and the hash of a file."""
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".partial"
+"""Follows the name of what is not whole yet."""
+READ_BYTES = 8 << 20
+"""Bytes that are read and hashed at a time."""
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = True, aside: str = PARTIAL) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `path` once it is written: whole, and on the disk with its name.
+
+    If writing raises, `path` is as it was, and nothing else is left. The file may be read back; it is written under its
+    name with `aside` behind it, which nobody else may write at the time, and has the mode that any new file has.
+    `sync=False` does not wait for the disk: for what is written again before anyone could miss it after a crash.
+    """
+    partial = path.with_name(path.name + aside)
+    try:
+        with partial.open("wb+") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        if sync:
+            give_name(partial, path)
+        else:
+            os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def give_name(partial: Path, final: Path) -> None:
+    """Rename a file whose bytes are on the disk, in place of one that had its name, and bring the name to the disk."""
+    os.replace(partial, final)
+    sync_folder(final.parent)
+
+
+def publish_folder(
+    partial: Path, final: Path, *, synced: Collection[str] = (), check: Callable[[], None] = lambda: None
+) -> None:
+    """Bring all that is in `partial` to the disk, and rename it to `final`, which must not exist.
+
+    `synced` are files right in it that their writers have brought to the disk. `check` is called when all is there but
+    the name, and may still raise. What raises leaves `partial` under its own name.
+    """
+    for folder, _, names in os.walk(partial, topdown=False):
+        for name in names:
+            if Path(folder) != partial or name not in synced:
+                _sync(Path(folder, name))
+        sync_folder(Path(folder))
+    check()
+    if final.exists():  # an empty folder would be replaced in silence
+        raise FileExistsError(f"{final} exists: a folder is never overwritten")
+    os.rename(partial, final)
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: what was written under them is there already."""
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path, *, keep_cached: bool = True) -> str:
+    """Return the SHA-256 of a file, in hexadecimal; `keep_cached=False` leaves nothing of it in the page cache."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+        if not keep_cached:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return digest.hexdigest()
