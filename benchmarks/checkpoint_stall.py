@@ -47,7 +47,7 @@ def rank_main(rank: int, ranks: int, tp: int, rounds: int, folder: str, results:
     from megatron_mm import config as configs
     from megatron_mm.data.loader import Loader
     from megatron_mm.engine import mesh as meshes
-    from megatron_mm.training import checkpoint
+    from megatron_mm.training import checkpoints
     from megatron_mm.training.state import build_state
     from megatron_mm.training.step import train_step
 
@@ -59,7 +59,7 @@ def rank_main(rank: int, ranks: int, tp: int, rounds: int, folder: str, results:
     state = build_state(config, mesh)
     filesystem_async.get_write_results_queue("fork")  # as quick as the peer can be: it would start an interpreter
     queue = filesystem_async._results_queue
-    saver = checkpoint.make_saver(state)
+    saver = checkpoints.make_saver(state)
     stalls: dict[str, list[float]] = {"background": [], "synchronous": []}
     steps: dict[str, list[float]] = {"alone": [], "beside": []}
 
@@ -71,7 +71,7 @@ def rank_main(rank: int, ranks: int, tp: int, rounds: int, folder: str, results:
     for _ in range(rounds + 1):  # the first round warms up
         for _ in range(STEPS_BETWEEN):
             step("alone")
-        checkpoint.begin_save(state, saver)
+        checkpoints.begin_save(state, saver)
         while (saved := saver.poll()) is None:
             step("beside")
         stalls["background"].append(saved.stall_seconds)
@@ -83,7 +83,7 @@ def rank_main(rank: int, ranks: int, tp: int, rounds: int, folder: str, results:
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir()
         dist.barrier()
-        metadata = checkpoint._metadata(state)
+        metadata = checkpoints._metadata(state)
         filesystem_async._results_queue = queue
         dist_checkpointing.save(gathered(state, metadata), str(path))
         dist.barrier()

@@ -4,7 +4,7 @@
 
 examples/pretrain_88b.sh runs as it is, over and over, with programs of SLURM's names that move a clock instead of
 waiting: its node checks, tries, requeues, exclusions and the end of each life are the real ones. Checkpoints are made
-and chosen by megatron_mm.training.manifest: fence, commit, verification, retention. What is assumed is in ASSUMED.
+and chosen by the package `checkpoint`: fence, commit, verification, retention. What is assumed is in ASSUMED.
 
 Faults: table 5 of "The Llama 3 Herd of Models" (2024), 419 unexpected interruptions of 16,384 GPUs in 54 days, scaled
 to 1,024 GPUs by rate; its 47 planned ones are taken whole. docs/cluster.md discusses the result.
@@ -23,7 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from megatron_mm.training import manifest  # noqa: E402
+from megatron_mm.checkpoint.format import Fence, commit, remove_old, set_aside, step_of, whole_ones  # noqa: E402
+from megatron_mm.checkpoint.verify import find_damage  # noqa: E402
 
 BAR = 0.97
 DAYS = 54
@@ -99,29 +100,29 @@ def trace() -> list[dict]:
     return sorted(events, key=lambda event: event["at"])
 
 
-def commit_step(checkpoints: Path, step: int, fence: manifest.Fence) -> None:
+def commit_step(checkpoints: Path, step: int, fence: Fence) -> None:
     """Make a checkpoint as the trainer does, of one small shard."""
     partial = checkpoints / f"step_{step:08d}.{fence.token}.partial"
     partial.mkdir()
     (partial / "__0_0.distcp").write_text(str(step))
     final = checkpoints / f"step_{step:08d}"
-    manifest.commit(partial, final, hashes={}, facts={"step": step}, fence=fence)
-    manifest.remove_old(checkpoints, keep=3, keep_every=0)
+    commit(partial, final, hashes={}, facts={"step": step}, fence=fence)
+    remove_old(checkpoints, keep=3, keep_every=0)
 
 
 def resume_step(checkpoints: Path) -> int:
     """Return the step of the newest whole checkpoint, as the trainer chooses it; damaged ones are set aside."""
-    for path in reversed(manifest.whole_ones(checkpoints)):
-        if not manifest.find_damage(path):
-            return manifest.step_of(path)
-        manifest.set_aside(path, "damaged")
+    for path in reversed(whole_ones(checkpoints)):
+        if not find_damage(path):
+            return step_of(path)
+        set_aside(path, "damaged")
     return 0
 
 
 def train(world: World, run_dir: Path) -> int:
     """Train from the newest checkpoint to the next event; return the status that srun would have."""
     checkpoints = run_dir / "checkpoints"
-    fence = manifest.Fence.take(checkpoints)
+    fence = Fence.take(checkpoints)
     step = resume_step(checkpoints)
     world.clock += ASSUMED["start_seconds"] + ASSUMED["load_seconds"]
     per_save = world.interval * world.step_seconds + ASSUMED["save_stall_seconds"]
@@ -156,7 +157,7 @@ def train(world: World, run_dir: Path) -> int:
     _, leaves, seconds = KINDS[event["kind"]]
     (checkpoints / f"step_{done:08d}.{fence.token}.partial").mkdir()  # it dies in the middle of a save, every time
     if event["kind"].startswith("data"):  # found at the next check: the newest checkpoint cannot be trusted
-        newest = manifest.whole_ones(checkpoints)[-1]
+        newest = whole_ones(checkpoints)[-1]
         (newest / "__0_0.distcp").write_text("other")
         world.lost += world.interval * world.step_seconds
     if leaves:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megatron_mm import config as configs
 from megatron_mm import endings
+from megatron_mm.checkpoint.format import whole_ones
 from megatron_mm.environment import read_number
-from megatron_mm.training import manifest
 
 log = logging.getLogger("megatron_mm")
 
@@ -55,7 +55,7 @@ def _train(config: configs.Config) -> None:
 
 def _kept(config: configs.Config) -> str:
     """Return what a run that is cut off leaves, and how it goes on."""
-    saved = manifest.whole_ones(Path(config.run_dir) / "checkpoints")
+    saved = whole_ones(Path(config.run_dir) / "checkpoints")
     if not saved:
         return f"no checkpoint is saved in run_dir={config.run_dir}, so the same command starts anew"
     return f"{saved[-1]} is saved, and the same command goes on from it"

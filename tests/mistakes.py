@@ -389,10 +389,10 @@ PREPARATIONS: dict[str, Callable[[], object]] = {
     "a GPU's memory is full in step 2": lambda: _raise_in("megatron_mm.training.loop:train_step", _cuda_memory, call=2),
     "the memory is full in an evaluation": lambda: _raise_in("megatron_mm.training.loop:evaluate", MemoryError),
     "the memory is full while reading": lambda: _raise_in("megatron_mm.data.loader:Loader.step", MemoryError),
-    "the disk is full": lambda: _raise_in("megatron_mm.training.manifest:_write_through", _full),
+    "the disk is full": lambda: _raise_in("megatron_mm.checkpoint.format:replacing", _full),
     "the disk is full at the settings": lambda: _raise_in("megatron_mm.config:save", _full),
     "the disk is full at every save": lambda: [
-        _raise_in("megatron_mm.training.saver:_make_folder", _full) for _ in range(3)
+        _raise_in("megatron_mm.checkpoint.save:_make_folder", _full) for _ in range(3)
     ],
     "Ctrl-C while libraries load": lambda: _raise_in("megatron_mm.config:load", _ctrl_c),
     "Ctrl-C while the model is built": lambda: _raise_in("megatron_mm.training.loop:build_state", _ctrl_c),

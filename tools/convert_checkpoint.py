@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_mm import endings
+from megatron_mm.checkpoint.index import PRECISIONS
 from megatron_mm.errors import ConfigError
 from megatron_mm.hf.export import KINDS, Options, export, verify
 from megatron_mm.hf.load import import_folder
-from megatron_mm.hf.tensors import PRECISIONS
 
 M_MMAP_THRESHOLD = -3
 """The name of the parameter in glibc's malloc.h."""

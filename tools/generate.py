@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from megatron_mm import endings
+from megatron_mm.checkpoint.index import PRECISIONS
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.generate import Sampling, generate, opened
-from megatron_mm.hf.tensors import PRECISIONS
 from megatron_mm.ingest.document import Document, Rejection, Segment, TextSegment
 from megatron_mm.ingest.read import read_file, read_lines
 from megatron_mm.noise import silence

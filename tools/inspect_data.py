@@ -27,7 +27,7 @@ from megatron_mm.modalities import default_geometries
 from megatron_mm.shards import EncodedDocument, ShardReader, open_shards
 from megatron_mm.shards.format import TOKENIZER_SUFFIX
 from megatron_mm.tokenizer import TextTokenizer
-from megatron_mm.training import checkpoint
+from megatron_mm.training import checkpoints
 
 
 def main() -> int:
@@ -139,7 +139,7 @@ def _step(run: str, step: int, overrides: Sequence[str]) -> tuple[Samples, np.nd
     if not 1 <= step <= config.training.steps:
         raise ConfigError(f"--step {step} is not one of the {config.training.steps} steps of {run}, counted from 1.")
     samples = Samples(config.data.train, config=config, changes=config.data.changes)
-    samples.follow(checkpoint.consumption_of(config, checkpoint.newest(config)))
+    samples.follow(checkpoints.consumption_of(config, checkpoints.newest(config)))
     return samples, samples.of_step(step - 1)
 
 

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint.index import CheckpointReader, TensorInfo
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf import files, weight_map
@@ -24,13 +25,12 @@ from megatron_mm.hf.stream import (
     info_of,
     pack,
     require_space,
-    sha256_of,
     write_shard,
 )
-from megatron_mm.hf.tensors import CheckpointReader, TensorInfo
 from megatron_mm.hf.weight_map import Target
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
 from megatron_mm.settings import divisors
+from megatron_mm.storage import PARTIAL, hash_file, publish_folder, replacing
 from megatron_mm.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def export(
         raise ConfigError(f"{out} exists: name a folder that does not, or remove it.")
     job = _prepare(checkpoint, tokenizer_path, options)
     options = job.options
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(out.name + PARTIAL)
     begun = _fingerprint(checkpoint, job.tokenizer, options)
     done = _begin(partial, begun)
     for kind in options.kinds:
@@ -112,7 +112,8 @@ def export(
                 continue
             done[shard.path] = write_shard(partial, shard, job.source, progress=progress)
             try:
-                _write_atomically(partial / "progress.json", json.dumps({"begun": begun, "done": done}))
+                with replacing(partial / "progress.json") as file:
+                    file.write(json.dumps({"begun": begun, "done": done}).encode())
             except OSError as error:
                 raise explained(error, partial, 0) from error
     for link, path in job.links.items():
@@ -123,12 +124,12 @@ def export(
             _finish(partial / kind, kind, job, done, gate)
     except OSError as error:
         raise explained(error, partial, 0) from error
-    os.replace(partial, out)
+    publish_folder(partial, out)
     (out / "progress.json").unlink()
 
 
 def _prepare(checkpoint: Path, tokenizer_path: Path | None, options: Options) -> _Job:
-    if checkpoint.name.endswith(".partial"):
+    if checkpoint.name.endswith(PARTIAL):
         raise DataError(f"{checkpoint} is half written: use the newest step_N folder beside it.")
     source = CheckpointReader(checkpoint)
     config = configs.load_saved(checkpoint / "config.yaml")
@@ -278,15 +279,7 @@ def _finish(
     (folder / "README.md").write_text(card)
     sums = {name: done[path] for name, (_, path) in shards.items()}
     others = sorted(file for file in folder.iterdir() if file.name not in sums and file.name != MANIFEST)
-    sums |= {file.name: sha256_of(file) for file in others}
+    sums |= {file.name: hash_file(file, keep_cached=False) for file in others}
     manifest = {"kind": kind, "checkpoint": job.source.path.name, "step": job.source.step, "options": repr(job.options)}
-    _write_atomically(folder / MANIFEST, json.dumps(manifest | {"sha256": sums}, indent=1))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".new")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with replacing(folder / MANIFEST) as file:
+        file.write(json.dumps(manifest | {"sha256": sums}, indent=1).encode())

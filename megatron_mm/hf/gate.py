@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint.index import CheckpointReader
+from megatron_mm.checkpoint.load import load_weights
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import device, mesh
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.files import EXPORTS
 from megatron_mm.hf.generate import load_export, media_inputs
-from megatron_mm.hf.tensors import CheckpointReader
 from megatron_mm.modalities import BY_KIND, Geometries
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
-from megatron_mm.training.start import load_weights
 
 LIMIT = 1e-4
 """Largest difference of a logit; right exports give some 5e-6, one wrong tensor more than 0.1."""

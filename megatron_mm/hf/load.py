@@ -23,13 +23,15 @@ from torch.distributed.checkpoint.metadata import (
 from tqdm import tqdm
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint.index import PRECISIONS, TensorInfo, TensorSource, check_archive
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf import files, weight_map
 from megatron_mm.hf.stream import SYNC_BYTES, blocks, check_complete, explained, info_of, require_space
-from megatron_mm.hf.tensors import PRECISIONS, SafetensorsReader, TensorInfo, TensorSource, check_archive
+from megatron_mm.hf.tensors import SafetensorsReader
 from megatron_mm.hf.weight_map import Target, whole
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
+from megatron_mm.storage import PARTIAL, publish_folder
 
 TEXT_MODELS = ("llama", "mistral", "qwen3")
 """Model types whose layers are ours: RMSNorm, SwiGLU, rotary halves, no biases."""
@@ -62,7 +64,7 @@ def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[s
     reader = SafetensorsReader(folder)
     source = _Grown(reader, vocab_size=config.model.vocab_size)
     targets = _targets(reader, config, kind=description["model_type"])
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(out.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)  # nothing of it is looked at again
     partial.mkdir(parents=True)
     dtype = PRECISIONS[config.training.precision]
@@ -80,7 +82,7 @@ def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[s
         shutil.copyfile(folder / "tokenizer.json", partial / "tokenizer.json")
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     (partial / "manifest.json").write_text(json.dumps({"step": 0, "bytes": sizes}, indent=1))
-    os.replace(partial, out)
+    publish_folder(partial, out)
     return config
 
 

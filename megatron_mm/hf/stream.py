@@ -10,20 +10,20 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_mm.checkpoint.index import TensorInfo, TensorSource, row_blocks
 from megatron_mm.errors import DataError
-from megatron_mm.hf.tensors import SAFETENSORS_NAMES, TensorInfo, TensorSource, row_blocks
+from megatron_mm.hf.tensors import SAFETENSORS_NAMES
 from megatron_mm.hf.weight_map import Target
+from megatron_mm.storage import READ_BYTES, hash_file, replacing
 
 SYNC_BYTES = 256 << 20
 """Bytes after which what was written is pushed to the disk and read back: unwritten pages stall the machine."""
-READ_BYTES = 8 << 20
-"""Bytes that are read and hashed at a time."""
 
 
 def info_of(target: Target, source: TensorSource, *, dtype: torch.dtype | None = None) -> TensorInfo:
@@ -136,36 +136,34 @@ def write_shard(folder: Path, shard: Shard, source: TensorSource, *, progress: t
     It appears under its name only when it is whole and on the disk. Raises DataError if the disk is full, or if what is
     read back is not what was written.
     """
-    final = folder / shard.path
-    partial = final.with_name(final.name + ".partial")
     try:
-        digest = _write(partial, shard, source, progress)
+        with replacing(folder / shard.path) as file:
+            return _write(file, shard, source, progress)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise explained(error, folder, shard.num_bytes) from error
-    os.replace(partial, final)
-    return digest
 
 
-def _write(path: Path, shard: Shard, source: TensorSource, progress: tqdm) -> str:
-    written, header = hashlib.sha256(), shard.header()
+def _write(file: BinaryIO, shard: Shard, source: TensorSource, progress: tqdm) -> str:
+    descriptor, written, header = file.fileno(), hashlib.sha256(), shard.header()
     # The threads end before the file is closed: they must not go on with another file under the same descriptor.
-    with path.open("wb+", buffering=0) as file, ThreadPoolExecutor(1) as writer, _ReadBack(file.fileno()) as back:
-        os.posix_fallocate(file.fileno(), 0, len(header) + shard.num_bytes)
-        pending = writer.submit(_append, file.fileno(), written, header, 0)
+    with ThreadPoolExecutor(1) as writer, _ReadBack(descriptor) as back:
+        os.posix_fallocate(descriptor, 0, len(header) + shard.num_bytes)
+        pending = writer.submit(_append, descriptor, written, header, 0)
         position = len(header)
         for target, info in shard.tensors:
             for block in blocks(target, source, dtype=info.dtype):
                 data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
                 pending.result()  # one block is read while another one is written and one before it read back
                 back.follow(position)
-                pending = writer.submit(_append, file.fileno(), written, data, position)
+                pending = writer.submit(_append, descriptor, written, data, position)
                 position += data.nbytes
                 progress.update(data.nbytes)
         pending.result()
         found = back.finish(position)
     if found != written.hexdigest():
-        raise DataError(f"{path} does not hold what was written to it (its sha256 differs): the disk is not reliable.")
+        raise DataError(
+            f"{file.name} does not hold what was written to it (its sha256 differs): the disk is not reliable."
+        )
     return found
 
 
@@ -224,22 +222,11 @@ def _append(descriptor: int, digest: "hashlib._Hash", data: bytes | memoryview, 
         position, view = position + count, view[count:]
 
 
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, read by blocks."""
-    digest = hashlib.sha256()
-    buffer = bytearray(READ_BYTES)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return digest.hexdigest()
-
-
 def check_sha256(path: Path, expected: str) -> None:
     """Pass if a file is what was written. Raises DataError otherwise."""
     if not path.exists():
         raise DataError(f"{path} is missing: the export is damaged. Write it again.")
-    if sha256_of(path) != expected:
+    if hash_file(path, keep_cached=False) != expected:
         raise DataError(f"{path} is not what was written (its sha256 differs): remove it, and write it again.")
 
 

@@ -37,7 +37,7 @@ from megatron_mm.kernels import ops
 from megatron_mm.modalities import BY_NAME, MODALITIES
 from megatron_mm.model.backend import Backend, local
 from megatron_mm.planning.ledger import Channel, Collective, Ledger, Message, Part, Product, Sample
-from megatron_mm.training import checkpoint
+from megatron_mm.training import checkpoints
 from megatron_mm.training.state import TrainState, build_state
 from megatron_mm.training.step import train_step, update
 
@@ -144,7 +144,7 @@ def rehearse(config: Config, *, rank: int, world_size: int, on: str = "gpu", med
                 count = own.num_micro_batches(mesh.dp_size)
                 take_step(state, [micro_batch(own, mesh, media=media) for _ in range(count)], ledger)
                 ledger.begin_phase("the checkpoint plan")
-                saved = checkpoint.planned_bytes(state)
+                saved = checkpoints.planned_bytes(state)
         except Exception as error:
             raise RehearsalFailed(
                 f"rank {rank} of {world_size} ({_place(mesh)}) fails {ledger.describe_failure(error)}: "

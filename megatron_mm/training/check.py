@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint.format import step_of, whole_ones
 from megatron_mm.config import Config
 from megatron_mm.data.samples import Samples
 from megatron_mm.data.show import piece_of, render_text
@@ -16,7 +17,7 @@ from megatron_mm.model.multimodal import MultimodalModel
 from megatron_mm.optimizers import MAIN_BYTES
 from megatron_mm.shards.format import TOKENIZER_SUFFIX
 from megatron_mm.tokenizer import TextTokenizer
-from megatron_mm.training import checkpoint, manifest
+from megatron_mm.training import checkpoints
 from megatron_mm.training.preflight import Ready, check_run_dir, compare, examine
 
 SHOWN_DOCUMENTS = 3
@@ -49,17 +50,17 @@ def check(config: Config, world_size: int) -> Iterator[str]:
     yield from (f"contents    {name}: {value}" for name, value in ready.inputs.by_name().items())
     yield _start_line(config, ready)
     yield from _disk_lines(config, model)
-    samples.follow(checkpoint.consumption_of(config, ready.goes_on_from))
+    samples.follow(checkpoints.consumption_of(config, ready.goes_on_from))
     for name, epochs in samples.epochs(config.training.steps).items():
         yield f"epochs      {name}: read {epochs:,.2f} times by step {config.training.steps}"
-    yield from _first_batch(samples, step=0 if ready.goes_on_from is None else manifest.step_of(ready.goes_on_from))
+    yield from _first_batch(samples, step=0 if ready.goes_on_from is None else step_of(ready.goes_on_from))
     yield "left open   software, files and run_dir on the other nodes, GPUs: the ranks compare those as they start"
 
 
 def _start_line(config: Config, ready: Ready) -> str:
     if ready.goes_on_from is None:
         return f"start       a new run in {config.run_dir}, of {config.training.steps} steps"
-    step = manifest.step_of(ready.goes_on_from)
+    step = step_of(ready.goes_on_from)
     if step >= config.last_step:
         return f"start       nothing is left to do: step {step} of {config.last_step} is saved in {ready.goes_on_from}"
     return f"start       goes on from {ready.goes_on_from}, to step {config.last_step}"
@@ -81,9 +82,9 @@ def _disk_lines(config: Config, model: MultimodalModel) -> Iterator[str]:
         yield "checkpoints none: checkpoint.interval=0"
         return
     one = checkpoint_bytes(config, model)
-    folder = checkpoint.folder(config).absolute()
+    folder = checkpoints.folder(config).absolute()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free, kept = shutil.disk_usage(there).free, len(manifest.whole_ones(folder))
+    free, kept = shutil.disk_usage(there).free, len(whole_ones(folder))
     more = max(1, config.checkpoint.keep + 1 - kept)  # one is written before the oldest goes
     if free < one:
         raise ConfigError(

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_mm.checkpoint.format import COMMITTED, MANIFEST
+from megatron_mm.checkpoint.load import find_damage_together, load_weights
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import device
@@ -16,9 +18,7 @@ from megatron_mm.kernels import ops
 from megatron_mm.model.loss import by_name
 from megatron_mm.model.multimodal import build_chunks
 from megatron_mm.source import Source
-from megatron_mm.training import checkpoint, manifest
 from megatron_mm.training.inputs import check_stored_tokenizer
-from megatron_mm.training.start import load_weights
 from megatron_mm.training.state import ModelState, in_precision, settle_parameters
 from megatron_mm.training.step import run_micro_batches
 
@@ -57,8 +57,8 @@ def evaluate_checkpoint(config: Config, mesh: Mesh, path: Path) -> dict[str, flo
     """
     ops.select(config.training.kernels, device.current())
     loader = together(lambda: _held_out(config, mesh, path))
-    is_committed = (path / manifest.COMMITTED).exists()  # an import is not: its sizes are checked as it is read
-    problems = checkpoint.find_damage(mesh, path) if is_committed else []
+    is_committed = (path / COMMITTED).exists()  # an import is not: its sizes are checked as it is read
+    problems = find_damage_together(mesh, path) if is_committed else []
     if problems:
         raise DataError("the checkpoint is damaged:\n  " + "\n  ".join(problems))
     chunks = build_chunks(config, mesh)
@@ -70,9 +70,9 @@ def evaluate_checkpoint(config: Config, mesh: Mesh, path: Path) -> dict[str, flo
 def _held_out(config: Config, mesh: Mesh, path: Path) -> Loader:
     if not config.data.validation:
         raise ConfigError("data.validation is empty: there is nothing to evaluate on. Name held-out shards there.")
-    if not (path / manifest.MANIFEST).exists():
+    if not (path / MANIFEST).exists():
         raise ConfigError(
-            f"{path} is no checkpoint: it has no {manifest.MANIFEST}. Name a folder step_N of a run_dir's "
+            f"{path} is no checkpoint: it has no {MANIFEST}. Name a folder step_N of a run_dir's "
             "checkpoints, or one that tools/convert_checkpoint.py from-hf has written."
         )
     loader = Loader(config.data.validation, config=config, mesh=mesh, report_apart=True)

@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from megatron_mm.checkpoint.format import MANIFEST, TOKENIZER
+from megatron_mm.checkpoint.verify import fingerprint
 from megatron_mm.config import Config, anchor_prefix, flat
 from megatron_mm.errors import ConfigError
 from megatron_mm.modalities import BY_NAME
 from megatron_mm.modalities.pretrained import find_weights
 from megatron_mm.shards import ShardReader, fingerprints, stored_tokenizer
-from megatron_mm.training import manifest
+from megatron_mm.storage import hash_file
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +27,6 @@ FILES = ("training.start_from", *(f"{name}.pretrained" for name in BY_NAME))
 """Settings that name what a new run's weights come from."""
 GONE = "gone"
 """Stands for a file that is not there any more: a resumed run does not read it."""
-EDGE_BYTES = 1 << 20
-TOKENIZER = "tokenizer.json"
-"""Beside the tensors of a checkpoint."""
 READ_BYTES = 64 << 20
 """Of shards, that a rank compares with their checksums at a start."""
 SHORT = 12
@@ -92,24 +91,7 @@ def _hash(value: str | None) -> str:
     path = Path(value)
     if not path.exists():
         return GONE
-    return _hash_checkpoint(path) if (path / manifest.MANIFEST).exists() else manifest.hash_file(find_weights(path))
-
-
-def _hash_checkpoint(path: Path) -> str:
-    """Return a hash that identifies a checkpoint: of its manifest where that holds the files' own.
-
-    An import's does not: of its files count names, sizes, and the first and last megabyte.
-    """
-    data = (path / manifest.MANIFEST).read_bytes()
-    if b'"sha256"' in data:
-        return hashlib.sha256(data).hexdigest()
-    digest = hashlib.sha256(data)
-    for file in sorted(file for file in path.iterdir() if file.is_file()):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(EDGE_BYTES))
-            stream.seek(max(0, file.stat().st_size - EDGE_BYTES))
-            digest.update(stream.read())
-    return digest.hexdigest()
+    return fingerprint(path) if (path / MANIFEST).exists() else hash_file(find_weights(path))
 
 
 def check_held_out(config: Config) -> None:
@@ -235,7 +217,7 @@ def check_stored_tokenizer(path: Path, shards: ShardReader, *, what: str, is_ran
         )
     if stored.exists() and content is not None and not _extends(json.loads(content), json.loads(stored.read_bytes())):
         raise ConfigError(
-            f"{what}: {path} was trained with another tokenizer ({manifest.hash_file(stored)[:SHORT]}) than the shards "
+            f"{what}: {path} was trained with another tokenizer ({hash_file(stored)[:SHORT]}) than the shards "
             f"{shards.prefix} come from ({shards.tokenizer.sha256[:SHORT]}): the same id means other text. Preprocess "
             f"the data with {stored}."
         )

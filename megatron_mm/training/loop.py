@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from megatron_mm import config as configs
 from megatron_mm.batch import MicroBatch
+from megatron_mm.checkpoint.format import step_of
+from megatron_mm.checkpoint.save import Saved, Saver
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.data.prefetch import Prefetcher
@@ -18,14 +20,13 @@ from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.kernels import ops
 from megatron_mm.model.backend import choose
-from megatron_mm.training import checkpoint, manifest
+from megatron_mm.training import checkpoints
 from megatron_mm.training.evaluate import evaluate
 from megatron_mm.training.guard import BadSteps, Guard, LossSpike, TrainingDiverged
 from megatron_mm.training.metrics import Metrics
 from megatron_mm.training.preflight import Ready, prepare
 from megatron_mm.training.replicas import check_replicas
 from megatron_mm.training.report import plot_losses
-from megatron_mm.training.saver import Saved, Saver
 from megatron_mm.training.start import start
 from megatron_mm.training.state import TrainState, build_state, total_parameters
 from megatron_mm.training.step import train_step
@@ -59,11 +60,11 @@ def train(config: Config, mesh: Mesh) -> TrainState:
     kernels, backend = ops.select(config.training.kernels, device.current()), choose(config)
     computes = {"kernels": str(kernels), "layers": backend.name, "attention": backend.attention}
     ready = prepare(config, mesh, computes={**computes, "device": device.name()})
-    fence = checkpoint.take_over(config, mesh)
+    fence = checkpoints.take_over(config, mesh)
     with Watch(config.guard, mesh, config.run_dir) as watch, StopRequest(mesh) as stop:
         state = build_state(config, mesh)
         state.inputs = ready.inputs
-        saver = checkpoint.make_saver(state, fence)
+        saver = checkpoints.make_saver(state, fence)
         _begin(state, ready)
         parameters = total_parameters(state)
         chosen = f"{kernels} kernels | {backend.name} layers | {backend.attention} attention"
@@ -90,8 +91,8 @@ def done_marker(config: Config) -> Path:
 
 def _finish(state: TrainState) -> None:
     """Mark the run as done if its final weights are saved, and draw its losses."""
-    newest = checkpoint.newest(state.config)
-    if newest is not None and manifest.step_of(newest) == state.step >= state.config.last_step:
+    newest = checkpoints.newest(state.config)
+    if newest is not None and step_of(newest) == state.step >= state.config.last_step:
         done_marker(state.config).write_text(f"{state.step}\n")
     elif state.step >= state.config.last_step:
         log.warning("the weights after step %d, the last, are not saved: checkpoint.interval is 0", state.step)
@@ -124,7 +125,7 @@ def _train_on(run: Run) -> bool:
         save_wanted |= bool(config.checkpoint.interval) and (stopping or _is_due(state, config.checkpoint.interval))
         if save_wanted and run.guard.healthy:
             watch.beat("save", step=state.step)
-            _record(run, checkpoint.begin_save(state, run.saver))
+            _record(run, checkpoints.begin_save(state, run.saver))
             save_wanted = False
         _record(run, run.saver.poll())
         if stopping and not save_wanted:
@@ -184,10 +185,10 @@ def _go_back(run: Run, bad: BadSteps) -> bool:
     run.guard.roll_back(bad)
     left_out = state.consumption.leave_out(range(bad.first - 1, bad.last)).left_out  # as these steps consumed them
     _record(run, run.saver.finish())
-    path = checkpoint.resume(state)
+    path = checkpoints.resume(state)
     if path is None:
         raise TrainingDiverged(f"{bad}, and there is no checkpoint to go back to.")
-    checkpoint.leave_out(state, left_out)
+    checkpoints.leave_out(state, left_out)
     run.metrics.go_back(step=state.step, reason=str(bad))
     run.guard.remember(run.metrics.losses(state.config.guard.spike_window))
     if state.mesh.is_rank_0:
@@ -202,14 +203,14 @@ def _is_due(state: TrainState, interval: int) -> bool:
 def _begin(state: TrainState, ready: Ready) -> None:
     """Go on from the newest whole checkpoint of the run if there is one; otherwise start a new run from nothing."""
     if ready.goes_on_from is not None:
-        checkpoint.resume(state)
+        checkpoints.resume(state)
     else:
         names = [uuid.uuid4().hex[:16]]
         dist.broadcast_object_list(names, src=0)
         state.run = names[0]
         start(state)
     if state.mesh.is_rank_0:
-        checkpoint.set_former_run_aside(state)
+        checkpoints.set_former_run_aside(state)
     if state.mesh.is_rank_0 and state.step < state.config.last_step:
         done_marker(state.config).unlink(missing_ok=True)
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint.format import COMMITTED, read_manifest, step_of, unfinished_ones, whole_ones
+from megatron_mm.checkpoint.verify import find_damage
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine.agreement import check_alike, describe_software, together
 from megatron_mm.engine.mesh import Mesh, settings_by_key
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.modalities.pretrained import check_pretrained
-from megatron_mm.training import checkpoint, manifest
+from megatron_mm.training import checkpoints
 from megatron_mm.training.inputs import (
     Inputs,
     check_bytes,
@@ -71,8 +73,8 @@ def examine(config: Config, mesh: Mesh) -> Ready:
     path = newest_checkpoint(config)
     if path is not None:
         saved = configs.load_saved(path / "config.yaml")
-        left_out = checkpoint.consumption_of(config, path).left_out  # counted with the weights that their steps had
-        settled = max([manifest.step_of(path), *(part.step + 1 for part in left_out)])
+        left_out = checkpoints.consumption_of(config, path).left_out  # counted with the weights that their steps had
+        settled = max([step_of(path), *(part.step + 1 for part in left_out)])
         configs.check_resume(saved, config, step=settled, source=str(path))
     else:
         _check_weights(config)
@@ -104,16 +106,16 @@ def newest_checkpoint(config: Config) -> Path | None:
     Raises ConfigError if there is one and the run is not to go on, or if all that there were have been set aside;
     DataError if none can be read.
     """
-    folder = checkpoint.folder(config)
-    paths = manifest.whole_ones(folder)
+    folder = checkpoints.folder(config)
+    paths = whole_ones(folder)
     if paths and not config.checkpoint.resume:
         raise ConfigError(
             f"checkpoint.resume=false, but run_dir={config.run_dir} holds {paths[-1].name}. Use another run_dir, or "
             "remove that one."
         )
-    problems = {path: manifest.find_damage(path, names=("config.yaml",)) for path in reversed(paths)}
+    problems = {path: find_damage(path, names=("config.yaml",)) for path in reversed(paths)}
     whole = next((path for path, found in problems.items() if not found), None)
-    problems |= {path: [f"{path} has no {manifest.COMMITTED}"] for path in manifest.unfinished_ones(folder)}
+    problems |= {path: [f"{path} has no {COMMITTED}"] for path in unfinished_ones(folder)}
     damaged = sorted(path.name for path in folder.glob("step_*.damaged"))
     if whole is None and (problems or damaged):
         reasons = "".join(f"\n  {line}" for found in problems.values() for line in found)
@@ -138,16 +140,16 @@ def _await_same_checkpoints(config: Config, mesh: Mesh) -> dict[str, str]:
         if all(seen == own for seen, _ in everywhere) or any(is_late for _, is_late in everywhere):
             return own
         if mesh.is_rank_0:
-            log.warning("the ranks see different checkpoints in %s: looking again", checkpoint.folder(config))
+            log.warning("the ranks see different checkpoints in %s: looking again", checkpoints.folder(config))
         time.sleep(LISTING_SECONDS / 20)
 
 
 def _checkpoints(config: Config) -> dict[str, str]:
     """Return the run's committed checkpoints, each by what its manifest is known by."""
     found = {}
-    for path in manifest.whole_ones(checkpoint.folder(config)):
+    for path in whole_ones(checkpoints.folder(config)):
         try:
-            found[f"run_dir {path.name}"] = (path / manifest.COMMITTED).read_text()[:12]
+            found[f"run_dir {path.name}"] = (path / COMMITTED).read_text()[:12]
         except (OSError, ValueError):
             found[f"run_dir {path.name}"] = "unreadable"
     return found
@@ -157,7 +159,7 @@ def compare(ready: Ready, config: Config, *, looks: bool) -> Inputs:
     """Return the inputs of the run that goes on, once they are known to be those that it had; one rank reads files."""
     assert ready.goes_on_from is not None
     path = ready.goes_on_from
-    saved = Inputs.of(manifest.read_manifest(path).get("inputs"))
+    saved = Inputs.of(read_manifest(path).get("inputs"))
     if saved is None:
         if looks:
             log.warning("%s does not record what it was trained on: shards and files are not compared", path)
@@ -165,7 +167,7 @@ def compare(ready: Ready, config: Config, *, looks: bool) -> Inputs:
     if looks:
         now = read_inputs(config, ready.inputs.tokenizer, hash_files=True)
         then = configs.load_saved(path / "config.yaml")
-        for line in check_same_inputs(saved, now, configs=(then, config), step=manifest.step_of(path)):
+        for line in check_same_inputs(saved, now, configs=(then, config), step=step_of(path)):
             log.info("changed since the checkpoint: %s", line)
     return replace(ready.inputs, files=saved.files)
 

@@ -31,16 +31,16 @@ from torch.distributed.checkpoint.metadata import (
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint.index import CheckpointReader
+from megatron_mm.checkpoint.load import load_weights
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import device
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.hf.tensors import CheckpointReader
 from megatron_mm.model.loss import by_name
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
-from megatron_mm.training import checkpoint
-from megatron_mm.training.start import load_weights
+from megatron_mm.training import checkpoints
 from megatron_mm.training.state import TrainState, build_state
 from megatron_mm.training.step import train_step
 
@@ -55,10 +55,10 @@ def go_on(config: Config, *, stop: int, save: bool = False) -> dict[str, Any]:
     mesh = meshes.cut(config)
     loader = Loader(config.data.train, config=config, mesh=mesh)
     state = build_state(config, mesh)
-    path = checkpoint.newest(config)
+    path = checkpoints.newest(config)
     if path is not None:
         spoil(state)  # nothing may be right by having been so before
-        checkpoint.load(state, path)
+        checkpoints.load(state, path)
     seen: dict[str, Any] = {"first": state.step, "losses": [], "grad_norms": [], "lr": [], "samples": []}
     while state.step < stop:
         seen["samples"].append(loader.step_samples(state.step).tolist())
@@ -69,7 +69,7 @@ def go_on(config: Config, *, stop: int, save: bool = False) -> dict[str, Any]:
     seen["gradients"] = full_gradients(state)
     seen["weights"] = {name: value.clone() for chunk in state.chunks for name, value in chunk.named_parameters()}
     if save:
-        checkpoint.save(state)
+        checkpoints.save(state)
     return seen
 
 
@@ -228,8 +228,8 @@ def save_each(config: Config, *, steps: int) -> list[str]:
     state = build_state(config, mesh)
     for step in range(steps):
         train_step(state, loader.step(step))
-        checkpoint.save(state)
-    return sorted(path.name for path in checkpoint.folder(config).iterdir())
+        checkpoints.save(state)
+    return sorted(path.name for path in checkpoints.folder(config).iterdir())
 
 
 def test_only_the_newest_are_kept(shards: Path, tmp_path: Path) -> None:
@@ -241,9 +241,9 @@ def test_only_the_newest_are_kept(shards: Path, tmp_path: Path) -> None:
 
 def test_a_half_written_checkpoint_is_not_a_checkpoint(saved: Path, shards: Path) -> None:
     config = small_run(shards, saved)
-    partial = checkpoint.folder(config) / "step_00000009.partial"
+    partial = checkpoints.folder(config) / "step_00000009.partial"
     partial.mkdir()
-    assert checkpoint.newest(config).name == "step_00000002"
+    assert checkpoints.newest(config).name == "step_00000002"
     partial.rmdir()
 
 
@@ -271,7 +271,7 @@ def test_a_damaged_checkpoint_is_refused_with_its_file(
 ) -> None:
     shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints")
     config = small_run(shards, tmp_path)
-    damage(checkpoint.newest(config))
+    damage(checkpoints.newest(config))
     with pytest.raises(AssertionError, match=message) as failure:
         run_ranks(1, go_on, config, stop=3)
     assert DataError.__name__ in str(failure.value)
@@ -290,6 +290,6 @@ def test_a_longer_run_goes_on(saved: Path, shards: Path) -> None:
 
 
 def test_the_manifest_lists_every_file(saved: Path, shards: Path) -> None:
-    path = checkpoint.newest(small_run(shards, saved))
+    path = checkpoints.newest(small_run(shards, saved))
     listed = json.loads((path / "manifest.json").read_text())["bytes"]
     assert listed.keys() == {file.name for file in path.iterdir()} - {"manifest.json", "COMMITTED"}

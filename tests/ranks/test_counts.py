@@ -18,7 +18,7 @@ from megatron_mm.data.loader import Loader
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.model.initialize import name_in_whole_model
 from megatron_mm.model.loss import by_name
-from megatron_mm.training import checkpoint, loop
+from megatron_mm.training import checkpoints, loop
 from megatron_mm.training.evaluate import evaluate
 from megatron_mm.training.metrics import read_metrics
 from megatron_mm.training.state import TrainState, build_state
@@ -209,7 +209,7 @@ def test_a_batch_without_loss_changes_nothing_and_has_no_loss(
     assert steps[3]["loss_tokens"] == steps[1]["loss_tokens"] > steps[0]["loss_tokens"] == 0
     assert steps[3]["text_tokens"] > steps[1]["text_tokens"]
     assert not any(name.startswith("loss/") for record in (steps[0], steps[2]) for name in record)
-    saved = sorted(path.name for path in checkpoint.folder(config).glob("step_*"))
+    saved = sorted(path.name for path in checkpoints.folder(config).glob("step_*"))
     assert saved == [f"step_{step:08d}" for step in range(1, 6)], "a state that was left as it was is as good as before"
 
 

@@ -28,7 +28,7 @@ from megatron_mm.hf.weight_map import Rows, Target
 from megatron_mm.modalities import BY_KIND
 from megatron_mm.model.initialize import draw_normal, name_in_whole_model
 from megatron_mm.shards import open_shards
-from megatron_mm.training import checkpoint
+from megatron_mm.training import checkpoints
 from megatron_mm.training.start import start
 from megatron_mm.training.state import TrainState, build_state
 from megatron_mm.training.step import run_micro_batches, train_step
@@ -72,7 +72,7 @@ def save_and_run(config: Config, seeds: list[int]) -> list[list[Tensor]] | None:
     for seed in seeds:
         stir(state, seed)
         state.step = seed
-        checkpoint.save(state)
+        checkpoints.save(state)
         with torch.no_grad():
             run_micro_batches(state, loader.micro_batches(np.asarray(SAMPLES)), forward_only=True)
     number = len(SAMPLES)
@@ -94,7 +94,7 @@ def exported(trained: dict[str, Any], seed: int, name: str = "out", **options: A
     """Return the exports of a checkpoint, made at the first call."""
     out = trained["folder"] / f"{name}_{seed}"
     if not out.exists():
-        path = checkpoint.folder(trained["config"]) / f"step_{seed:08d}"
+        path = checkpoints.folder(trained["config"]) / f"step_{seed:08d}"
         export(path, out, tokenizer_path=tokenizer_of(trained["config"]), options=Options(**options))
     return out
 
@@ -204,9 +204,9 @@ def start_and_go_on(config: Config) -> None:
     state = build_state(config, mesh)
     train_step(state, loader.step(0))  # there is nothing of the optimizer to save before
     start(state)
-    checkpoint.save(state)
+    checkpoints.save(state)
     train_step(state, loader.step(0))
-    checkpoint.save(state)
+    checkpoints.save(state)
 
 
 @pytest.mark.parametrize("trained", ["ls960"], indirect=True, scope="module")
@@ -217,14 +217,14 @@ def test_a_run_that_starts_from_an_export_holds_its_weights(
     text: str, ranks: int, trained: dict[str, Any], shards: Path, tmp_path: Path
 ) -> None:
     original = exported(trained, 1)
-    preset = checkpoint.folder(trained["config"]) / "step_00000001" / "config.yaml"
+    preset = checkpoints.folder(trained["config"]) / "step_00000001" / "config.yaml"
     settings = ["parallel.tp=1", "parallel.pp=1", f"run_dir={tmp_path / 'run'}"]
     config = import_folder(original / "full", tmp_path / "start", preset=str(preset), overrides=settings)
     parallel = small_config(shards, "unused", *layout(text)).parallel
     config = config.model_copy(update={"parallel": parallel})
     run_ranks(ranks, start_and_go_on, config)
     for step, largest in ((1, 0.0), (2, 0.05)):
-        path = checkpoint.folder(config) / f"step_{step:08d}"
+        path = checkpoints.folder(config) / f"step_{step:08d}"
         export(path, tmp_path / f"out_{step}", tokenizer_path=tokenizer_of(config), options=Options(kinds=("full",)))
         for file in sorted((original / "full").glob("*.safetensors")):
             before, after = load_file(file), load_file(tmp_path / f"out_{step}" / "full" / file.name)
@@ -238,7 +238,7 @@ def test_a_run_that_starts_from_an_export_holds_its_weights(
 def as_llama_of(config: Config, seed: int) -> dict[str, Tensor]:
     """Return transformers' weights of a checkpoint, loaded by megatron-core on one rank and mapped by hand."""
     state = build_state(config, meshes.cut(config))
-    checkpoint.load(state, checkpoint.folder(config) / f"step_{seed:08d}")
+    checkpoints.load(state, checkpoints.folder(config) / f"step_{seed:08d}")
     return as_llama(state.chunks[0], config).state_dict()
 
 

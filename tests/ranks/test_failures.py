@@ -24,17 +24,19 @@ from small import small_config
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_mm.checkpoint import save as saving
+from megatron_mm.checkpoint.format import Fence, TakenOver, commit, read_manifest, remove_old, step_of, whole_ones
+from megatron_mm.checkpoint.pickles import only_plain_pickles
+from megatron_mm.checkpoint.save import SaveFailed
+from megatron_mm.checkpoint.verify import find_damage
 from megatron_mm.config import Config
 from megatron_mm.data.consumption import LeftOut
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.engine.agreement import check_alike, describe_software
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.hf.pickles import only_plain_pickles
-from megatron_mm.training import checkpoint, loop, manifest, saver, watch
-from megatron_mm.training.manifest import Fence, TakenOver
+from megatron_mm.training import checkpoints, loop, watch
 from megatron_mm.training.metrics import read_metrics
-from megatron_mm.training.saver import SaveFailed
 from megatron_mm.training.state import TrainState, build_state
 from megatron_mm.training.step import StepResult, train_step
 
@@ -132,7 +134,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(shards: Path, tmp_path:
     config = run_of(shards, tmp_path, "checkpoint.interval=100")
     seen = run_ranks(2, train, config, stop_rank_1)
     assert [rank["step"] for rank in seen] == [2, 2]
-    assert checkpoint.newest(config).name == "step_00000002"
+    assert checkpoints.newest(config).name == "step_00000002"
     assert not (tmp_path / "DONE").exists()
 
 
@@ -143,7 +145,7 @@ def test_a_stop_file_ends_a_run_with_a_checkpoint(
     (tmp_path / "stop").touch()
     (seen,) = run_ranks(1, train, config, None, functools.partial(set_stop_file, str(tmp_path / "stop")))
     assert seen["step"] == 1
-    assert checkpoint.newest(config).name == "step_00000001"
+    assert checkpoints.newest(config).name == "step_00000001"
 
 
 def set_stop_file(path: str, _: int) -> None:
@@ -167,8 +169,8 @@ def test_a_spike_takes_the_run_back_and_leaves_its_batches_out(shards: Path, tmp
     (back,) = [record for record in records if "went_back" in record]
     assert (back["step"], back["lost_steps"]) == (5, 3)
     run_ranks(1, train, run_of(shards, tmp_path / "without", *spikes, "training.stop_after=5"))
-    newest = checkpoint.newest(run_of(shards, tmp_path / "without"))
-    left_out = {"run": manifest.read_manifest(newest)["run"], "left_out": [[12, 2, 6], [14, 2, 7]]}
+    newest = checkpoints.newest(run_of(shards, tmp_path / "without"))
+    left_out = {"run": read_manifest(newest)["run"], "left_out": [[12, 2, 6], [14, 2, 7]]}
     (tmp_path / "without" / "left_out.json").write_text(json.dumps(left_out))
     (without,) = run_ranks(1, train, run_of(shards, tmp_path / "without", *spikes))  # reads the file as it goes on
     assert without["left_out"] == seen["left_out"]
@@ -192,18 +194,18 @@ def test_a_spike_right_after_a_restart_is_seen(shards: Path, tmp_path: Path) -> 
 
 def fill_disk(rank: int, *, calls: int) -> None:
     """Let rank 1 run out of disk in the middle of its shard, in the first `calls` saves."""
-    write, begin, left = saver._write, saver.Saver.begin, [calls]
+    write, begin, left = saving._write, saving.Saver.begin, [calls]
 
     def write_until_full(*args: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, resource.RLIM_INFINITY))  # of the process that begin() forks
         write(*args)
 
-    def count(self: saver.Saver, *args: Any, **kwargs: Any) -> Any:
-        saver._write = write_until_full if rank == 1 and left[0] > 0 else write
+    def count(self: saving.Saver, *args: Any, **kwargs: Any) -> Any:
+        saving._write = write_until_full if rank == 1 and left[0] > 0 else write
         left[0] -= 1
         return begin(self, *args, **kwargs)
 
-    saver.Saver.begin = count
+    saving.Saver.begin = count
 
 
 def test_a_full_disk_leaves_older_checkpoints_and_the_run_goes_on(shards: Path, tmp_path: Path) -> None:
@@ -254,13 +256,13 @@ def test_a_job_that_was_taken_over_commits_nothing(tmp_path: Path) -> None:
     for fence, partial in ((old, tmp_path / "a.partial"), (new, tmp_path / "b.partial")):
         partial.mkdir()
         (partial / "shard").write_bytes(b"data")
-        commit = functools.partial(manifest.commit, partial, hashes={}, facts={"step": 7}, fence=fence)
+        commit_it = functools.partial(commit, partial, hashes={}, facts={"step": 7}, fence=fence)
         if fence is old:
             with pytest.raises(TakenOver, match="another job goes on with this run"):
-                commit(tmp_path / "step_00000007")
+                commit_it(tmp_path / "step_00000007")
         else:
-            commit(tmp_path / "step_00000007")
-    assert manifest.find_damage(tmp_path / "step_00000007") == []
+            commit_it(tmp_path / "step_00000007")
+    assert find_damage(tmp_path / "step_00000007") == []
 
 
 def hang_rank_1(state: TrainState, result: StepResult) -> None:
@@ -317,7 +319,7 @@ def load_foreign(config: Config, path: Path) -> str:
     state = build_state(config, mesh)
     train_step(state, Loader(config.data.train, config=config, mesh=mesh).step(0))
     with pytest.raises(DataError) as failure:
-        checkpoint.load(state, path, verify=False)
+        checkpoints.load(state, path, verify=False)
     return str(failure.value)
 
 
@@ -370,9 +372,9 @@ def test_a_run_that_is_killed_again_and_again_is_the_one_that_was_not(shards: Pa
     chance, inside = random.Random(0), 0
     for number in range(KILLS):
         ranks = start_ranks(2, tmp_path / f"life{number}", train, config)
-        caught = kill(ranks, checkpoint.folder(config), seconds=chance.uniform(0.0, 4.0) if number % 2 else None)
+        caught = kill(ranks, checkpoints.folder(config), seconds=chance.uniform(0.0, 4.0) if number % 2 else None)
         inside += caught
-        damaged = [manifest.find_damage(path) for path in manifest.whole_ones(checkpoint.folder(config))]
+        damaged = [find_damage(path) for path in whole_ones(checkpoints.folder(config))]
         assert not any(damaged), damaged
     seen = run_ranks(2, train, config)
     print(f"{KILLS} kills, {inside} of them while a save was written")
@@ -388,7 +390,7 @@ def test_retention_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
     for step in range(1, 8):
         partial = tmp_path / "new.partial"
         partial.mkdir()
-        manifest.commit(partial, tmp_path / f"step_{step:08d}", hashes={}, facts={"step": step}, fence=fence)
-        manifest.remove_old(tmp_path, keep=2, keep_every=3)
-    assert [manifest.step_of(path) for path in manifest.whole_ones(tmp_path)] == [3, 6, 7]
+        commit(partial, tmp_path / f"step_{step:08d}", hashes={}, facts={"step": step}, fence=fence)
+        remove_old(tmp_path, keep=2, keep_every=3)
+    assert [step_of(path) for path in whole_ones(tmp_path)] == [3, 6, 7]
     assert json.loads((tmp_path / "step_00000007" / "manifest.json").read_text())["step"] == 7

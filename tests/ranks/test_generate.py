@@ -29,7 +29,7 @@ from megatron_mm.modalities.audio.spec import decode_flac, encode_flac
 from megatron_mm.shards import stored_tokenizer
 from megatron_mm.source import Source
 from megatron_mm.tokenizer import TextTokenizer
-from megatron_mm.training import checkpoint
+from megatron_mm.training import checkpoints
 
 LENGTH = 8
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a model whose weights are noise."""
     config = small_config(shards, tmp_path_factory.mktemp("saved"), "training.global_batch_size=4")
     run_ranks(1, save_and_run, config, [1])
-    return checkpoint.newest(config)
+    return checkpoints.newest(config)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_the_gate_puts_its_figures_into_the_card(precision: str, saved: Path, sh
     if precision == "bf16":  # the sums with type embeddings are rounded as in training
         config = small_config(shards, tmp_path, "training.global_batch_size=4", "training.precision=bf16")
         run_ranks(1, save_and_run, config, [1])
-        saved = checkpoint.newest(config)
+        saved = checkpoints.newest(config)
     card = run_alone(export_through_gate, saved, tmp_path / "out", None)
     found = re.search(r"largest difference of a logit .* FP32 \| (\S+) \(limit 1e-04\)", card)
     assert 0.0 < float(found[1]) < LIMIT

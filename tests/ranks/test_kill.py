@@ -11,7 +11,7 @@ from pathlib import Path
 from small import TRAINED, small_config
 
 from megatron_mm import config as configs
-from megatron_mm.training import checkpoint
+from megatron_mm.training import checkpoints
 from megatron_mm.training.metrics import read_metrics
 
 TIMEOUT_SECONDS = 900
@@ -67,7 +67,7 @@ def test_three_steps_a_kill_and_three_steps_are_six(shards: Path, tmp_path: Path
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(shards, whole), whole)
     kill_after_the_checkpoint(start(shards, killed), killed)
-    assert checkpoint.newest(configs.load(str(killed / "settings.yaml"))).name == "step_00000003"
+    assert checkpoints.newest(configs.load(str(killed / "settings.yaml"))).name == "step_00000003"
     finish(start(shards, killed), killed)
     assert [record["step"] for record in steps(killed)] == list(range(1, 7))
     assert steps(killed) == steps(whole)

@@ -22,7 +22,7 @@ from megatron_mm.engine import mesh as meshes
 from megatron_mm.hf.export import KINDS, export
 from megatron_mm.hf.gate import Gate
 from megatron_mm.model.loss import by_name
-from megatron_mm.training import checkpoint
+from megatron_mm.training import checkpoints
 from megatron_mm.training.start import check_start_from, start
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import train_step
@@ -70,7 +70,7 @@ def resume(config: Config) -> list[dict[str, float]]:
     """Go on from the newest checkpoint of a run, and return the losses of two steps by name."""
     mesh = meshes.cut(config)
     state = build_state(config, mesh)
-    assert checkpoint.resume(state) is not None
+    assert checkpoints.resume(state) is not None
     loader = Loader(config.data.train, config=config, mesh=mesh)
     return [by_name(train_step(state, loader.step(state.step)).losses) for _ in range(2)]
 

@@ -12,15 +12,15 @@ from test_layouts import TOLERANCE, assert_same_gradients
 
 from megatron_mm import config as configs
 from megatron_mm import optimizers
+from megatron_mm.checkpoint.pickles import read_index
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError
-from megatron_mm.hf.pickles import read_index
 from megatron_mm.planning.cost import GPUS
 from megatron_mm.planning.layouts import plan
 from megatron_mm.planning.rehearsal import RankReport, rehearse
-from megatron_mm.training import checkpoint
+from megatron_mm.training import checkpoints as checkpoint
 from megatron_mm.training.optimizer import clip_gradients, leave_out
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import run_micro_batches

@@ -17,7 +17,7 @@ from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError
-from megatron_mm.training import checkpoint
+from megatron_mm.training import checkpoints
 from megatron_mm.training.start import start
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import train_step
@@ -114,14 +114,14 @@ def save_first(config: Config) -> None:
     mesh = meshes.cut(config)
     state = build_state(config, mesh)
     train_step(state, Loader(config.data.train, config=config, mesh=mesh).step(0))
-    checkpoint.save(state)
+    checkpoints.save(state)
 
 
 def resumed(config: Config) -> str:
     """Return why a run cannot go on from its checkpoint."""
     state = build_state(config, meshes.cut(config))
     try:
-        checkpoint.resume(state)
+        checkpoints.resume(state)
     except ConfigError as error:
         return str(error)
     return ""

@@ -29,7 +29,7 @@ from megatron_mm.planning.rehearsal import (
     take_step,
 )
 from megatron_mm.planning.rehearsal import micro_batch as synthetic
-from megatron_mm.training import checkpoint
+from megatron_mm.training import checkpoints
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import update
 
@@ -149,9 +149,9 @@ def saved_bytes(config: Config) -> tuple[int, int]:
     mesh = meshes.cut(config)
     state = build_state(config, mesh)
     update(state)
-    index = FileSystemReader(checkpoint.save(state)).read_metadata()
+    index = FileSystemReader(checkpoints.save(state)).read_metadata()
     tensors = [entry for entry in index.state_dict_metadata.values() if isinstance(entry, TensorStorageMetadata)]
-    return checkpoint.planned_bytes(state), sum(one.size.numel() * one.properties.dtype.itemsize for one in tensors)
+    return checkpoints.planned_bytes(state), sum(one.size.numel() * one.properties.dtype.itemsize for one in tensors)
 
 
 @pytest.mark.parametrize("text", ["", "tp=2", "pp=2"])

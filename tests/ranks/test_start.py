@@ -20,13 +20,15 @@ from small import SMALL, layout, pretrained, save_tokenizer, write_shards
 from test_failures import run_of, train
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint.format import read_manifest
 from megatron_mm.config import Config
 from megatron_mm.data.consumption import LeftOut
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.shards import merge
+from megatron_mm.storage import hash_file
 from megatron_mm.tokenizer import train_tokenizer
-from megatron_mm.training import checkpoint, manifest, preflight
+from megatron_mm.training import checkpoints, preflight
 from megatron_mm.training.evaluate import evaluate_checkpoint
 from megatron_mm.training.metrics import read_metrics
 from megatron_mm.training.state import TrainState
@@ -158,7 +160,7 @@ def test_a_rank_that_computes_with_other_kernels_is_named(shards: Path, tmp_path
 
 
 def train_impatiently_from_own_folder(config: Config, folders: list[str]) -> None:
-    checkpoint.VISIBLE_SECONDS = 0.5
+    checkpoints.VISIBLE_SECONDS = 0.5
     train_from_own_folder(config, folders)
 
 
@@ -320,7 +322,7 @@ def test_shards_of_another_tokenizer_are_refused_before_and_between(stopped: Pat
 
 
 def test_weights_of_another_tokenizer_are_not_started_from(stopped: Path, tmp_path: Path) -> None:
-    weights = checkpoint.newest(own_run(stopped))
+    weights = checkpoints.newest(own_run(stopped))
     other = train_tokenizer(["other words than the first ones had " * 50], vocab_size=280)
     (tmp_path / "new").mkdir()
     other.save(str(tmp_path / "new" / "tokenizer.json"))
@@ -332,7 +334,7 @@ def test_weights_of_another_tokenizer_are_not_started_from(stopped: Path, tmp_pa
 
 
 def test_another_start_is_not_taken_for_the_run_own(stopped: Path) -> None:
-    weights = checkpoint.newest(own_run(stopped))
+    weights = checkpoints.newest(own_run(stopped))
     shutil.copytree(weights, stopped / "weights")
     message = refusal(1, train, own_run(stopped, f"training.start_from={stopped}/weights"))
     assert "training.start_from" in message
@@ -404,7 +406,7 @@ def test_a_learning_rate_may_change_and_does_not_come_back(stopped: Path) -> Non
     records = read_metrics(stopped / "run")
     (fresh,) = run_ranks(1, learning_rates, own_run(stopped, *lr, "schedule.decay_steps=9", "run_dir=unused"))
     assert [record["lr"] for record in records if record.get("grad_norm")][3:] == pytest.approx(fresh[3:])
-    (change,) = manifest.read_manifest(checkpoint.newest(own_run(stopped)))["changes"]
+    (change,) = read_manifest(checkpoints.newest(own_run(stopped)))["changes"]
     assert change["step"] == 3
     assert {"optimizer.lr", "optimizer.clip_grad", "schedule.decay_steps"} <= change["settings"].keys()
     assert any("optimizer.lr: 0.003 -> 0.001" in line for record in records for line in record.get("changed", []))
@@ -425,10 +427,10 @@ def learning_rates(config: Config) -> list[float]:
 def test_a_batch_size_may_change_and_nothing_is_seen_twice(stopped: Path) -> None:
     (seen,) = run_ranks(1, train, own_run(stopped, "training.global_batch_size=6"))
     assert seen["step"] == 5
-    facts = manifest.read_manifest(checkpoint.newest(own_run(stopped)))
+    facts = read_manifest(checkpoints.newest(own_run(stopped)))
     assert facts["batch_sizes"] == [[0, 2], [3, 6]]
     again = own_run(stopped, "training.global_batch_size=6")
-    consumption = checkpoint.consumption_of(again, checkpoint.newest(again))
+    consumption = checkpoints.consumption_of(again, checkpoints.newest(again))
     assert consumption.positions(3).tolist() == list(range(6, 12))
 
 
@@ -454,7 +456,7 @@ def test_a_run_goes_on_from_its_own_settings_when_the_file_it_came_from_is_gone(
     mine.unlink()
     ended = run_command(f"{tmp_path}/run/config.yaml", "training.stop_after=2", "evaluation.interval=0")
     assert ended.status == 0, ended.stderr
-    assert checkpoint.newest(configs.load_saved(tmp_path / "run" / "config.yaml")).name == "step_00000002"
+    assert checkpoints.newest(configs.load_saved(tmp_path / "run" / "config.yaml")).name == "step_00000002"
 
 
 def test_a_run_of_relative_paths_goes_on_from_its_own_settings_in_another_folder(tmp_path: Path) -> None:
@@ -577,8 +579,8 @@ def test_leftovers_of_an_earlier_run_do_not_act_on_a_new_one(stopped: Path) -> N
 
 def test_weights_of_steps_that_were_left_out_stay_as_they_were(stopped: Path) -> None:
     """Steps 4 and 5 were done, and left out by a roll-back to step 3: what they drew is counted with their weights."""
-    newest = checkpoint.newest(own_run(stopped))
-    left_out = {"run": manifest.read_manifest(newest)["run"], "left_out": [[6, 2, 3], [8, 2, 4]]}
+    newest = checkpoints.newest(own_run(stopped))
+    left_out = {"run": read_manifest(newest)["run"], "left_out": [[6, 2, 3], [8, 2, 4]]}
     (stopped / "run" / "left_out.json").write_text(json.dumps(left_out))
     longer = ("training.steps=9", "training.stop_after=6")
     early, late = (f"data.changes=[{{from_step: {step}, train: {{{stopped}/train: 2}}}}]" for step in (4, 5))
@@ -623,10 +625,10 @@ def test_a_damaged_list_of_what_was_left_out_is_named_before_anything_is_touched
 
 
 def test_a_checkpoint_that_counts_batches_is_refused_before_anything_is_touched(stopped: Path) -> None:
-    path = checkpoint.newest(own_run(stopped))
+    path = checkpoints.newest(own_run(stopped))
     facts = {**json.loads((path / "manifest.json").read_text()), "skipped_batches": 2}
     (path / "manifest.json").write_text(json.dumps(facts))
-    (path / "COMMITTED").write_text(manifest.hash_file(path / "manifest.json"))
+    (path / "COMMITTED").write_text(hash_file(path / "manifest.json"))
     before = everything(stopped / "run")
     assert "counts what it left out in batches" in refusal(1, train, own_run(stopped), error=DataError)
     assert everything(stopped / "run") == before
@@ -638,7 +640,7 @@ def test_a_checkpoint_that_was_copied_in_part_does_not_keep_its_step_from_being_
     (folder / "step_00000004" / "COMMITTED").unlink()
     (seen,) = run_ranks(1, train, own_run(stopped, "training.stop_after=4"))
     assert "step_00000004 is damaged" in seen["said"]
-    assert checkpoint.newest(own_run(stopped)).name == "step_00000004"
+    assert checkpoints.newest(own_run(stopped)).name == "step_00000004"
     assert (folder / "step_00000004.damaged").exists()
 
 
@@ -671,7 +673,7 @@ def test_a_last_step_that_is_not_finite_is_done_again_with_other_samples(shards:
     config = run_of(shards, tmp_path, "checkpoint.interval=4")
     (seen,) = run_ranks(1, train, config, spoil_last)
     assert seen["left_out"] == (LeftOut(8, 2, 4),)
-    assert checkpoint.newest(config).name == "step_00000005"
+    assert checkpoints.newest(config).name == "step_00000005"
     assert (tmp_path / "DONE").read_text() == "5\n"
 
 
@@ -680,7 +682,7 @@ def test_a_run_whose_last_step_stays_bad_is_not_done(shards: Path, tmp_path: Pat
     with pytest.raises(AssertionError, match="steps 5 to 5, the last of the run, had no finite gradient, after 3 roll"):
         run_ranks(1, train, config, spoil_every_last)
     assert not (tmp_path / "DONE").exists()
-    assert checkpoint.newest(config).name == "step_00000004"
+    assert checkpoints.newest(config).name == "step_00000004"
 
 
 def test_a_run_that_saves_nothing_is_not_marked_as_done(shards: Path, tmp_path: Path) -> None:
@@ -701,7 +703,7 @@ def test_a_run_that_is_asked_to_stop_at_a_bad_step_goes_on_to_a_good_one(shards:
     config = run_of(shards, tmp_path, "checkpoint.interval=100")
     (seen,) = run_ranks(1, train, config, spoil_and_stop)
     assert seen["step"] == 4
-    assert checkpoint.newest(config).name == "step_00000004"
+    assert checkpoints.newest(config).name == "step_00000004"
     nothing = run_of(shards, tmp_path / "nothing", "checkpoint.interval=0")
     assert run_ranks(1, train, nothing, spoil_and_stop)[0]["step"] == 3
 
@@ -740,7 +742,7 @@ def evaluated(config: Config, path: Path) -> dict[str, float]:
 def test_a_checkpoint_is_evaluated_alone_as_its_run_was(stopped: Path) -> None:
     (then,) = [one for one in read_metrics(stopped / "run") if one["step"] == 3 and "heldout/loss" in one]
     config = own_run(stopped)
-    path, before = checkpoint.newest(config), everything(stopped / "run")
+    path, before = checkpoints.newest(config), everything(stopped / "run")
     for ranks, text in ((1, ""), (2, "tp=2")):
         for found in run_ranks(ranks, evaluated, own_run(stopped, *layout(text)), path):
             assert found["loss"] == pytest.approx(then["heldout/loss"], rel=1e-5)
@@ -754,7 +756,7 @@ def test_a_checkpoint_is_evaluated_alone_as_its_run_was(stopped: Path) -> None:
 
 
 def test_what_cannot_be_evaluated_is_named(stopped: Path) -> None:
-    path = checkpoint.newest(own_run(stopped))
+    path = checkpoints.newest(own_run(stopped))
     assert "data.validation is empty" in refusal(1, evaluated, own_run(stopped, "data.validation=[]"), path)
     assert "is no checkpoint" in refusal(1, evaluated, own_run(stopped), stopped)
     assert "model.num_layers" in refusal(

@@ -10,14 +10,15 @@ from launch import run_ranks
 from small import layout, small_config
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint.load import check_model
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.export import Options, export
 from megatron_mm.hf.load import import_folder
-from megatron_mm.training import checkpoint
-from megatron_mm.training.start import check_model, check_start_from
+from megatron_mm.training import checkpoints
+from megatron_mm.training.start import check_start_from
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import train_step
 
@@ -26,7 +27,7 @@ def save_one(config: Config) -> None:
     mesh = meshes.cut(config)
     state = build_state(config, mesh)
     train_step(state, Loader(config.data.train, config=config, mesh=mesh).step(0))
-    checkpoint.save(state)
+    checkpoints.save(state)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shards, tmp_path_factory.mktemp("saved"), *layout("tp=2 pp=2"), "training.global_batch_size=2"
     )
     run_ranks(4, save_one, config)
-    return checkpoint.newest(config)
+    return checkpoints.newest(config)
 
 
 @pytest.mark.parametrize(

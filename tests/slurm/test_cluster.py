@@ -16,7 +16,8 @@ from cluster import Cluster, missing
 from small import small_config, write_shards
 
 from megatron_mm import config as configs
-from megatron_mm.training.manifest import find_damage, whole_ones
+from megatron_mm.checkpoint.format import whole_ones
+from megatron_mm.checkpoint.verify import find_damage
 from megatron_mm.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_mm import config as configs
 from megatron_mm.batch import attention_spans
+from megatron_mm.checkpoint.load import load_weights
 from megatron_mm.config import Config
 from megatron_mm.engine import device, mesh
 from megatron_mm.errors import ConfigError
@@ -27,7 +28,6 @@ from megatron_mm.model.core_attention import (
     torch_sdpa,
 )
 from megatron_mm.model.multimodal import build_chunks
-from megatron_mm.training.start import load_weights
 
 
 def small(*overrides: str) -> Config:

@@ -21,11 +21,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint import index
+from megatron_mm.checkpoint.index import CheckpointReader
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.hf import files, load, stream, tensors
+from megatron_mm.hf import files, load, stream
 from megatron_mm.hf.export import Options, export, verify
 from megatron_mm.hf.load import import_folder
-from megatron_mm.hf.tensors import CheckpointReader, SafetensorsReader
+from megatron_mm.hf.tensors import SafetensorsReader
 
 SIZES = {
     "hidden_size": 32,
@@ -119,7 +121,7 @@ def test_small_blocks_and_shards_give_the_same_tensors(
     imported: Path, preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = load_file(imported / "llama" / "model.safetensors")
-    monkeypatch.setattr(tensors, "BLOCK_BYTES", 500)  # no whole number of rows
+    monkeypatch.setattr(index, "BLOCK_BYTES", 500)  # no whole number of rows
     found = text_of(imported / "checkpoint", tmp_path / "out", preset, shard_bytes=20_000)
     assert len(list((tmp_path / "out" / "text").glob("*.safetensors"))) > 5
     assert all(torch.equal(bits(found[name]), bits(value)) for name, value in expected.items())

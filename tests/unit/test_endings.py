@@ -41,7 +41,8 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
 
 
 def test_ctrl_c_ends_all_ranks_at_once_and_leaves_whole_checkpoints(shards: Path, tmp_path: Path) -> None:
-    from megatron_mm.training import manifest
+    from megatron_mm.checkpoint.format import whole_ones
+    from megatron_mm.checkpoint.verify import find_damage
 
     settings = tmp_path / "settings.yaml"
     config = small_config(
@@ -56,7 +57,7 @@ def test_ctrl_c_ends_all_ranks_at_once_and_leaves_whole_checkpoints(shards: Path
         start("-m", "megatron_mm.train", str(settings), stderr=log, RANK=str(rank), LOCAL_RANK=str(rank), **place)
         for rank, log in enumerate(logs)
     ]
-    wait_until(lambda: bool(manifest.whole_ones(tmp_path / "run/checkpoints")), ranks[0])
+    wait_until(lambda: bool(whole_ones(tmp_path / "run/checkpoints")), ranks[0])
     for _ in range(2):  # torchrun sends it again to ranks that the terminal has sent it to
         for process in ranks:
             os.killpg(process.pid, signal.SIGINT)
@@ -69,8 +70,8 @@ def test_ctrl_c_ends_all_ranks_at_once_and_leaves_whole_checkpoints(shards: Path
         assert lines[-1].startswith("stopped by Ctrl-C: " if rank == 0 else "[rank 1] stopped by Ctrl-C: ")
         assert lines[-1].endswith("is saved, and the same command goes on from it.")
     wait_for_nobody(ranks)
-    saved = manifest.whole_ones(tmp_path / "run/checkpoints")
-    assert saved and not [line for path in saved for line in manifest.find_damage(path)]
+    saved = whole_ones(tmp_path / "run/checkpoints")
+    assert saved and not [line for path in saved for line in find_damage(path)]
 
 
 def wait_for_nobody(processes: list[subprocess.Popen]) -> None:

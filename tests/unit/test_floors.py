@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import megatron_mm
@@ -16,8 +17,9 @@ FLOORS = {
     **dict.fromkeys(("config", "kernels", "tokenizer", "shards", "batch"), 2),
     **dict.fromkeys(("engine", "ingest"), 2),
     **dict.fromkeys(("data", "model"), 3),
-    **dict.fromkeys(("training", "hf"), 4),
-    **dict.fromkeys(("planning", "train"), 5),
+    "checkpoint": 4,
+    **dict.fromkeys(("training", "hf"), 5),
+    **dict.fromkeys(("planning", "train"), 6),
 }
 APART = {"ingest", "data", "model"}
 """These meet at shards.py and batch.py, and never import one another."""
@@ -95,6 +97,18 @@ def test_a_spec_imports_no_torch() -> None:
 def test_modalities_are_named_in_their_folders_alone() -> None:
     named = {str(path.relative_to(ROOT)) for path, module in imports() if IN_A_MODALITY.match(module)}
     assert {name for name in named if not name.startswith("modalities/")} == set(KNOWS_A_MODALITY)
+
+
+def test_packages_do_not_import_one_another() -> None:
+    below = {name: set() for name in FLOORS}
+    for path, module in imports():
+        own, other = path.relative_to(ROOT).parts[0].removesuffix(".py"), room(module)
+        if own in FLOORS and other not in (None, own):
+            below[own].add(other)
+    try:
+        TopologicalSorter(below).prepare()
+    except CycleError as error:
+        raise AssertionError(f"these import one another: {' -> '.join(error.args[1])}") from error
 
 
 def test_the_mesh_alone_reads_parallel_state() -> None:

@@ -5,7 +5,7 @@ from math import prod
 import pytest
 import torch
 
-from megatron_mm.training.optimizer_shards import rectangles
+from megatron_mm.checkpoint.optimizer_shards import rectangles
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (3, 1, 2, 2)])

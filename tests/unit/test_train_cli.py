@@ -8,7 +8,7 @@ from launch import run_command
 
 from megatron_mm import config as configs
 from megatron_mm import train
-from megatron_mm.training.saver import SaveFailed
+from megatron_mm.checkpoint.save import SaveFailed
 
 
 def test_help_explains_every_field() -> None:

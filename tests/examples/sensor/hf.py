@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron_mm.modalities.exports import Exports
 from megatron_mm.modalities.sensor.spec import SENSOR, SensorConfig
 from torch import Tensor, nn
+
+from megatron_mm.modalities.exports import Exports
 
 
 class SensorExports(Exports):

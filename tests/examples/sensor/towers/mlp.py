@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from megatron_mm.modalities.family import Family
 from megatron_mm.modalities.sensor.spec import CHANNELS, SensorConfig
 from torch import Tensor, nn
+
+from megatron_mm.modalities.family import Family
 
 
 class Mlp(Family):

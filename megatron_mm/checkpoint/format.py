@@ -1,4 +1,4 @@
-"""The files of a checkpoint on disk: written aside, listed with their hashes, committed last, verified before use.
+"""The files of a checkpoint on disk: written aside, listed with their hashes, committed last.
 
 A checkpoint is a folder step_N. It is written as step_N.TOKEN.partial, where TOKEN is the life of the run that writes;
 manifest.json lists every file with its size and SHA-256; COMMITTED, written last, holds the hash of the manifest; then
@@ -13,18 +13,19 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_mm.errors import DataError, RunStopped
+from megatron_mm.storage import hash_file, publish_folder, replacing
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
 OWNER = "OWNER"
-BLOCK_BYTES = 1 << 22
+TOKENIZER = "tokenizer.json"
+"""That of the run's shards, beside the tensors: without it nobody can tell whether ids mean the same."""
 
 
 class TakenOver(RunStopped):
@@ -43,38 +44,32 @@ def unfinished_ones(folder: Path) -> list[Path]:
     return sorted((path for path in found if not (path / COMMITTED).exists()), key=step_of)
 
 
+def name_of(step: int) -> str:
+    """Return the name of the checkpoint of a step."""
+    return f"step_{step:08d}"
+
+
 def step_of(path: Path) -> int:
     """Return the step in a checkpoint's name."""
     return int(path.name.removeprefix("step_"))
 
 
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def commit(partial: Path, final: Path, *, hashes: dict[str, str], facts: dict[str, Any], fence: "Fence") -> None:
-    """Make the files in `partial` the checkpoint `final`; `hashes` are those of files that their writers hashed.
+    """Make the files in `partial` the checkpoint `final`.
 
-    Raises TakenOver if another job owns the run by now, OSError if the disk refuses.
+    `hashes` are those of the files that their writers have hashed and brought to the disk. Raises TakenOver if another
+    job owns the run by now, OSError if the disk refuses.
     """
     files = sorted(path for path in partial.iterdir())
     sizes = {path.name: path.stat().st_size for path in files}
     missing = hashes.keys() - sizes.keys()
     if missing:
         raise FileNotFoundError(f"{partial} has lost {', '.join(sorted(missing))}")
-    hashes = {path.name: hashes.get(path.name) or hash_file(path) for path in files}
-    text = json.dumps({**facts, "bytes": sizes, "sha256": hashes}, indent=1)
-    _write_through(partial / MANIFEST, text)
-    _write_through(partial / COMMITTED, hashlib.sha256(text.encode()).hexdigest() + "\n")
-    _sync_folder(partial)
-    fence.check()
-    os.rename(partial, final)  # fails if there is one: a checkpoint is never overwritten
-    _sync_folder(final.parent)
+    listed = {path.name: hashes.get(path.name) or hash_file(path) for path in files}
+    text = json.dumps({**facts, "bytes": sizes, "sha256": listed}, indent=1)
+    (partial / MANIFEST).write_text(text)
+    (partial / COMMITTED).write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
+    publish_folder(partial, final, synced=hashes.keys(), check=fence.check)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -90,31 +85,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if manifest["step"] != step_of(path):
         raise DataError(f"{path / MANIFEST} is of step {manifest['step']}")
     return manifest
-
-
-def find_damage(path: Path, *, share: int = 0, of: int = 1, names: Sequence[str] | None = None) -> list[str]:
-    """Return what is wrong with a checkpoint, a line for each file; of the files' hashes, check the share-th part.
-
-    Each of `of` readers hashes its own files; sizes are checked by the first alone. With `names`, only those files are
-    looked at.
-    """
-    try:
-        manifest = read_manifest(path)
-    except DataError as error:
-        return [str(error)] if share == 0 else []
-    problems = []
-    looked_at = {name: size for name, size in manifest["bytes"].items() if names is None or name in names}
-    for number, (name, size) in enumerate(sorted(looked_at.items())):
-        file = path / name
-        try:
-            found = file.stat().st_size
-            if found != size:
-                problems += [f"{file} has {found} bytes, its manifest says {size}"] if share == 0 else []
-            elif number % of == share and hash_file(file) != manifest["sha256"][name]:
-                problems.append(f"{file} has other bytes than were written: its SHA-256 is not the manifest's")
-        except OSError as error:
-            problems += [f"{file} cannot be read: {error.strerror}"] if share == 0 or number % of == share else []
-    return problems
 
 
 def set_aside(path: Path, kind: str) -> Path:
@@ -149,9 +119,8 @@ class Fence:
         life = os.environ.get("SLURM_RESTART_COUNT", "0")
         token = f"{job}.{life}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
-        written = folder / f"{OWNER}.{token}"
-        _write_through(written, token)
-        os.replace(written, folder / OWNER)
+        with replacing(folder / OWNER, aside=f".{token}") as file:  # another job may write it at the same time
+            file.write(token.encode())
         for path in folder.glob("*.partial"):
             shutil.rmtree(path, ignore_errors=True)
         return cls(folder, token)
@@ -171,18 +140,3 @@ class Fence:
                 f"{self._path} names {owner}, this job is {self.token}: another job goes on with this run, so this one "
                 "stops and commits nothing."
             )
-
-
-def _write_through(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

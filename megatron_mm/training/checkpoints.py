@@ -1,7 +1,7 @@
-"""Saving a run and going on from it, in the same layout or another.
+"""The checkpoints of a run: what of it they hold, and going on from them, in the same layout or another.
 
 A checkpoint is a folder run_dir/checkpoints/step_N of megatron-core's global tensors and the resolved configuration;
-manifest.py says what makes it one, saver.py how it is written.
+the package `checkpoint` says what makes it one, and how it is written and read.
 """
 
 import functools
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
@@ -25,20 +24,28 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint.format import (
+    TOKENIZER,
+    Fence,
+    name_of,
+    read_manifest,
+    set_aside,
+    step_of,
+    unfinished_ones,
+    whole_ones,
+)
+from megatron_mm.checkpoint.load import find_damage_together, load_sharded
+from megatron_mm.checkpoint.optimizer_shards import LOADED_AS, describe_shards
+from megatron_mm.checkpoint.save import Saved, SaveFailed, Saver
 from megatron_mm.config import Config
 from megatron_mm.data.consumption import Consumption, LeftOut
 from megatron_mm.engine.agreement import together
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.hf.pickles import only_plain_pickles
 from megatron_mm.shards import stored_tokenizer
-from megatron_mm.training import manifest
-from megatron_mm.training.inputs import TOKENIZER
-from megatron_mm.training.manifest import Fence
+from megatron_mm.storage import replacing
 from megatron_mm.training.metrics import run_of_metrics
 from megatron_mm.training.optimizer import build_scheduler, load_optimizer
-from megatron_mm.training.optimizer_shards import LOADED_AS, describe_shards
-from megatron_mm.training.saver import Saved, SaveFailed, Saver
 from megatron_mm.training.state import TrainState, settle_parameters
 from megatron_mm.training.watch import forget_heartbeats
 
@@ -55,7 +62,7 @@ def folder(config: Config) -> Path:
 
 def newest(config: Config) -> Path | None:
     """Return the newest committed checkpoint of a run, None if it has none."""
-    return next(reversed(manifest.whole_ones(folder(config))), None)
+    return next(reversed(whole_ones(folder(config))), None)
 
 
 def make_saver(state: TrainState, fence: Fence | None = None) -> Saver:
@@ -139,7 +146,7 @@ def save(state: TrainState) -> Path:
     saver = make_saver(state)
     begin_save(state, saver)
     saver.finish()
-    path = folder(state.config) / f"step_{state.step:08d}"
+    path = folder(state.config) / name_of(state.step)
     if saver.failed:
         raise SaveFailed(f"{path} was not saved")
     return path
@@ -152,15 +159,15 @@ def resume(state: TrainState) -> Path | None:
     Raises DataError if there are only damaged ones: to start anew instead would lose the run in silence.
     """
     own = folder(state.config)
-    paths = sorted([*manifest.whole_ones(own), *manifest.unfinished_ones(own)], key=manifest.step_of)
+    paths = sorted([*whole_ones(own), *unfinished_ones(own)], key=step_of)
     dist.barrier()  # all have looked before any may write
     for path in reversed(paths):
-        problems = find_damage(state.mesh, path)
+        problems = find_damage_together(state.mesh, path)
         if not problems:
             load(state, path, verify=False)
             return path
         if state.mesh.is_rank_0:
-            aside = manifest.set_aside(path, "damaged")
+            aside = set_aside(path, "damaged")
             log.error("%s is damaged and is now %s; going on from the one before:", path.name, aside.name)
             for problem in problems:
                 log.error("  %s", problem)
@@ -173,13 +180,6 @@ def resume(state: TrainState) -> Path | None:
     return None
 
 
-def find_damage(mesh: Mesh, path: Path) -> list[str]:
-    """Return what is wrong with a checkpoint; each rank hashes its share of the files. Collective over all ranks."""
-    everywhere: list[list[str]] = [[]] * mesh.world_size
-    dist.all_gather_object(everywhere, manifest.find_damage(path, share=mesh.rank, of=mesh.world_size))
-    return list(dict.fromkeys(line for lines in everywhere for line in lines))
-
-
 def load(state: TrainState, path: Path, *, verify: bool = True) -> None:
     """Bring `state`, in whatever layout, to what was saved at `path`. Collective over all ranks.
 
@@ -187,16 +187,15 @@ def load(state: TrainState, path: Path, *, verify: bool = True) -> None:
     DataError if a file is missing, cut short or has other bytes than were written, ConfigError if a setting that must
     not change has changed.
     """
-    problems = find_damage(state.mesh, path) if verify else []
+    problems = find_damage_together(state.mesh, path) if verify else []
     if problems:
         raise DataError("the checkpoint is damaged:\n  " + "\n  ".join(problems))
-    facts = manifest.read_manifest(path)
+    facts = read_manifest(path)
     saved = configs.load_saved(path / "config.yaml")
     changed = configs.check_resume(saved, state.config, step=int(facts["step"]), source=str(path))
     metadata = _metadata(state)
     described = _sharded_state(state, metadata)
-    with only_plain_pickles(path):
-        loaded = dist_checkpointing.load(described, str(path), strict=StrictHandling.RAISE_ALL)
+    loaded = load_sharded(described, path, strict=StrictHandling.RAISE_ALL)
     for chunk, key in zip(state.chunks, _chunk_keys(state)):
         chunk.load_state_dict(loaded[key])
     load_optimizer(state.optimizer, loaded["optimizer"], described=described["optimizer"])
@@ -236,7 +235,7 @@ def consumption_of(config: Config, path: Path | None) -> Consumption:
     """
     if path is None:
         return Consumption(((0, config.training.global_batch_size),))
-    facts = manifest.read_manifest(path)
+    facts = read_manifest(path)
     if facts.get("skipped_batches"):
         raise DataError(
             f"{path} counts what it left out in batches, as an older version did. Go on with that version, or start "
@@ -257,10 +256,9 @@ def leave_out(state: TrainState, left_out: Sequence[LeftOut]) -> None:
     dist.barrier()  # all have read the file: a rank that loads late would take these for left out twice
     if state.mesh.is_rank_0:
         path = _left_out_file(state.config)
-        partial = path.with_name(path.name + ".partial")
         parts = [astuple(part) for part in state.consumption.left_out]
-        partial.write_text(json.dumps({"run": state.run, "left_out": parts}))
-        os.replace(partial, path)
+        with replacing(path) as file:
+            file.write(json.dumps({"run": state.run, "left_out": parts}).encode())
     dist.barrier()
 
 

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, filesystem
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.planner import ReadItem
 
+from megatron_mm.checkpoint.index import IndexUnpickler, read_index
 from megatron_mm.errors import DataError
-from megatron_mm.hf.tensors import IndexUnpickler, read_index
 
 
 @contextmanager

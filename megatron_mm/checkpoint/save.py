@@ -29,11 +29,11 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from megatron_mm.checkpoint.format import Fence, TakenOver, commit, name_of, remove_old
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import RunStopped
-from megatron_mm.training import manifest
-from megatron_mm.training.manifest import Fence
+from megatron_mm.storage import PARTIAL, hash_file
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +101,9 @@ class Saver:
         """
         before = self.finish()
         started = time.perf_counter()
-        final = self.folder / f"step_{step:08d}"
+        final = self.folder / name_of(step)
         token = self._fence.token if self._fence is not None else "alone"
-        partial = final.with_name(f"{final.name}.{token}.partial")
+        partial = final.with_name(f"{final.name}.{token}{PARTIAL}")
         try:
             self._agree(lambda: _make_folder(partial, final))
         except SaveFailed as error:
@@ -174,10 +174,10 @@ class Saver:
             (pending.partial / name).write_text(text)
         hashes = {name: digest for own in everywhere for name, digest in own["hashes"].items()}
         fence = self._fence or _Open()
-        manifest.commit(
+        commit(
             pending.partial, pending.final, hashes=hashes, facts={"step": pending.step, **pending.facts}, fence=fence
         )
-        manifest.remove_old(self.folder, keep=self._keep, keep_every=self._keep_every)
+        remove_old(self.folder, keep=self._keep, keep_every=self._keep_every)
 
     def _agree(self, action: Callable[[], None]) -> None:
         """Let rank 0 do something with the disk; raise on every rank what it raised, TakenOver or SaveFailed."""
@@ -185,7 +185,7 @@ class Saver:
         if self.mesh.is_rank_0:
             try:
                 action()
-            except manifest.TakenOver as error:
+            except TakenOver as error:
                 message = [error]
             except OSError as error:
                 message = [SaveFailed(f"{type(error).__name__}: {error}")]
@@ -234,7 +234,7 @@ def _write(buckets: list[tuple], transforms: Any, outcome: Any) -> None:
             if isinstance(results, Exception):
                 raise results
             done["results"] += results
-            done["hashes"][bucket[1]] = manifest.hash_file(Path(bucket[0]))
+            done["hashes"][bucket[1]] = hash_file(Path(bucket[0]))
     except Exception as error:
         done["error"] = _reason(error, [Path(bucket[0]) for bucket in buckets])
     pickle.dump(done, outcome)

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: their form, and how they are saved, loaded, verified and read tensor by tensor."""
