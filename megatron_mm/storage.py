@@ -1,16 +1,21 @@
-"""Files and folders that stand under their name only when they are whole and on the disk, and the hash of a file."""
+"""Files and folders that have their name only when they are whole and on the disk; hashes of files; room on a disk."""
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_mm.errors import DataError
+
 PARTIAL = ".partial"
 """Follows the name of what is not whole yet."""
 READ_BYTES = 8 << 20
 """Bytes that are read and hashed at a time."""
+SYNC_BYTES = 256 << 20
+"""Bytes after which what was written is pushed to the disk and read back: unwritten pages stall the machine."""
 
 
 @contextmanager
@@ -86,3 +91,10 @@ def hash_file(path: Path, *, keep_cached: bool = True) -> str:
         if not keep_cached:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return digest.hexdigest()
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Pass if `num_bytes` fit on the disk of `folder`. Raises DataError otherwise."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise DataError(f"{num_bytes / 1e9:.3f} GB are to be written to {folder}, but {free / 1e9:.3f} GB are free.")

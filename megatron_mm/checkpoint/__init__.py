@@ -1,1 +1,1 @@
-"""Checkpoints on disk: their form, and how they are saved, loaded, verified and read tensor by tensor."""
+"""Checkpoints on disk: what makes one, and how they are saved, loaded, verified, and read or written by tensors."""

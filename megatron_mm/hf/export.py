@@ -24,13 +24,12 @@ from megatron_mm.hf.stream import (
     explained,
     info_of,
     pack,
-    require_space,
     write_shard,
 )
 from megatron_mm.hf.weight_map import Target
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
 from megatron_mm.settings import divisors
-from megatron_mm.storage import PARTIAL, hash_file, publish_folder, replacing
+from megatron_mm.storage import PARTIAL, hash_file, publish_folder, replacing, require_space
 from megatron_mm.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)

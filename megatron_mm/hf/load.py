@@ -1,45 +1,29 @@
 """A Hugging Face folder as the start of a run: a checkpoint of weights that training loads in any layout."""
 
 import json
-import os
-import pickle
-import shutil
-from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from tqdm import tqdm
 
 from megatron_mm import config as configs
-from megatron_mm.checkpoint.index import PRECISIONS, TensorInfo, TensorSource, check_archive
+from megatron_mm.checkpoint.format import TOKENIZER
+from megatron_mm.checkpoint.index import PRECISIONS, TensorInfo
+from megatron_mm.checkpoint.write import write_weights
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf import files, weight_map
-from megatron_mm.hf.stream import SYNC_BYTES, blocks, check_complete, explained, info_of, require_space
+from megatron_mm.hf.stream import blocks, check_complete, explained, info_of
 from megatron_mm.hf.tensors import SafetensorsReader
 from megatron_mm.hf.weight_map import Target, whole
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
-from megatron_mm.storage import PARTIAL, publish_folder
 
 TEXT_MODELS = ("llama", "mistral", "qwen3")
 """Model types whose layers are ours: RMSNorm, SwiGLU, rotary halves, no biases."""
 PARTS = {exports.stock.model_type: (name,) for name, exports in files.EXPORTS.items() if exports.stock}
 PARTS["megatron_mm"] = tuple(files.EXPORTS)
 """Model types that hold encoders and projectors as well, as our exports do."""
-FILE_BYTES = 4 << 30
-"""Of one file of the checkpoint."""
 DEFAULTS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
 """What our decoder has, and what a configuration that does not say otherwise means."""
 
@@ -64,25 +48,19 @@ def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[s
     reader = SafetensorsReader(folder)
     source = _Grown(reader, vocab_size=config.model.vocab_size)
     targets = _targets(reader, config, kind=description["model_type"])
-    partial = out.with_name(out.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)  # nothing of it is looked at again
-    partial.mkdir(parents=True)
     dtype = PRECISIONS[config.training.precision]
     resolved = [(target, info_of(target, source, dtype=dtype)) for target in targets]
     check_complete(source, targets, where=str(folder), without=_ignored(reader, config, description["model_type"]))
     _check_shapes(resolved, config, where=folder, parts=PARTS.get(description["model_type"], ()))
-    require_space(partial, sum(info.shape[0] * info.row_bytes for _, info in resolved))
+    num_bytes = sum(info.shape[0] * info.row_bytes for _, info in resolved)
+    weights = [(target.name, info, blocks(target, source, dtype=info.dtype)) for target, info in resolved]
+    beside = {"config.yaml": configs.to_yaml(config).encode()}
+    if (folder / TOKENIZER).exists():
+        beside[TOKENIZER] = (folder / TOKENIZER).read_bytes()
     try:
-        _write(partial, resolved, source, num_layers=config.model.num_layers)
+        write_weights(out, weights, num_layers=config.model.num_layers, files=beside)
     except OSError as error:
-        raise explained(error, partial, sum(info.shape[0] * info.row_bytes for _, info in resolved)) from error
-    (partial / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-    (partial / "config.yaml").write_text(configs.to_yaml(config))
-    if (folder / "tokenizer.json").exists():
-        shutil.copyfile(folder / "tokenizer.json", partial / "tokenizer.json")
-    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    (partial / "manifest.json").write_text(json.dumps({"step": 0, "bytes": sizes}, indent=1))
-    publish_folder(partial, out)
+        raise explained(error, out.parent, num_bytes) from error
     return config
 
 
@@ -218,114 +196,3 @@ class _Grown:
             parts = blocks(target, self._reader, dtype=block.dtype)
             self._means[name] = (sum(part.double().sum(0) for part in parts) / there).to(block.dtype)
         return torch.cat([block, self._means[name].expand(stop - max(start, there), -1)])
-
-
-def _write(
-    folder: Path, tensors: Sequence[tuple[Target, TensorInfo]], source: TensorSource, *, num_layers: int
-) -> None:
-    """Write tensors as megatron-core lays them out: global ones, equal layers stacked, in blocks of rows."""
-    chunks: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
-    sizes: dict[str, torch.Size] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    total = sum(info.shape[0] * info.row_bytes for _, info in tensors)
-    # One block is read while another one is written and those before are read back.
-    with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="import") as progress,
-        ThreadPoolExecutor(1) as writer,
-        _Files(folder) as file,
-    ):
-        written: dict[MetadataIndex, Future[_StorageInfo]] = {}
-        place = None
-        for target, info in tensors:
-            key, layer = _stacked(target.name)
-            row = 0
-            sizes[key] = torch.Size((*((num_layers,) if layer is not None else ()), *info.shape))
-            dtypes[key] = info.dtype
-            for block in blocks(target, source, dtype=info.dtype):
-                offsets = torch.Size((*((layer,) if layer is not None else ()), row, *(0,) * (block.dim() - 1)))
-                row += block.shape[0]
-                value = block if layer is None else block.unsqueeze(0)
-                chunks[key].append(ChunkStorageMetadata(offsets, value.shape))
-                if place is not None:
-                    written[place].result()
-                place = MetadataIndex(key, offsets)
-                written[place] = writer.submit(file.append, value)
-                progress.update(block.nbytes)
-        stored = {place: pending.result() for place, pending in written.items()}
-        # megatron-core looks for what is not a tensor here: a run's scheduler, none in bare weights.
-        stored[MetadataIndex("common_state/shard_0_1")] = file.append([{}])
-    described: dict[str, Any] = {
-        key: TensorStorageMetadata(TensorProperties(dtypes[key]), size, chunks[key]) for key, size in sizes.items()
-    }
-    described["common_state/shard_0_1"] = BytesStorageMetadata()
-    with (folder / ".metadata").open("wb") as index:
-        pickle.dump(Metadata(described, storage_data=stored), index)
-
-
-class _Files:
-    """Appends archives to files of at most FILE_BYTES, and compares each with its checksum on the way to the disk."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._number = folder, 0
-        self._checker, self._pending = ThreadPoolExecutor(1), None
-        self._begin()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._end()
-        finally:
-            self._checker.shutdown()
-
-    def append(self, value: Any) -> _StorageInfo:
-        """Write a tensor, or a plain object, as torch.save does; return where it is."""
-        if self._file.tell() > FILE_BYTES:
-            self._end()
-            self._number += 1
-            self._begin()
-        start = self._file.tell()
-        torch.save(value, self._file)
-        end = self._file.tell()
-        self._unchecked.append((start, end - start))
-        if end - self._unchecked[0][0] > SYNC_BYTES:
-            self._check()
-        return _StorageInfo(self._path.name, start, end - start)
-
-    def _begin(self) -> None:
-        self._path = self._folder / f"__0_{self._number}.distcp"
-        self._file = self._path.open("wb")
-        self._unchecked: list[tuple[int, int]] = []
-
-    def _end(self) -> None:
-        self._check()
-        self._pending.result()
-        self._file.close()
-
-    def _check(self) -> None:
-        self._file.flush()
-        if self._pending is not None:
-            self._pending.result()
-        self._pending = self._checker.submit(_sync_and_check, self._path, self._unchecked)
-        self._unchecked = []
-
-
-def _sync_and_check(path: Path, places: list[tuple[int, int]]) -> None:
-    """Bring a file to the disk and compare the archives at (offset, length) with their checksums."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fdatasync(descriptor)
-        for offset, length in places:
-            check_archive(descriptor, offset, length, where=path)
-    finally:
-        os.close(descriptor)
-
-
-def _stacked(name: str) -> tuple[str, int | None]:
-    """Return the name under which a tensor is stacked with those of the other layers, and its layer."""
-    if not name.startswith("decoder.layers."):
-        return name, None
-    layer, _, rest = name.removeprefix("decoder.layers.").partition(".")
-    return f"decoder.layers.{rest}", int(layer)

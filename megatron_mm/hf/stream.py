@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import struct
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +19,7 @@ from megatron_mm.checkpoint.index import TensorInfo, TensorSource, row_blocks
 from megatron_mm.errors import DataError
 from megatron_mm.hf.tensors import SAFETENSORS_NAMES
 from megatron_mm.hf.weight_map import Target
-from megatron_mm.storage import READ_BYTES, hash_file, replacing
-
-SYNC_BYTES = 256 << 20
-"""Bytes after which what was written is pushed to the disk and read back: unwritten pages stall the machine."""
+from megatron_mm.storage import READ_BYTES, SYNC_BYTES, hash_file, replacing
 
 
 def info_of(target: Target, source: TensorSource, *, dtype: torch.dtype | None = None) -> TensorInfo:
@@ -228,13 +224,6 @@ def check_sha256(path: Path, expected: str) -> None:
         raise DataError(f"{path} is missing: the export is damaged. Write it again.")
     if hash_file(path, keep_cached=False) != expected:
         raise DataError(f"{path} is not what was written (its sha256 differs): remove it, and write it again.")
-
-
-def require_space(folder: Path, num_bytes: int) -> None:
-    """Pass if `num_bytes` fit on the disk of `folder`. Raises DataError otherwise."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise DataError(f"{num_bytes / 1e9:.3f} GB are to be written to {folder}, but {free / 1e9:.3f} GB are free.")
 
 
 def explained(error: OSError, folder: Path, num_bytes: int) -> Exception:

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mm import config as configs
-from megatron_mm.checkpoint import index
+from megatron_mm.checkpoint import index, write
 from megatron_mm.checkpoint.index import CheckpointReader
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.hf import files, load, stream
+from megatron_mm.hf import files, stream
 from megatron_mm.hf.export import Options, export, verify
 from megatron_mm.hf.load import import_folder
 from megatron_mm.hf.tensors import SafetensorsReader
@@ -169,10 +169,10 @@ def test_layers_kept_apart_and_halves_read_as_one(imported: Path, tmp_path: Path
             file = f"{name}.distcp"
             torch.save(value, folder / file)
             offsets = torch.Size((0, 0))
-            chunk = load.ChunkStorageMetadata(offsets, value.shape)
-            metadata.state_dict_metadata[name] = load.TensorStorageMetadata(stacked.properties, value.shape, [chunk])
+            chunk = write.ChunkStorageMetadata(offsets, value.shape)
+            metadata.state_dict_metadata[name] = write.TensorStorageMetadata(stacked.properties, value.shape, [chunk])
             size = (folder / file).stat().st_size
-            metadata.storage_data[load.MetadataIndex(name, offsets)] = load._StorageInfo(file, 0, size)
+            metadata.storage_data[write.MetadataIndex(name, offsets)] = write._StorageInfo(file, 0, size)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     manifest = {"step": 0, "bytes": {path.name: path.stat().st_size for path in folder.iterdir()}}
     manifest["bytes"].pop("manifest.json")
@@ -333,7 +333,7 @@ def test_too_little_space_is_said_before_anything_is_written(
     imported: Path, preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(DataError, match="0.000 GB are free"):
         text_of(imported / "checkpoint", tmp_path / "out", preset)
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -2,13 +2,15 @@
 
 import hashlib
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
 from megatron_mm import storage
-from megatron_mm.storage import give_name, hash_file, publish_folder, replacing
+from megatron_mm.errors import DataError
+from megatron_mm.storage import give_name, hash_file, publish_folder, replacing, require_space
 
 
 @pytest.fixture
@@ -144,3 +146,11 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(
     data = os.urandom(size)
     (tmp_path / "file").write_bytes(data)
     assert hash_file(tmp_path / "file", keep_cached=keep_cached) == hashlib.sha256(data).hexdigest()
+
+
+def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    require_space(tmp_path, 1000)
+    with pytest.raises(DataError, match="are to be written to"):
+        require_space(tmp_path, 1001)
