@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 from verdict import finish
 
-from megatron_mm.kernels import native, ops, reference
+from megatron_mm.kernels import cross_entropy as ce
+from megatron_mm.kernels.embedding import (
+    assemble_embeddings,
+    assemble_embeddings_reference,
+    token_rows,
+    token_rows_reference,
+)
+from megatron_mm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
+from megatron_mm.kernels.rope import mqa_rope, mqa_rope_reference
+from megatron_mm.kernels.select import select
+from megatron_mm.kernels.swiglu import swiglu, swiglu_reference
 
 ROUNDS, WARM_UP, BAR = 30, 5, 1.0
 TOKENS, HIDDEN, FFN, HEADS, HEAD_DIM, VOCAB, TP = 8192, 8192, 3328, 8, 128, 6400, 8
@@ -46,32 +56,33 @@ def cases() -> dict[str, Case]:
     cos, sin = torch.rand(2, TOKENS, HEAD_DIM // 2, device="cuda")
     ids = torch.randint(VOCAB * TP, (TOKENS,), device="cuda")
 
-    def norm(module: object) -> Form:
-        return lambda hidden, residual: module.add_rms_norm(hidden, residual=residual, weight=weight, epsilon=1e-5)
+    def norm(form: Form) -> Form:
+        return lambda hidden, residual: form(hidden, residual=residual, weight=weight, epsilon=1e-5)
 
-    def rope(module: object) -> Form:
-        return lambda query, key_value: module.mqa_rope(query, key_value=key_value, cos=cos, sin=sin)
+    def rope(form: Form) -> Form:
+        return lambda query, key_value: form(query, key_value=key_value, cos=cos, sin=sin)
 
-    def assemble(module: object) -> Form:
-        return lambda tokens, text_type, features: module.assemble_embeddings(
+    def assemble(form: Form) -> Form:
+        return lambda tokens, text_type, features: form(
             tokens, text_type=text_type, features=features, positions=positions
         )
 
-    def rows_of(module: object) -> Form:
-        return lambda table: module.token_rows(table, ids=ids, first_id=0)
+    def rows_of(form: Form) -> Form:
+        return lambda table: form(table, ids=ids, first_id=0)
 
     def loss(logits: Tensor) -> Tensor:
-        return reference.cross_entropy(logits.float(), labels=ids % VOCAB, mask=None, z_loss=1e-4)
+        return ce.cross_entropy_reference(logits.float(), labels=ids % VOCAB, mask=None, z_loss=1e-4)
 
     key_value, vectors = draw(TOKENS, 1, 2, HEAD_DIM), [draw(rows, HIDDEN) for _ in range(3)]
     return {
-        "swiglu": Case(437, [draw(TOKENS, 2 * FFN)], ops.swiglu, reference.swiglu),
-        "add_rms_norm": Case(151, vectors[:2], norm(ops), norm(reference)),
-        "mqa_rope": Case(92, [draw(TOKENS, HEADS, HEAD_DIM), key_value], rope(ops), rope(reference)),
+        "swiglu": Case(437, [draw(TOKENS, 2 * FFN)], swiglu, swiglu_reference),
+        "add_rms_norm": Case(151, vectors[:2], norm(add_rms_norm), norm(add_rms_norm_reference)),
+        "mqa_rope": Case(92, [draw(TOKENS, HEADS, HEAD_DIM), key_value], rope(mqa_rope), rope(mqa_rope_reference)),
         "assemble": Case(
-            *(84, [vectors[2], weight, draw(len(positions), HIDDEN)]), *(assemble(ops), assemble(reference))
+            *(84, [vectors[2], weight, draw(len(positions), HIDDEN)]),
+            *(assemble(assemble_embeddings), assemble(assemble_embeddings_reference)),
         ),
-        "token_rows": Case(281, [draw(VOCAB, HIDDEN)], rows_of(ops), rows_of(reference)),
+        "token_rows": Case(281, [draw(VOCAB, HIDDEN)], rows_of(token_rows), rows_of(token_rows_reference)),
         "cross_entropy": Case(315, [draw(TOKENS, VOCAB)], None, loss),
     }
 
@@ -95,9 +106,9 @@ def cross_entropy(logits: Tensor) -> Callable[[], object]:
     written, gradient = logits.detach().clone(), torch.rand(2, TOKENS, device="cuda")
 
     def run() -> object:
-        statistics_ = native.cross_entropy_statistics(written, labels, None, 0)
-        losses, log_z = native.cross_entropy_combine(statistics_.unsqueeze(0), None, 1e-4)
-        native.cross_entropy_backward(written, gradient, labels, None, log_z, 0, 1e-4)
+        statistics_ = ce.cross_entropy_statistics(written, labels, None, 0)
+        losses, log_z = ce.cross_entropy_combine(statistics_.unsqueeze(0), None, 1e-4)
+        ce.cross_entropy_backward(written, gradient, labels, None, log_z, 0, 1e-4)
         return losses
 
     return run
@@ -128,7 +139,7 @@ def microseconds(graph: torch.cuda.CUDAGraph) -> float:
 
 def main() -> None:
     """Print a table and the verdict."""
-    ops.select("native", torch.device("cuda"))
+    select("native", torch.device("cuda"))
     print(f"{torch.cuda.get_device_name():20}{'ours us':>9}{'compiled us':>13}{'torch us':>10}{'GB/s of ours':>14}")
     totals = [0.0, 0.0, 0.0]
     for name, case in cases().items():

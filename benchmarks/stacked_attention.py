@@ -3,7 +3,7 @@
     python benchmarks/stacked_attention.py
 
 Forward and backward pass of documents of one length, of 2,048 positions in all, in every shape below that
-`kernels.stacked_attention.pays` takes. Calls are interleaved; times are medians. The bar: the median
+`kernels.attention.stacking_pays` takes. Calls are interleaved; times are medians. The bar: the median
 of the shapes' ratios at most 0.9, and none above 1.05, which is this measurement's noise.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from verdict import finish
 
-from megatron_mm.kernels import stacked_attention
+from megatron_mm.kernels.attention import stacked_attention, stacking_pays
 from megatron_mm.model.core_attention import torch_sdpa
 
 NUM_TOKENS = 2048
@@ -48,11 +48,10 @@ def main() -> None:
     rows = []
     for heads, head_dim in HEADS:
         for length in LENGTHS:
-            if not stacked_attention.pays(torch.empty(length, heads, head_dim), torch.empty(length, 1, head_dim)):
+            if not stacking_pays(torch.empty(length, heads, head_dim), torch.empty(length, 1, head_dim)):
                 continue
             forms = [
-                work(form, heads=heads, head_dim=head_dim, length=length)
-                for form in (stacked_attention.attend, torch_sdpa)
+                work(form, heads=heads, head_dim=head_dim, length=length) for form in (stacked_attention, torch_sdpa)
             ]
             seconds: list[list[float]] = [[], []]
             for number in range(ROUNDS + 1):

@@ -70,11 +70,11 @@ def start_megatron(work: Workload) -> tuple:
     """Return (config, mesh) of one rank."""
     from megatron_mm import config as configs
     from megatron_mm.engine import mesh as meshes
-    from megatron_mm.kernels import ops
+    from megatron_mm.kernels.select import select
 
     config = configs.load("tiny", work.overrides)
     mesh = meshes.initialize(config)
-    ops.select(config.training.kernels, device.current())
+    select(config.training.kernels, device.current())
     return config, mesh
 
 

@@ -1,1 +1,1 @@
-"""The kernels of the project: `reference` is what each means, `ops` and `cross_entropy` run them."""
+"""The kernels of the project, one file an operator: its definition, its forms, its fake and its gradient."""

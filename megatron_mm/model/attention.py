@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mm.batch import AttentionSpan
-from megatron_mm.kernels import ops
+from megatron_mm.kernels.rope import mqa_rope
 from megatron_mm.model.backend import Backend
 
 
@@ -109,7 +109,7 @@ class GroupedQueryAttention(MegatronModule):
         query = self.linear_q(hidden_states)[0]
         query = query.view(query.shape[0], -1, self.head_dim)  # (num_tokens/cp, heads/tp, head_dim)
         norms = {} if self.query_norm is None else self._norms()
-        query, key, value = ops.mqa_rope(
+        query, key, value = mqa_rope(
             query, key_value=self._keys_and_values(hidden_states), cos=rotary_pos_emb[0], sin=rotary_pos_emb[1], **norms
         )
         if self.cp_group.size() > 1:

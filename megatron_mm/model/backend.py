@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from megatron_mm.config import Config
 from megatron_mm.engine import device
 from megatron_mm.errors import ConfigError
-from megatron_mm.kernels import ops, stacked_attention
+from megatron_mm.kernels.attention import stacking_ever_pays
+from megatron_mm.kernels.rms_norm import add_rms_norm, rms_norm
 from megatron_mm.model.core_attention import (
     DocumentAttention,
     VarlenAttention,
@@ -115,8 +116,8 @@ class RMSNorm(nn.Module):
         """Return hidden / rms(hidden) * weight, over the last dimension; of a pending sum, its norm and the sum."""
         if isinstance(hidden, PendingSum):
             operands = {"residual": hidden.residual, "weight": self.weight, "epsilon": self.eps}
-            return ops.add_rms_norm(hidden.output, **operands)
-        return ops.rms_norm(hidden, weight=self.weight, epsilon=self.eps)
+            return add_rms_norm(hidden.output, **operands)
+        return rms_norm(hidden, weight=self.weight, epsilon=self.eps)
 
 
 def choose(config: Config) -> Backend:
@@ -242,7 +243,7 @@ def _stacking_pays(config: Config) -> bool:
     """Tell whether the stacked form is ever the faster one with these heads."""
     model, tp = config.model, config.parallel.tp
     shared = model.num_attention_heads // tp // max(1, model.num_query_groups // tp)
-    return stacked_attention.ever_pays(shared=shared, head_dim=model.head_dim, seq_len=config.data.seq_len)
+    return stacking_ever_pays(shared=shared, head_dim=model.head_dim, seq_len=config.data.seq_len)
 
 
 def _attention_form(config: Config, *, kind: str) -> str:

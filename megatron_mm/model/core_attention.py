@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_mm.batch import AttentionSpan
-from megatron_mm.kernels import ops, reference, stacked_attention
+from megatron_mm.kernels import forms
+from megatron_mm.kernels.attention import attention_reference, stacked_attention, stacking_pays
 
 Attend = Callable[..., Tensor]
 """(query, key, value, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv) to the context, causal, aligned at the
@@ -38,13 +39,13 @@ def torch_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def defined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same by its definition, `reference.attention`, which holds the scores of all heads."""
-    return ops.defined(reference.attention, query, key, value)
+    """The same by its definition, `attention_reference`, which holds the scores of all heads."""
+    return forms.defined(attention_reference, query, key, value)
 
 
 def stacked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same by `kernels.stacked_attention` where that is the faster one: on a CPU, with shared keys."""
-    attend = stacked_attention.attend if stacked_attention.pays(query, key) else torch_sdpa
+    """The same by `stacked_attention` where that is the faster one: on a CPU, with shared keys."""
+    attend = stacked_attention if stacking_pays(query, key) else torch_sdpa
     return attend(query, key, value)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from megatron_mm.config import Config, TrainingConfig
 from megatron_mm.engine import device
-from megatron_mm.kernels import ops
+from megatron_mm.kernels.swiglu import swiglu
 from megatron_mm.model.attention import GroupedQueryAttention
 from megatron_mm.model.backend import Backend
 
@@ -41,7 +41,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         """Return silu(gate) * up: (..., 2 ffn_hidden/tp) to (..., ffn_hidden/tp)."""
-        return ops.swiglu(gate_and_up)
+        return swiglu(gate_and_up)
 
 
 def transformer_config(config: Config, *, accumulates_in_place: bool = False) -> TransformerConfig:

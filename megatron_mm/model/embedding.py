@@ -18,7 +18,7 @@ from megatron_mm.batch import MediaUnits, MicroBatch
 from megatron_mm.config import Config
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import DataError
-from megatron_mm.kernels import ops
+from megatron_mm.kernels.embedding import assemble_embeddings, token_rows
 from megatron_mm.modalities import MODALITIES, Modality
 
 
@@ -92,7 +92,7 @@ class TokenEmbedding(VocabParallelEmbedding):
 
         Collective over tp: reduce-scatters the rows.
         """
-        rows = ops.token_rows(self.weight, ids=tokens, first_id=self.vocab_start_index)
+        rows = token_rows(self.weight, ids=tokens, first_id=self.vocab_start_index)
         return reduce_scatter_to_sequence_parallel_region(rows, group=self.tp_group)
 
 
@@ -126,7 +126,5 @@ class MultimodalEmbedding(MegatronModule):
         tokens = self.word_embeddings(micro_batch.tokens)  # (num_tokens/cp/tp, hidden)
         features = torch.cat([embed(micro_batch.media[name]) for name, embed in self.media.items()])
         positions = torch.cat([micro_batch.media[name].positions for name in self.media])
-        hidden = ops.assemble_embeddings(
-            tokens, text_type=self.text_type_embedding, features=features, positions=positions
-        )
+        hidden = assemble_embeddings(tokens, text_type=self.text_type_embedding, features=features, positions=positions)
         return hidden.unsqueeze(1)  # (num_tokens/cp/tp, 1, hidden)

@@ -33,7 +33,7 @@ from megatron_mm.engine import device
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError
-from megatron_mm.kernels import ops
+from megatron_mm.kernels import forms
 from megatron_mm.modalities import BY_NAME, MODALITIES
 from megatron_mm.model.backend import Backend, local
 from megatron_mm.planning.ledger import Channel, Collective, Ledger, Message, Part, Product, Sample
@@ -139,7 +139,7 @@ def rehearse(config: Config, *, rank: int, world_size: int, on: str = "gpu", med
         ledger = Ledger()
         try:
             backend = local(_attention(own, on=on))
-            with FakeTensorMode(allow_non_fake_inputs=True), ops.running(_kernels(own, on=on)), ledger:
+            with FakeTensorMode(allow_non_fake_inputs=True), forms.running(_kernels(own, on=on)), ledger:
                 state = prepare(own, mesh, ledger, backend=backend)
                 count = own.num_micro_batches(mesh.dp_size)
                 take_step(state, [micro_batch(own, mesh, media=media) for _ in range(count)], ledger)
@@ -155,7 +155,7 @@ def rehearse(config: Config, *, rank: int, world_size: int, on: str = "gpu", med
     return RankReport(**{**vars(report), "checkpoint_bytes": saved, "additions": additions})
 
 
-def _kernels(config: Config, *, on: str) -> ops.Form:
+def _kernels(config: Config, *, on: str) -> forms.Form:
     """Return the form of the kernels that `config` runs there."""
     choice = config.training.kernels
     return ("native" if on == "gpu" else "fused") if choice == "auto" else choice

@@ -14,7 +14,7 @@ from megatron_mm.engine import device
 from megatron_mm.engine.agreement import together
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.kernels import ops
+from megatron_mm.kernels.select import select
 from megatron_mm.model.loss import by_name
 from megatron_mm.model.multimodal import build_chunks
 from megatron_mm.source import Source
@@ -55,7 +55,7 @@ def evaluate_checkpoint(config: Config, mesh: Mesh, path: Path) -> dict[str, flo
     Nothing is written and no optimizer is built. Collective over all ranks. Raises ConfigError if there are no held-out
     shards, they speak of other ids, or the checkpoint is another model's; DataError if it is damaged.
     """
-    ops.select(config.training.kernels, device.current())
+    select(config.training.kernels, device.current())
     loader = together(lambda: _held_out(config, mesh, path))
     is_committed = (path / COMMITTED).exists()  # an import is not: its sizes are checked as it is read
     problems = find_damage_together(mesh, path) if is_committed else []

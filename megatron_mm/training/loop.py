@@ -18,7 +18,7 @@ from megatron_mm.data.loader import Loader
 from megatron_mm.data.prefetch import Prefetcher
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
-from megatron_mm.kernels import ops
+from megatron_mm.kernels.select import select
 from megatron_mm.model.backend import choose
 from megatron_mm.training import checkpoints
 from megatron_mm.training.evaluate import evaluate
@@ -57,7 +57,7 @@ def train(config: Config, mesh: Mesh) -> TrainState:
     touched, for what does not fit; TrainingDiverged, ReplicasDiffer, SaveFailed or TakenOver when going on would do
     harm.
     """
-    kernels, backend = ops.select(config.training.kernels, device.current()), choose(config)
+    kernels, backend = select(config.training.kernels, device.current()), choose(config)
     computes = {"kernels": str(kernels), "layers": backend.name, "attention": backend.attention}
     ready = prepare(config, mesh, computes={**computes, "device": device.name()})
     fence = checkpoints.take_over(config, mesh)

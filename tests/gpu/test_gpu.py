@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from agreement import assert_near
 from small import TRAINED, small_config
-from test_native_on_host import assert_near
 
 from megatron_mm import config as configs
 from megatron_mm.batch import attention_spans
-from megatron_mm.kernels import ops, reference
+from megatron_mm.kernels.embedding import assemble_embeddings, assemble_embeddings_reference
+from megatron_mm.kernels.select import select
 from megatron_mm.model.backend import local
 from megatron_mm.model.core_attention import DocumentAttention
 from megatron_mm.training.metrics import read_metrics
@@ -32,7 +33,7 @@ def _gpu() -> None:
     "shape", [(1, 1, 1), (7, 8, 3), (33, 20, 33), (64, 128, 0), (0, 8, 0), (8192, 8192, 784)], ids=str
 )
 def test_the_native_kernel_computes_the_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    assert ops.select("native", torch.device("cuda")) == "native"
+    assert select("native", torch.device("cuda")) == "native"
     num_tokens, hidden, num_media = shape
     generator = torch.Generator("cuda").manual_seed(0)
     found, expected = [], []
@@ -41,7 +42,7 @@ def test_the_native_kernel_computes_the_reference(shape: tuple[int, int, int], d
         for size in ((num_tokens, hidden), (hidden,), (num_media, hidden), (num_tokens, hidden))
     )
     positions = torch.randperm(num_tokens, generator=generator, device="cuda")[:num_media]
-    for results, assemble in ((found, ops.assemble_embeddings), (expected, reference.assemble_embeddings)):
+    for results, assemble in ((found, assemble_embeddings), (expected, assemble_embeddings_reference)):
         leaves = [tensor.clone().requires_grad_() for tensor in (tokens, text_type, features)]
         out = assemble(leaves[0], text_type=leaves[1], features=leaves[2], positions=positions)
         out.backward(weight)

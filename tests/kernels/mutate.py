@@ -93,7 +93,7 @@ def is_caught(number: int, test: str) -> bool:
 
     os.environ["MEGATRON_MM_MUTANT"] = str(number)
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        status = pytest.main(["-x", "-q", "-k", f"{test} and native-", str(HERE / "test_native_on_host.py")])
+        status = pytest.main(["-x", "-q", "-k", f"test_{test} and native-", str(HERE)])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         sys.exit(f"the tests could not run:\n{output.getvalue()}")
     return status == pytest.ExitCode.TESTS_FAILED

@@ -59,7 +59,7 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 def dump(what: str) -> dict[tuple[str, str], str]:
     """Return what cuobjdump says of each (kernel, architecture); a kernel is its name and its template's arguments."""
-    command = [str(CUOBJDUMP), what, native._cuda.__file__]
+    command = [str(CUOBJDUMP), what, native.library().__file__]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts, arch, key = {}, "", None
     for line in text.splitlines():
@@ -106,7 +106,7 @@ def access_bits(flags: str) -> int:
 
 def test_the_extension_is_of_these_sources() -> None:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(CSRC.iterdir()))).hexdigest()
-    assert digest == native._cuda.SOURCES, "csrc/kernels has changed: python setup.py build_ext --inplace"
+    assert digest == native.library().SOURCES, "csrc/kernels has changed: python setup.py build_ext --inplace"
 
 
 def test_every_kernel_is_there_for_every_architecture(usage: dict) -> None:

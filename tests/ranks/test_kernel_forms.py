@@ -11,27 +11,25 @@ from small import layout, small_config
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import device, mesh
-from megatron_mm.kernels import fused, native, ops, plain, stacked_attention
+from megatron_mm.kernels import attention, cross_entropy, native, rms_norm, rope, select, swiglu
 from megatron_mm.model.backend import choose
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import train_step
 
-OTHER_FORMS = {
-    "reference": (fused, plain, native, stacked_attention),
-    "fused": (native,),
-}
-
 
 def forbid_other_forms(form: str) -> None:
     """Let every function of the forms that must not run raise."""
-    for module in OTHER_FORMS[form]:
-        for name, function in inspect.getmembers(module, inspect.isfunction):
-            if function.__module__ == module.__name__ and not name.startswith("_"):
-                setattr(module, name, _forbidden(f"{module.__name__}.{name}"))
-    if form == "reference":
-        torch.nn.functional.scaled_dot_product_attention = _only_in_encoders(
-            torch.nn.functional.scaled_dot_product_attention
-        )
+    native.run = native.library = _forbidden("a native kernel")
+    if form != "reference":
+        return
+    for module in (attention, cross_entropy, rms_norm, rope, swiglu):
+        own = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == module.__name__]
+        for kind in own:
+            if issubclass(kind, torch.autograd.Function) and kind is not cross_entropy._WholeVocabulary:
+                kind.forward = _forbidden(f"{module.__name__}.{kind.__name__}")
+    torch.nn.functional.scaled_dot_product_attention = _only_in_encoders(
+        torch.nn.functional.scaled_dot_product_attention
+    )
 
 
 def _forbidden(name: str):
@@ -53,7 +51,7 @@ def _only_in_encoders(attend):
 def trained(config: Config) -> list[tuple[float, float]]:
     """Return (loss, gradient norm) of two steps, in which no other form than the chosen one may run."""
     ranks = mesh.cut(config)
-    form = ops.select(config.training.kernels, device.current())
+    form = select.select(config.training.kernels, device.current())
     forbid_other_forms(form)
     if form == "reference":
         assert choose(config).attention == "reference"

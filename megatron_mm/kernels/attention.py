@@ -1,7 +1,8 @@
-"""Causal attention on a CPU in which the query heads that share a key head are rows of one matrix.
+"""Causal attention of one document: its definition, and a form for CPUs where heads share their keys.
 
 torch's CPU kernel multiplies the queries of each head with the keys on their own. Where heads share their keys (Shazeer
-2019), a block of positions needs one product for all of them, large enough to run at the processor's speed.
+2019), a block of positions needs one product for all of them, large enough to run at the processor's speed: the stacked
+form makes them rows of one matrix. The other forms are torch's and flash-attn's own: see `model.core_attention`.
 """
 
 from collections.abc import Iterator
@@ -20,21 +21,35 @@ MIN_WORK = 3 * 2**16
 """Products of a position with all keys, below which the calls of this form cost more than they save."""
 
 
-def pays(query: Tensor, key: Tensor) -> bool:
-    """Return whether `attend` takes these operands and is faster with them than torch's kernel, as measured by
-    `benchmarks/stacked_attention.py`. Shapes as of `attend`."""
+def attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return the causal attention of the last positions of one document (Vaswani et al. 2017).
+
+    Head h of the queries reads group h * groups // heads of the keys (Shazeer 2019). Shapes: query (num_queries, heads,
+    head_dim); key and value (num_keys, groups, head_dim), num_keys >= num_queries; returns the shape of the query.
+    """
+    shared = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(shared, dim=1) for part in (key, value))  # (num_keys, heads, head_dim)
+    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[2] ** 0.5
+    first = key.shape[0] - query.shape[0]  # the position of the first query
+    later = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu(first + 1)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(later, float("-inf")).softmax(dim=-1), value)
+
+
+def stacking_pays(query: Tensor, key: Tensor) -> bool:
+    """Return whether the stacked form takes these operands and is faster with them than torch's kernel, as measured by
+    `benchmarks/stacked_attention.py`. Shapes as of `stacked_attention`."""
     shared = query.shape[1] // key.shape[1]
     worth = key.shape[0] <= MAX_KEYS and shared * query.shape[2] * key.shape[0] >= MIN_WORK
     return query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and worth
 
 
-def ever_pays(*, shared: int, head_dim: int, seq_len: int) -> bool:
-    """Return whether a document of some length that fits into `seq_len` is long enough for `pays`, with `shared` query
-    heads a key head."""
+def stacking_ever_pays(*, shared: int, head_dim: int, seq_len: int) -> bool:
+    """Return whether a document of some length that fits into `seq_len` is long enough for `stacking_pays`, with
+    `shared` query heads a key head."""
     return shared * head_dim * min(seq_len, MAX_KEYS) >= MIN_WORK
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def stacked_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend causally from the last positions of one document; keeps only its operands for the backward pass.
 
     Shapes: query (num_queries, heads, head_dim); key and value (num_keys, groups, head_dim), num_keys >= num_queries;

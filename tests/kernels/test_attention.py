@@ -1,11 +1,14 @@
-"""Attention with the heads that share a key stacked, against torch's, forward and gradients."""
+"""Attention in the forms that run on a CPU beside its definition, forward and gradients."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_mm.batch import attention_spans
-from megatron_mm.kernels import stacked_attention
+from megatron_mm.kernels import attention
+from megatron_mm.kernels.attention import attention_reference, stacked_attention, stacking_pays
 from megatron_mm.model import core_attention
 from megatron_mm.model.core_attention import DocumentAttention
 
@@ -23,11 +26,14 @@ def operands(
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_is_the_attention_of_torch(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("attend", [stacked_attention, core_attention.torch_sdpa])
+def test_it_is_what_the_definition_says(
+    attend: Callable, shape: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
     leaves = operands(*shape, dtype)
     results = []
-    for attend in (stacked_attention.attend, core_attention.torch_sdpa):
-        context = attend(*leaves)
+    for form in (attend, attention_reference):
+        context = form(*leaves)
         weights = torch.linspace(-1, 1, context.numel(), dtype=dtype).view_as(context)
         results.append([context, *torch.autograd.grad(context, leaves, weights)])
     for found, expected in zip(*results):
@@ -37,25 +43,25 @@ def test_it_is_the_attention_of_torch(shape: tuple[int, ...], dtype: torch.dtype
 @pytest.mark.parametrize("positions", [1, 7, 64])
 def test_blocks_do_not_change_what_it_computes(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = operands(65, 130, 8, 2, 16, torch.float64)
-    whole = stacked_attention.attend(*leaves)
-    monkeypatch.setattr(stacked_attention, "MAX_POSITIONS", positions)
-    torch.testing.assert_close(stacked_attention.attend(*leaves), whole, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(stacked_attention, "SCRATCH_ELEMENTS", 1)
-    torch.testing.assert_close(stacked_attention.attend(*leaves), whole, rtol=1e-12, atol=1e-12)
+    whole = stacked_attention(*leaves)
+    monkeypatch.setattr(attention, "MAX_POSITIONS", positions)
+    torch.testing.assert_close(stacked_attention(*leaves), whole, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(attention, "SCRATCH_ELEMENTS", 1)
+    torch.testing.assert_close(stacked_attention(*leaves), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_it_keeps_only_its_operands() -> None:
     kept: list[Tensor] = []
     leaves = operands(70, 70, 4, 1, 8, torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
-        stacked_attention.attend(*leaves)
+        stacked_attention(*leaves)
     assert [saved.data_ptr() for saved in kept] == [leaf.data_ptr() for leaf in leaves]
 
 
 def test_it_is_taken_on_a_cpu_where_enough_heads_share_a_key() -> None:
     def pays(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> bool:
         query, key, _ = operands(*shape, dtype)
-        return stacked_attention.pays(query.to(device), key.to(device))
+        return stacking_pays(query.to(device), key.to(device))
 
     assert pays(512, 512, 8, 1, 64)
     assert pays(100, 512, 16, 2, 64)
@@ -69,8 +75,12 @@ def test_it_is_taken_on_a_cpu_where_enough_heads_share_a_key() -> None:
 def test_documents_take_the_form_that_pays(cp_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three documents, the long and the short one go to torch's kernel, under context parallelism by its pieces."""
     taken: list[int] = []
-    attend = stacked_attention.attend
-    monkeypatch.setattr(stacked_attention, "attend", lambda *parts: taken.append(parts[1].shape[0]) or attend(*parts))
+
+    def attend(*parts: Tensor) -> Tensor:
+        taken.append(parts[1].shape[0])
+        return stacked_attention(*parts)
+
+    monkeypatch.setattr(core_attention, "stacked_attention", attend)
     row = torch.randn(3, 1120, 8, 64, generator=torch.Generator().manual_seed(0))
     for rank in range(cp_size):
         spans = attention_spans((20, 500, 600), cp_rank=rank, cp_size=cp_size)
