@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import kinds, work
+from megatron_mm.ingest.captions import pair_captions
 from megatron_mm.ingest.document import Rejection, TextSegment
 from megatron_mm.ingest.filters import check_languages
 from megatron_mm.ingest.lines import Encoded, encode_documents, encode_lines
@@ -22,7 +23,6 @@ from megatron_mm.ingest.work import (
     Work,
     cut_file,
     cut_work,
-    pair_captions,
     read_all,
     read_work,
 )

@@ -9,13 +9,13 @@ from pathlib import Path
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import kinds
 from megatron_mm.ingest.archive import MAX_DEPTH, decompress, unpack
+from megatron_mm.ingest.captions import is_captioned, pair_captions
 from megatron_mm.ingest.detect import detect, mime_of
 from megatron_mm.ingest.document import Document, Reading, Rejection, Segment, TextSegment
 from megatron_mm.ingest.kinds import Parts
 from megatron_mm.ingest.mail import read_mail
 from megatron_mm.ingest.records import TEXT_FIELDS, read_lines, read_rows
 from megatron_mm.ingest.text import decode_text, read_text
-from megatron_mm.ingest.work import is_captioned, pair_captions
 
 MAX_FILE_BYTES = 2**30
 """Larger files are refused where a file is read whole: all kinds but JSON lines, Parquet and archives."""

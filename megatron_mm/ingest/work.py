@@ -1,7 +1,7 @@
 """Inputs cut into pieces of work: a file, or a part of one that can be read by itself."""
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -93,25 +93,6 @@ def _line_ranges(path: Path) -> Iterator[Work]:
             yield Work(path, kind=kinds.JSONL, start=start, stop=stop, first_line=line, size=stop - start)
             start = file.seek(stop)
             line += lines + tail.endswith(b"\n")
-
-
-def is_captioned(path: Path) -> bool:
-    """Return whether the text of a file, by its name, may stand in another one of the same name beside it."""
-    kind = kinds.by_suffix(path)
-    return kind is not None and kind.captioned
-
-
-def pair_captions(files: Iterable[Path]) -> dict[Path, Path]:
-    """Pair each image, recording and video with the file of the same name beside it that holds its text.
-
-    That is a text file or else a JSON object with a text field (WebDataset's conventions).
-    """
-    files = list(files)
-    texts = {
-        file.with_suffix(""): file for suffix in (".json", ".txt") for file in files if file.suffix.lower() == suffix
-    }
-    media = (file for file in files if is_captioned(file))
-    return {file: texts[file.with_suffix("")] for file in media if file.with_suffix("") in texts}
 
 
 def read_work(work: Work, options: Options) -> Reading | Cut[Work]:

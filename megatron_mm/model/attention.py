@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_mm.batch import AttentionSpan
 from megatron_mm.kernels.rope import mqa_rope
-from megatron_mm.model.backend import Backend
+from megatron_mm.model.layer_classes import Backend
 
 
 @dataclass

@@ -5,7 +5,6 @@ which attention, is decided once, by `choose`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
@@ -30,34 +29,12 @@ from megatron_mm.model.core_attention import (
     torch_sdpa,
     torch_varlen,
 )
+from megatron_mm.model.layer_classes import Backend, PendingSum
 
 DOCUMENT_FORMS = {"reference": defined, "sdpa": torch_sdpa, "stacked": stacked}
 """Forms of attention that take one document at a time."""
 FP8_CAPABILITY = {"current": (8, 9), "delayed": (8, 9), "blockwise": (9, 0)}
 """The least CUDA compute capability of each FP8 recipe."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """The classes of a decoder layer."""
-
-    name: str
-    attention: str
-    """Which form of attention runs."""
-    column_linear: Callable[..., nn.Module]
-    """megatron-core's ColumnParallelLinear, or what has its interface."""
-    row_linear: Callable[..., nn.Module]
-    """megatron-core's RowParallelLinear, or what has its interface."""
-    replicated_linear: Callable[..., nn.Module]
-    """(input_size, output_size, *, config): see `ReplicatedLinear`."""
-    norm: Callable[..., nn.Module]
-    """(config, hidden_size, eps): see `RMSNorm`."""
-    residual_add: Callable[[bool, bool], Callable[..., "Tensor | PendingSum"]]
-    """What adds the output of attention to the residual before the second norm; see `defer_add`."""
-    start: Callable[[Config], None]
-    """Makes ready what its layers need, once, before they are built. Collective over tp."""
-    core_attention: Callable[[TransformerConfig, int, dist.ProcessGroup], nn.Module]
-    """(config, layer_number, tp_group) to a module with the interface of `core_attention`."""
 
 
 class ReplicatedLinear(nn.Module):
@@ -76,14 +53,6 @@ class ReplicatedLinear(nn.Module):
     def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
         """Return (hidden @ weight.T, no bias), as megatron-core's linear layers do. No communication."""
         return F.linear(hidden, self.weight), None
-
-
-@dataclass(frozen=True)
-class PendingSum:
-    """A sum that the norm after it computes as it reads it: each term (num_tokens/cp/tp, 1, hidden)."""
-
-    output: Tensor
-    residual: Tensor
 
 
 def defer_add(training: bool, fused: bool) -> Callable[..., PendingSum]:
@@ -132,7 +101,7 @@ def choose(config: Config) -> Backend:
         _refuse(config, kind=kind, missing=missing)
     if wanted == "local" or missing or (wanted == "auto" and kind == "meta"):
         return local(_attention_form(config, kind=kind))
-    from megatron_mm.model import transformer_engine
+    from megatron_mm.model import transformer_engine  # needs TransformerEngine
 
     return transformer_engine.backend()
 

@@ -25,7 +25,7 @@ from megatron_mm.config import Config, TrainingConfig
 from megatron_mm.engine import device
 from megatron_mm.kernels.swiglu import swiglu
 from megatron_mm.model.attention import GroupedQueryAttention
-from megatron_mm.model.backend import Backend
+from megatron_mm.model.layer_classes import Backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Of weights and of activations outside matrix products."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from megatron_mm.batch import AttentionSpan
 from megatron_mm.config import Config
 from megatron_mm.engine import device
-from megatron_mm.model.backend import Backend
 from megatron_mm.model.core_attention import varlen_operands
+from megatron_mm.model.layer_classes import Backend
 
 BOOTSTRAP = "nccl"
 """The backend that user buffers of a node meet over; TransformerEngine can also take mpi and gloo."""
