@@ -41,6 +41,9 @@ def gathered(state: Any, metadata: dict[str, Any]) -> dict[str, Any]:
 
 def rank_main(rank: int, ranks: int, tp: int, rounds: int, folder: str, results: multiprocessing.Queue) -> None:
     """Be one rank: train, and save in both ways in turns."""
+    from megatron_mm.engine import device
+
+    device.keep_out_accelerators()  # before megatron-core is imported
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -57,6 +60,7 @@ def rank_main(rank: int, ranks: int, tp: int, rounds: int, folder: str, results:
     mesh = meshes.initialize(config)
     loader = Loader(config.data.train, config=config, mesh=mesh)
     state = build_state(config, mesh)
+    filesystem_async._results_queue = None  # what this package leaves there is no queue
     filesystem_async.get_write_results_queue("fork")  # as quick as the peer can be: it would start an interpreter
     queue = filesystem_async._results_queue
     saver = checkpoints.make_saver(state)

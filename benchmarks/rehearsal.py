@@ -5,8 +5,12 @@ import time
 
 from verdict import finish
 
-from megatron_mm import config as configs
-from megatron_mm.planning.rehearsal import distinct_ranks, rehearse
+from megatron_mm.engine import device
+
+device.keep_out_accelerators()  # before megatron-core is imported
+
+from megatron_mm import config as configs  # noqa: E402
+from megatron_mm.planning.rehearsal import distinct_ranks, rehearse  # noqa: E402
 
 SECONDS, GIB = 600.0, 8.0
 

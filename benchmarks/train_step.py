@@ -209,6 +209,7 @@ def contest(build: Callable[[Workload], Callable[[], float]], work: Workload, pi
     from megatron_mm.noise import silence
 
     silence()
+    device.keep_out_accelerators()  # before megatron-core is imported
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     for module in (
         "megatron.core.models.gpt",

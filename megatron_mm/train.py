@@ -29,8 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from megatron_mm.engine import device
+
     _set_up_logging()
     config = configs.load(options.preset, options.overrides)
+    device.keep_out_accelerators()
     if options.describe:
         print(json.dumps(_describe(config, options.world_size)))
         return

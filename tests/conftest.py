@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import launch  # noqa: F401  # before a test imports megatron-core
 import pytest
 import small
 

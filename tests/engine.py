@@ -55,12 +55,12 @@ def _allow(name: str, on: str) -> None:
         import_engine()
     import torch
 
-    from megatron_mm.engine import device
+    from megatron_mm.engine import device, patches
 
     if on == "meta":
         device.use_meta()
     else:
-        device.install(keep_out=())
+        patches.install(device.current, gpu=False)
         device.current = lambda: device.CPU
     torch.cuda.is_available = lambda: True  # its layers refuse to be built without, wherever they are
     from megatron_mm.model import backend as backends

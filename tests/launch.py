@@ -7,6 +7,7 @@ run_isolated: call a function in an interpreter that has imported nothing yet.
 import contextlib
 import io
 import multiprocessing
+import os
 import pickle
 import tempfile
 import time
@@ -14,11 +15,17 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from megatron_mm.engine import device
 
 TIMEOUT_SECONDS = 900
-PRELOAD = ["megatron_mm.training.loop", "megatron_mm.train", "tokenizers", "PIL.Image"]
+PRELOAD = ["launch", "megatron_mm.training.loop", "megatron_mm.train", "tokenizers", "PIL.Image"]
+
+device.keep_out_accelerators()  # in the process of the tests, and in the server that forks their ranks
 
 # One clean server imports what the ranks need and forks them: neither an import nor an autograd thread for each.
 _context = multiprocessing.get_context("forkserver")
@@ -32,6 +39,13 @@ class Ended:
     status: int
     stdout: str
     stderr: str
+
+
+def _start_server() -> None:
+    """Start the server that forks the ranks, once, where it finds this module, which keeps accelerators out."""
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
+        forkserver.ensure_running()
 
 
 def run_command(*arguments: str) -> Ended:
@@ -52,6 +66,7 @@ def run_alone(function: Callable[..., Any], *args: Any) -> Any:
 
 def run_until_end(function: Callable[..., Any], *args: Any) -> int:
     """Return how a process that calls function(*args) ends: 0, or less its signal if one killed it."""
+    _start_server()
     process = _context.Process(target=function, args=args)
     process.start()
     process.join(TIMEOUT_SECONDS)
@@ -62,6 +77,7 @@ def run_until_end(function: Callable[..., Any], *args: Any) -> int:
 def start_ranks(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Start function(*args) on several ranks that meet in `folder`, and return their processes, to be killed."""
     folder.mkdir(parents=True)
+    _start_server()
     processes = [
         _context.Process(target=_run_rank, args=(rank, world_size, str(folder), True, function, args, {}))
         for rank in range(world_size)
@@ -88,6 +104,7 @@ def _main(arguments: list[str]) -> Ended:
 
 def _run(world_size: int, function: Callable[..., Any], *args: Any, joined: bool, **kwargs: Any) -> list[Any]:
     """Run a function in `world_size` processes, `joined` in a process group or not."""
+    _start_server()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             _context.Process(target=_run_rank, args=(rank, world_size, folder, joined, function, args, kwargs))
@@ -119,8 +136,6 @@ def _run_rank(
     try:
         import torch
         import torch.distributed as dist
-
-        from megatron_mm.engine import device
 
         torch.set_num_threads(1)
         if joined:

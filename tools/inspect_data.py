@@ -14,6 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_mm.engine import device
+
+device.keep_out_accelerators()  # before megatron-core is imported
+
 from megatron_mm import config as configs
 from megatron_mm import endings
 from megatron_mm.data.media import reference_decoders

@@ -5,6 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mm.engine import device
+
+device.keep_out_accelerators()  # before megatron-core is imported
+
 from megatron_mm import config as configs
 from megatron_mm import endings
 from megatron_mm.config import Config

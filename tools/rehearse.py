@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_mm.engine import device
+
+device.keep_out_accelerators()  # before megatron-core is imported
+
 from megatron_mm import config as configs
 from megatron_mm import endings
 from megatron_mm.config import Config

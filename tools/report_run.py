@@ -3,6 +3,10 @@
 import sys
 from pathlib import Path
 
+from megatron_mm.engine import device
+
+device.keep_out_accelerators()  # before megatron-core is imported
+
 from megatron_mm import endings
 from megatron_mm.errors import DataError
 from megatron_mm.training.metrics import read_metrics

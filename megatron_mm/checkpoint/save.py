@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -109,7 +108,6 @@ class Saver:
         except SaveFailed as error:
             self._fail(error, partial)
             return before
-        filesystem_async._results_queue = "unused"  # or megatron-core starts an interpreter to hold one
         dist_checkpointing.save(
             describe(), str(partial), self._spread, async_sharded_save=True, async_strategy="mcore",
             content_metadata=metadata,

@@ -1,8 +1,1 @@
-"""Where a run stands: its device, and its ranks.
-
-Imported before megatron-core, which takes what accelerators it finds then.
-"""
-
-from megatron_mm.engine import device
-
-device.keep_out_accelerators()
+"""Where a run stands: its device, its ranks, and what is replaced of torch and megatron-core for it."""

@@ -1,11 +1,10 @@
 """Weight gradients added to the FP32 buffer of data parallelism as they are computed.
 
 megatron-core's linear layers do this through a CUDA module of apex, `fused_weight_gradient_mlp_cuda`, and refuse to
-where it is not installed. `install` puts its meaning in torch's terms in that place: no gradient of a weight is held
+where it is not installed. `patches` puts its meaning in torch's terms in that place: no gradient of a weight is held
 beside the buffer, nor read and written once more to add it.
 """
 
-from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 
@@ -22,14 +21,7 @@ def wgrad_gemm_accum_fp32(inputs: Tensor, output_gradient: Tensor, main_grad: Te
         main_grad.add_(output_gradient.t() @ inputs)
 
 
-class _Fused:
+class FusedWeightGradient:
     """What megatron-core calls of apex's module; our gradients are always summed in FP32."""
 
     wgrad_gemm_accum_fp32 = staticmethod(wgrad_gemm_accum_fp32)
-
-
-def install() -> None:
-    """Let megatron-core's linear layers accumulate in place where apex is not installed."""
-    if not layers._grad_accum_fusion_available:
-        layers.fused_weight_gradient_mlp_cuda = _Fused
-        layers._grad_accum_fusion_available = True

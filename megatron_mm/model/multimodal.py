@@ -15,14 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_mm.batch import MicroBatch
 from megatron_mm.config import Config
-from megatron_mm.engine import gradient_fusion
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.kernels.cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy
 from megatron_mm.model.attention import PackedDocuments
-from megatron_mm.model.backend import Backend, choose
+from megatron_mm.model.backend import choose
 from megatron_mm.model.decoder import block_submodules, transformer_config
 from megatron_mm.model.embedding import MultimodalEmbedding
 from megatron_mm.model.initialize import initialize_weights
+from megatron_mm.model.layer_classes import Backend
 
 
 class MultimodalModel(MegatronModule):
@@ -124,7 +124,6 @@ def build_chunks(config: Config, mesh: Mesh, *, backend: Backend | None = None) 
     """
     backend = backend or choose(config)
     backend.start(config)
-    gradient_fusion.install()
     transformer = transformer_config(config, accumulates_in_place=True)
     chunks = [
         MultimodalModel(config, transformer, backend=backend, mesh=mesh, chunk=chunk) for chunk in range(mesh.vpp_size)

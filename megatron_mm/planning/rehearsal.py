@@ -9,33 +9,30 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.optimizer import clip_grads
-from megatron.core.tensor_parallel import random as mcore_random
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_mm import endings
 from megatron_mm.batch import MediaUnits, MicroBatch, TokenCounts, attention_spans, context_spans
 from megatron_mm.config import Config, check_world
 from megatron_mm.data.loader import Unit, media_units
-from megatron_mm.engine import device
+from megatron_mm.engine import device, patches
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError
 from megatron_mm.kernels import forms
 from megatron_mm.modalities import BY_NAME, MODALITIES
-from megatron_mm.model.backend import Backend, local
+from megatron_mm.model.backend import local
+from megatron_mm.model.layer_classes import Backend
 from megatron_mm.planning.ledger import Channel, Collective, Ledger, Message, Part, Product, Sample
 from megatron_mm.training import checkpoints
 from megatron_mm.training.state import TrainState, build_state
@@ -134,7 +131,7 @@ def rehearse(config: Config, *, rank: int, world_size: int, on: str = "gpu", med
     started = time.perf_counter()
     check_world(config, world_size)
     own = _rehearsable(config) if on == "gpu" else config
-    with _fake_world(rank, world_size), _fake_device():
+    with _fake_world(rank, world_size), patches.for_rehearsal():
         mesh = meshes.cut(own)
         ledger = Ledger()
         try:
@@ -200,7 +197,7 @@ def _some(ranks: tuple[int, ...]) -> str:
 
 def rehearse_apart(config: Config, *, rank: int, world_size: int, on: str = "gpu", media: int = 1) -> RankReport:
     """Rehearse a rank in a process of its own, as it has in the job; see `rehearse`."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=device.keep_out_accelerators) as pool:
         with endings.out_of_reach_of_ctrl_c():
             report = pool.submit(rehearse, config, rank=rank, world_size=world_size, on=on, media=media)
         return report.result()
@@ -343,46 +340,6 @@ def _fake_world(rank: int, world_size: int) -> Iterator[None]:
         yield
     finally:
         meshes.leave()
-
-
-@contextlib.contextmanager
-def _fake_device() -> Iterator[None]:
-    """Stand aside where fake tensors cannot go: the generator's state, and conversions of whole modules."""
-    with (
-        mock.patch.object(mcore_random.CudaRNGStatesTracker, "fork", _draw_nothing),
-        mock.patch.object(nn.Module, "_apply", _apply_to_fake),
-        mock.patch.object(dist, "all_gather_object", _everyone_says_the_same),
-        mock.patch.object(clip_grads, "l2_norm_impl", _norm_of_fakes),
-    ):
-        yield
-
-
-def _draw_nothing(*args: object, **kwargs: object) -> contextlib.AbstractContextManager[None]:
-    """Stand for a fork of the random state: nothing in the model draws."""
-    return contextlib.nullcontext()
-
-
-def _norm_of_fakes(chunk: int, flag: Tensor, lists: list[list[Tensor]], *args: bool) -> tuple[Tensor, Tensor]:
-    """Return the norm of all tensors, which megatron-core 0.19.2 makes of a list of numbers that fakes have not."""
-    return torch.stack([torch.norm(tensor) for tensor in lists[0]]).norm().unsqueeze(0), torch.zeros(1)
-
-
-def _everyone_says_the_same(everywhere: list, own: object, group: dist.ProcessGroup | None = None) -> None:
-    """Answer for ranks that do not exist: they hold what this one holds, of sharded tensors their own replica."""
-    for rank in range(len(everywhere)):
-        is_sharded = isinstance(own, list) and all(isinstance(part, ShardedTensor) for part in own)
-        everywhere[rank] = [_replica(part, rank) for part in own] if is_sharded else own
-
-
-def _replica(part: ShardedTensor, rank: int) -> ShardedTensor:
-    return replace(part, replica_id=(*part.replica_id[:-1], rank))  # the last number is that among dp_cp
-
-
-def _apply_to_fake(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Do what `module.to` and its kin do: torch 2.14 wants to swap fake tensors there, and cannot."""
-    for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
-        tensor.data = function(tensor.data)
-    return module
 
 
 def _rehearsable(config: Config) -> Config:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
+from megatron_mm.engine import patches
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.model.initialize import name_in_whole_model
 
@@ -35,13 +36,11 @@ class OwnGradients:
 
     def _look_before(self, group, *, place: int) -> None:
         """Let a bucket group look at its gradients before it starts to reduce them; the host does not wait."""
-        reduce = group.start_grad_sync
 
-        def look(*args, **kwargs):
+        def look() -> None:
             self._largest[place] = self._look(place)
-            return reduce(*args, **kwargs)
 
-        group.start_grad_sync = look
+        patches.look_before_reduction(group, look)
 
     def _look(self, place: int) -> Tensor:
         """Return the largest element of each gradient of a bucket group: (num_parameters,)."""

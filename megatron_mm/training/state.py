@@ -15,9 +15,9 @@ from torch import nn
 from megatron_mm.config import Config
 from megatron_mm.config.resume import shifts_loss
 from megatron_mm.data.consumption import Consumption
-from megatron_mm.engine import device
+from megatron_mm.engine import device, patches
 from megatron_mm.engine.mesh import Mesh
-from megatron_mm.model.backend import Backend
+from megatron_mm.model.layer_classes import Backend
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
 from megatron_mm.training.gradients import OwnGradients
 from megatron_mm.training.inputs import Inputs
@@ -109,8 +109,7 @@ def _exchange_nothing(models: list[DistributedDataParallel]) -> None:
     for model in models:
         for group in model.bucket_groups + model.expert_parallel_bucket_groups:
             assert all(bucket.gradient_scaling_factor == 1.0 for bucket in group.buckets)
-            group.start_grad_sync = lambda force_all_reduce=False: None
-            group.start_param_sync = lambda force_sync=False: None
+            patches.exchange_nothing(group)
 
 
 def settle_parameters(state: ModelState) -> None:

@@ -1,95 +1,179 @@
-"""The CPU stand-ins: exactly what is listed is replaced, and only where it may be."""
+"""The CPU in place of CUDA: what is replaced for it, and what importing the package leaves alone."""
 
+import os
 import subprocess
 import sys
 import textwrap
 
+import pytest
+import torch
+from launch import run_alone
+
+from megatron_mm.engine import patches
+from megatron_mm.engine.patches import PATCHES, When
+
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter: the stand-ins stay for the life of a process."""
-    import os
-
+    """Run code in a fresh interpreter: what is replaced stays for the life of a process."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
-def test_install_replaces_what_it_lists_and_nothing_else() -> None:
-    result = python(
-        """
-        import torch, torch.cuda.random
+def names_now() -> dict[str, object]:
+    """Return every name in the modules of torch and megatron-core that are loaded, and in their classes."""
+    found: dict[str, object] = {}
+    for module_name, module in list(sys.modules.items()):
+        if module is None or module_name.split(".")[0] not in ("torch", "megatron"):
+            continue
+        for name, value in list(vars(module).items()):
+            found[f"{module_name}.{name}"] = value
+            if isinstance(value, type) and value.__module__.split(".")[0] in ("torch", "megatron"):
+                found |= {f"{value.__module__}.{value.__qualname__}.{key}": own for key, own in vars(value).items()}
+    return found
 
-        places = {"torch": torch, "torch.cuda": torch.cuda, "torch.cuda.random": torch.cuda.random}
-        places["torch.Tensor"] = torch.Tensor
-        before = {name: dict(vars(place)) for name, place in places.items()}
-        from megatron_mm.engine import device
-        device.install()
-        changed = {
-            f"{name}.{key}" for name, place in places.items() for key, value in vars(place).items()
-            if before[name].get(key) is not value and not isinstance(value, type(torch))
-        }
-        # Attributes of the C tensor type are found on the class only once they are replaced.
-        assert changed == set(device.REPLACED), changed ^ set(device.REPLACED)
-        device.install()
-        assert torch.zeros(2, device="cuda").device.type == "cpu"
-        assert torch.ones(2, pin_memory=True).sum() == 2
-        assert torch.zeros(1).type() == "torch.FloatTensor"
-        """
-    )
-    assert result.returncode == 0, result.stderr
+
+def changed_since(before: dict[str, object]) -> set[str]:
+    """Return the names that are something else now; modules that were loaded since are no change."""
+    return {
+        name
+        for name, value in names_now().items()
+        if before.get(name) is not value and not isinstance(value, type(sys))
+    }
+
+
+def replaced(*, only: When | None = None) -> dict[str, set[str]]:
+    """Return, by what asks for it, the names that are something else then."""
+    import megatron_mm.planning.rehearsal
+    import megatron_mm.training.loop  # noqa: F401
+    from megatron_mm.checkpoint.index import IndexUnpickler
+    from megatron_mm.engine import device
+
+    before, found = names_now(), {}
+    device.prepare()
+    found["prepare"] = changed_since(before)
+    device.prepare()
+    device.use_meta()
+    found["anew"] = changed_since(before)
+    lasting = changed_since(before)
+    with patches.for_rehearsal():
+        found["rehearsal"] = changed_since(before) - lasting
+    with patches.only_plain_data("unused", IndexUnpickler):
+        found["loading"] = changed_since(before) - lasting
+    found["after"] = changed_since(before) - lasting
+    return found
+
+
+def table(*whens: When) -> set[str]:
+    names = {name for patch in PATCHES if patch.when in whens for name in patch.replaces}
+    # Aliases under which torch and megatron-core hold the same module or class.
+    return {name.replace("torch.distributed.checkpoint.Default", DEFAULT_PLANNER) for name in names}
+
+
+DEFAULT_PLANNER = "torch.distributed.checkpoint.default_planner.Default"
+
+
+def test_what_is_replaced_is_what_the_table_lists() -> None:
+    found = run_alone(replaced)
+    at_start = table(When.ALWAYS, When.CPU, When.NO_CURRENT_GPU, When.NO_APEX)
+    assert found["prepare"] == at_start, found["prepare"] ^ at_start
+    assert found["anew"] == at_start
+    assert found["rehearsal"] == table(When.REHEARSAL), found["rehearsal"]
+    assert found["loading"] == table(When.LOADING), found["loading"]
+    assert not found["after"]
+
+
+def places_of_both_orders(meta_first: bool) -> tuple[str, str]:
+    from megatron_mm.engine import device
+
+    for take in (device.use_meta, device.prepare)[:: 1 if meta_first else -1]:
+        take()
+    return str(torch.cuda.current_device()), str(torch.zeros(1, device="cuda").device)
+
+
+@pytest.mark.parametrize("meta_first", [True, False])
+def test_the_order_of_calls_does_not_matter(meta_first: bool) -> None:
+    assert run_alone(places_of_both_orders, meta_first) == ("meta", "cpu")
 
 
 def test_another_megatron_core_is_refused() -> None:
     result = python(
         """
-        from megatron_mm.engine import device
-        device.version = lambda name: "0.20.0"
-        device.install()
+        from megatron_mm.engine import device, patches
+        patches.version = lambda name: "0.20.0"
+        device.prepare()
         """
     )
-    assert "megatron-core 0.20.0 is installed; the CPU stand-ins were made for 0.19.2" in result.stderr
+    assert (
+        "megatron-core 0.20.0 is installed; what is replaced in it was traced in megatron-core 0.19.2" in result.stderr
+    )
+
+
+def with_a_gpu() -> list[str]:
+    from megatron_mm.engine import device
+
+    patches.install(device.current, gpu=True)
+    return sorted(patches._installed)
 
 
 def test_a_gpu_is_not_hidden() -> None:
-    result = python(
-        """
-        from megatron_mm.engine import device
-        device.has_gpu = lambda: True
-        device.install()
-        """
-    )
-    assert "a GPU is present" in result.stderr
+    assert set(run_alone(with_a_gpu)) == table(When.ALWAYS, When.NO_APEX)
 
 
-def test_accelerators_that_need_cuda_are_kept_out(tmp_path) -> None:
+@pytest.fixture
+def path_with_engine(tmp_path) -> str:
+    """A PYTHONPATH on which there is a package of TransformerEngine's name."""
     package = tmp_path / "transformer_engine"
     package.mkdir()
-    (package / "__init__.py").write_text("raise AssertionError('it would call CUDA')")
+    (package / "__init__.py").write_text("")
+    return os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+
+
+def test_a_command_keeps_accelerators_out(path_with_engine: str) -> None:
     result = python(
         """
-        import megatron_mm.training.loop  # imports megatron-core before a run prepares its device
         from megatron_mm.engine import device
+        device.keep_out_accelerators()
+        import megatron_mm.training.loop  # imports megatron-core
         device.prepare()
         import megatron.core.extensions.transformer_engine as extension
         assert not extension.HAVE_TE
         """,
-        PYTHONPATH=str(tmp_path),
+        PYTHONPATH=path_with_engine,
     )
     assert result.returncode == 0, result.stderr
-    (package / "__init__.py").write_text("")
+
+
+def test_importing_the_package_keeps_nothing_out(path_with_engine: str) -> None:
+    result = python(
+        """
+        import sys
+        import megatron_mm.train, megatron_mm.training.loop, megatron_mm.planning.rehearsal, megatron_mm.hf.generate
+        assert not [name for name, module in sys.modules.items() if module is None and "." not in name]
+        from megatron_mm.engine import patches
+        assert not patches._installed
+        import transformer_engine
+        """,
+        PYTHONPATH=path_with_engine,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_cpu_does_not_stand_in_beside_an_accelerator(path_with_engine: str) -> None:
     result = python(
         """
         import transformer_engine
         from megatron_mm.engine import device
-        device.install()
+        device.prepare()
         """,
-        PYTHONPATH=str(tmp_path),
+        PYTHONPATH=path_with_engine,
     )
     assert "transformer_engine was imported, and there is no GPU" in result.stderr
+    assert "device.keep_out_accelerators() before megatron-core is imported" in result.stderr
 
 
 def test_megatron_core_may_be_imported_first() -> None:

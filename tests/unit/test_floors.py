@@ -5,8 +5,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import megatron_mm
 
@@ -23,11 +24,13 @@ FLOORS = {
 }
 APART = {"ingest", "data", "model"}
 """These meet at shards.py and batch.py, and never import one another."""
+REPLACED_FROM = ("torch", "megatron")
+"""Packages whose names one file alone may replace."""
 
 
 PARTS_OF_A_MODALITY = {"ingest": {"spec"}, "data": {"spec", "decode"}, "model": {"spec", "encoder"}}
 """What may be imported of modalities/X, or asked of it by `part`; "hf" and what stands above may all but decode."""
-KNOWS_A_MODALITY = ("ingest/audio.py", "ingest/image.py", "ingest/video.py")
+KNOWS_A_MODALITY = ("ingest/audio.py", "ingest/video.py")
 """Readers of files of a kind: elsewhere no modality is imported by its name."""
 IN_A_MODALITY = re.compile(r"megatron_mm\.modalities\.(?:image|audio)\.(\w+)")
 
@@ -45,8 +48,16 @@ def imports() -> Iterator[tuple[Path, str]]:
                 yield from ((path, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}: imports are absolute"
-                yield path, node.module
-                yield from ((path, f"{node.module}.{alias.name}") for alias in node.names)
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                if not all(is_file(name) for name in names):  # else nothing of the package's own __init__ is taken
+                    yield path, node.module
+                yield from ((path, name) for name in names)
+
+
+def is_file(dotted: str) -> bool:
+    """Tell whether a module is a file or folder of the package."""
+    path = ROOT.parent / dotted.replace(".", "/")
+    return dotted.startswith("megatron_mm.") and (path.is_dir() or path.with_suffix(".py").is_file())
 
 
 def room(dotted: str) -> str | None:
@@ -85,7 +96,7 @@ def test_each_floor_imports_its_own_part_of_a_modality() -> None:
         own = path.parts[0]
         seen.add((own, part))
         if own != "modalities":
-            assert part in PARTS_OF_A_MODALITY.get(own, {"spec", "encoder", "hf"}), f"{path} uses {part} of a modality"
+            assert part in PARTS_OF_A_MODALITY.get(own, {"spec", "encoder", "hf", "exported"}), f"{path} uses {part} of a modality"
     assert {("ingest", "spec"), ("data", "decode"), ("model", "encoder")} <= seen
 
 
@@ -99,16 +110,96 @@ def test_modalities_are_named_in_their_folders_alone() -> None:
     assert {name for name in named if not name.startswith("modalities/")} == set(KNOWS_A_MODALITY)
 
 
-def test_packages_do_not_import_one_another() -> None:
-    below = {name: set() for name in FLOORS}
+def file_of(path: Path) -> str:
+    """Return the name of a file inside the package, dotted."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Return the largest sets of nodes that all reach one another."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        found, left = set(), [start]
+        while left:
+            for node in graph.get(left.pop(), set()) - found:
+                found.add(node)
+                left.append(node)
+        reached[start] = found
+    knots = {frozenset(other for other in reached[node] if node in reached[other]) for node in graph}
+    return sorted((set(knot) for knot in knots if len(knot) > 1), key=sorted)
+
+
+def test_no_file_imports_itself_through_another() -> None:
+    files = {file_of(path) for path in ROOT.rglob("*.py")}
+    graph: dict[str, set[str]] = {name: set() for name in files}
+    for path, module in imports():
+        own, other = file_of(path), module.removeprefix("megatron_mm.")
+        if module.startswith("megatron_mm.") and other in files and other != own:
+            graph[own].add(other)
+    assert not cycles(graph)
+
+
+def test_no_part_imports_itself_through_another() -> None:
+    graph: dict[str, set[str]] = {name: set() for name in FLOORS}
     for path, module in imports():
         own, other = path.relative_to(ROOT).parts[0].removesuffix(".py"), room(module)
-        if own in FLOORS and other not in (None, own):
-            below[own].add(other)
-    try:
-        TopologicalSorter(below).prepare()
-    except CycleError as error:
-        raise AssertionError(f"these import one another: {' -> '.join(error.args[1])}") from error
+        if own in graph and other is not None and other != own:
+            graph[own].add(other)
+    assert not cycles(graph)
+
+
+def root_of(node: ast.expr) -> str | None:
+    """Return the name that a chain of attributes begins with, None of anything else."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def replaced_names(tree: ast.Module) -> Iterator[str]:
+    """Yield what is assigned to attributes of modules, classes and functions of torch and megatron-core."""
+    theirs = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            theirs |= {
+                alias.asname or alias.name.split(".")[0]
+                for alias in node.names
+                if alias.name.split(".")[0] in REPLACED_FROM
+            }
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in REPLACED_FROM:
+            theirs |= {alias.asname or alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Delete):
+            targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [node.target]
+            names = [inner for target in targets for inner in ast.walk(target) if isinstance(inner, ast.Attribute)]
+            yield from (ast.unparse(name) for name in names if root_of(name) in theirs)
+        elif isinstance(node, ast.Call) and node.args and root_of(node.args[0]) in theirs:
+            called = ast.unparse(node.func)
+            if called in ("setattr", "delattr") or called.endswith("patch.object"):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("mock.patch"):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch.cuda.synchronize = None",
+        "import torch.distributed as dist\ndist.barrier, other = None, 1",
+        "from torch import Tensor\nsetattr(Tensor, 'cuda', None)",
+        "from megatron.core.tensor_parallel import layers\nlayers._flag = True",
+        "from torch import nn\nfrom unittest import mock\nmock.patch.object(nn.Module, '_apply', None)",
+        "from unittest import mock\nmock.patch('torch.zeros')",
+        "import torch\ndel torch.zeros",
+    ],
+)
+def test_a_replaced_name_is_seen(code: str) -> None:
+    assert list(replaced_names(ast.parse(code)))
+
+
+def test_the_patches_alone_replace_names_of_torch_and_megatron_core() -> None:
+    for path in ROOT.rglob("*.py"):
+        found = list(replaced_names(ast.parse(path.read_text())))
+        assert not found, f"{path.relative_to(ROOT)} replaces {found}: engine/patches.py alone does that"
 
 
 def test_the_mesh_alone_reads_parallel_state() -> None:
