@@ -13,7 +13,7 @@ from megatron_mm import config as configs
 from megatron_mm.config import Config
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, Segment, TextSegment
 from megatron_mm.ingest.encode import encode_document
-from megatron_mm.modalities import MODALITIES
+from megatron_mm.modalities import MODALITIES, Geometries
 from megatron_mm.modalities.audio.spec import SAMPLE_RATE, encode_flac
 from megatron_mm.shards import ShardWriter
 from megatron_mm.source import Source
@@ -122,14 +122,23 @@ def documents(seed: int = 0) -> list[Document]:
     return [Document(segments, source) for segments, source in made]
 
 
-def write_shards(folder: Path, name: str = "train", *, seed: int = 0, text_only: bool = False) -> Path:
+def write_shards(
+    folder: Path,
+    name: str = "train",
+    *,
+    seed: int = 0,
+    text_only: bool = False,
+    geometries: Geometries | None = None,
+) -> Path:
     """Write the documents, or those without media, as shards `folder/name` and return the prefix."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
     tokenizer = TextTokenizer(path if path.exists() else save_tokenizer(path))
-    with ShardWriter(folder / name, tokenizer=tokenizer.info, tokenizer_content=tokenizer.content) as writer:
+    with ShardWriter(
+        folder / name, tokenizer=tokenizer.info, tokenizer_content=tokenizer.content, geometries=geometries
+    ) as writer:
         for document in documents(seed):
             if text_only and document.source is not Source.TEXT:
                 continue
-            writer.add(encode_document(document, tokenizer))
+            writer.add(encode_document(document, tokenizer, geometries=geometries))
     return folder / name

@@ -46,9 +46,10 @@ def load_pretrained(chunks: Sequence[nn.Module], encoders: Mapping[str, EncoderS
 def _load(media: nn.Module, family: Family, file: Path, *, name: str) -> None:
     load_tower(media.encoder.tower, family, file, name=name)
     if family.norm:
-        norm = media.encoder.tower.get_submodule(family.norm)
-        media.projector.norm.weight.copy_(norm.weight)
-        media.projector.norm.bias.copy_(norm.bias)
+        norm, own = media.encoder.tower.get_submodule(family.norm), media.projector.norm
+        times = own.weight.numel() // norm.weight.numel()  # features that are several of the tower's end to end
+        own.weight.copy_(norm.weight.repeat(times))
+        own.bias.copy_(norm.bias.repeat(times))
 
 
 def check_pretrained(encoders: Mapping[str, EncoderSection]) -> None:

@@ -19,7 +19,7 @@ def test_mm_88b_has_the_published_parameters() -> None:
     assert counts["total"] == 88_579_350_656
     assert counts["decoder"] == 86_970_703_872
     assert counts["token_embedding"] == counts["head"] == 51_200 * 8_192
-    assert counts["vision_tower"] == 303_301_632  # timm's vit_large_patch16_224 without its classifier
+    assert counts["image_tower"] == 303_301_632  # timm's vit_large_patch16_224 without its classifier
     assert counts["audio_tower"] == 315_427_968  # torchaudio's wav2vec2_large
     assert described["trainable_parameters"] == counts["total"] - 2 * 1_024  # the norm that a projector starts from
     assert described["layout"] == {"ranks": 1024, "tp": 8, "pp": 4, "vpp": 7, "cp": 1, "dp": 32}
@@ -58,7 +58,7 @@ def test_frozen_towers_stay_as_they_are_and_their_projectors_learn() -> None:
     counts = (described := describe("mm_1b", "image.trainable=false", "audio.trainable=false"))["parameters"]
     assert sum(counts.values()) == 2 * counts["total"]
     assert all(counts.values())
-    assert described["trainable_parameters"] == counts["total"] - counts["vision_tower"] - counts["audio_tower"]
+    assert described["trainable_parameters"] == counts["total"] - counts["image_tower"] - counts["audio_tower"]
 
 
 def test_tiny_trains_all_but_the_norm_that_a_projector_starts_from() -> None:

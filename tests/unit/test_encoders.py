@@ -8,14 +8,24 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchaudio.models import wav2vec2_model
-from transformers import ViTConfig, ViTForImageClassification, Wav2Vec2Config, Wav2Vec2ForPreTraining
+from transformers import (
+    HubertConfig,
+    HubertForCTC,
+    InternVLModel,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForPreTraining,
+)
 
 from megatron_mm.errors import DataError
 from megatron_mm.modalities.audio.encoder import Encoder as AudioEncoder
 from megatron_mm.modalities.audio.spec import AudioConfig
 from megatron_mm.modalities.image.encoder import Encoder as ImageEncoder
+from megatron_mm.modalities.image.positions import resize_positions
 from megatron_mm.modalities.image.spec import ImageConfig
-from megatron_mm.modalities.image.towers.vit import resize_positions
 from megatron_mm.modalities.pretrained import load_tower
 
 SIZE = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
@@ -38,14 +48,13 @@ def stirred(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def images() -> Tensor:
-    return torch.randint(0, 256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+def images(size: int = 224) -> Tensor:
+    return torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
 def timm_vit(**options) -> VisionTransformer:
-    return stirred(
-        VisionTransformer(patch_size=16, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, num_classes=5, **options)
-    )
+    shape = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "num_classes": 5}
+    return stirred(VisionTransformer(**shape | options))
 
 
 def test_a_timm_file_gives_timms_features(tmp_path: Path) -> None:
@@ -58,6 +67,48 @@ def test_a_timm_file_gives_timms_features(tmp_path: Path) -> None:
         normed = ours.tower.layernorm(found)
         expected = timm.forward_features(images().float() / 127.5 - 1.0)[:, 1:]
     torch.testing.assert_close(normed, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_another_size_and_patch_with_a_class_token_or_without(class_token: bool, tmp_path: Path) -> None:
+    pooled = {} if class_token else {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    timm = timm_vit(img_size=96, patch_size=8, **pooled)
+    torch.save(timm.state_dict(), tmp_path / "vit.pth")
+    settings = ImageConfig(**SIZE, image_size=96, patch_size=8, class_token=class_token)
+    ours = ImageEncoder(settings).eval()
+    load(ours, tmp_path / "vit.pth")
+    with torch.no_grad():
+        found = ours.tower.layernorm(ours(tuple(images(96)))).view(2, settings.tokens_per_image, 32)
+        expected = timm.forward_features(images(96).float() / 127.5 - 1.0)
+    torch.testing.assert_close(found, expected[:, int(class_token) :], rtol=TOLERANCE, atol=TOLERANCE)
+    other = ImageEncoder(settings.model_copy(update={"class_token": not class_token}))
+    with pytest.raises(DataError, match=f"image.class_token={not class_token}"):
+        load(other, tmp_path / "vit.pth")
+
+
+def siglip(size: int) -> SiglipModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    text = sizes | {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}
+    return stirred(SiglipModel(SiglipConfig(vision_config=sizes | {"image_size": size}, text_config=text)))
+
+
+def test_a_siglip_2_folder_gives_its_features(tmp_path: Path) -> None:
+    theirs = siglip(96)
+    theirs.save_pretrained(tmp_path)
+    ours = ImageEncoder(ImageConfig(**SIZE, encoder="siglip2", image_size=96)).eval()
+    load(ours, tmp_path)
+    with torch.no_grad():
+        found = ours(tuple(images(96))).view(2, 36, 32)
+        expected = theirs.vision_model(images(96).float() / 127.5 - 1.0).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    larger = ImageEncoder(ImageConfig(**SIZE, encoder="siglip2"))
+    load(larger, tmp_path)
+    positions = theirs.vision_model.embeddings.position_embedding.weight.unsqueeze(0)
+    expected = resample_abs_pos_embed(positions, new_size=[14, 14], num_prefix_tokens=0)[0]
+    torch.testing.assert_close(larger.tower.embeddings.position_embedding.weight, expected, rtol=1e-6, atol=1e-6)
+    other = ImageEncoder(ImageConfig(**SIZE | {"num_attention_heads": 4}, encoder="siglip2", image_size=96))
+    with pytest.raises(DataError, match="num_attention_heads=2, ours 4"):
+        load(other, tmp_path)
 
 
 @pytest.mark.parametrize("form", ["pytorch_model.bin", "folder"])
@@ -121,6 +172,45 @@ def test_a_wav2vec_file_gives_its_librarys_features(library: str, form: str, tmp
     load(ours, path)
     with torch.no_grad():
         torch.testing.assert_close(ours((sound[0],)), run()[0], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("form", ["ls960", "lv60k"])
+def test_a_hubert_folder_gives_its_features(form: str, tmp_path: Path) -> None:
+    layer_norm = form == "lv60k"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    convolutions = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    norms = {"conv_bias": layer_norm, "do_stable_layer_norm": layer_norm}
+    norms["feat_extract_norm"] = "layer" if layer_norm else "group"
+    theirs = stirred(HubertForCTC(HubertConfig(**sizes, **convolutions, **norms, vocab_size=9)))
+    theirs.save_pretrained(tmp_path)
+    ours = AudioEncoder(AudioConfig(**AUDIO_SIZE, encoder="hubert", form=form)).eval()
+    load(ours, tmp_path)
+    sound = torch.randn(1, 16_000, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs.hubert(sound).last_hidden_state[0]
+        torch.testing.assert_close(ours((sound[0],)), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_two_by_two_patches_are_one_token_as_in_internvl() -> None:
+    settings = ImageConfig(**SIZE, image_size=96, pixel_shuffle=True)
+    assert settings.tokens_per_image == 9
+    ours = ImageEncoder(settings).eval()
+    with torch.no_grad():
+        apart = ours.family.features(ours.tower, images(96).float() / 127.5 - 1.0).view(2, 6, 6, 32)
+        found = ours(tuple(images(96)))
+    torch.testing.assert_close(found.view(2, 3, 3, 128), InternVLModel.pixel_shuffle(None, apart, 0.5))
+    (message,) = ImageConfig(**SIZE, image_size=80, pixel_shuffle=True).failures("image")
+    assert "are 5 a side: make it an even number" in message
+
+
+def test_an_encoder_that_there_is_not_is_named() -> None:
+    wrong = ImageConfig(**SIZE, encoder="siglip")
+    assert list(wrong.failures("image")) == ["image.encoder=siglip is no encoder that there is. Did you mean siglip2?"]
+    wrong = AudioConfig(**AUDIO_SIZE, encoder="whisper")
+    (message,) = wrong.failures("audio")
+    assert "Use one of hubert, wav2vec2." in message
+    wrong = ImageConfig(**SIZE, encoder="siglip2", class_token=False)
+    assert "image.class_token=false is a setting of image.encoder=vit" in next(wrong.failures("image"))
 
 
 def test_every_key_is_accounted_for(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ REPLACED_FROM = ("torch", "megatron")
 
 
 PARTS_OF_A_MODALITY = {"ingest": {"spec"}, "data": {"spec", "decode"}, "model": {"spec", "encoder"}}
-"""What may be imported of modalities/X, or asked of it by `part`; "hf" and what stands above may all but decode."""
+"""What may be imported of modalities/X, or asked of it by `part`; what stands above them may all but decode."""
+ABOVE = {"spec", "encoder", "hf", "exported"}
 KNOWS_A_MODALITY = ("ingest/audio.py", "ingest/video.py")
 """Readers of files of a kind: elsewhere no modality is imported by its name."""
 IN_A_MODALITY = re.compile(r"megatron_mm\.modalities\.(?:image|audio)\.(\w+)")
@@ -96,7 +97,7 @@ def test_each_floor_imports_its_own_part_of_a_modality() -> None:
         own = path.parts[0]
         seen.add((own, part))
         if own != "modalities":
-            assert part in PARTS_OF_A_MODALITY.get(own, {"spec", "encoder", "hf", "exported"}), f"{path} uses {part} of a modality"
+            assert part in PARTS_OF_A_MODALITY.get(own, ABOVE), f"{path} uses {part} of a modality"
     assert {("ingest", "spec"), ("data", "decode"), ("model", "encoder")} <= seen
 
 

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from launch import run_alone
 from small import layout, small_config
 
+from megatron_mm.checkpoint.index import IndexUnpickler
 from megatron_mm.config import Config
 from megatron_mm.engine import device, patches
 from megatron_mm.engine.patches import BUCKET_GROUP, PATCHES
-from megatron_mm.checkpoint.index import IndexUnpickler
 
 CUDA_IS_MISSING = "CUDA|NVIDIA"
 """What torch says of a CUDA that is not there: it depends on how torch was built and the process began."""

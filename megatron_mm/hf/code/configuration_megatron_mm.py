@@ -22,7 +22,7 @@ class MegatronMMConfig(PreTrainedConfig):
     """A stock text decoder that reads the projected features of a stock encoder for each modality."""
 
     model_type = "megatron_mm"
-    sub_configs = {"text_config": AutoConfig, **{own.encoder: AutoConfig for own in MODALITIES}}  # noqa: RUF012
+    sub_configs = {"text_config": AutoConfig, **{own.encoder: AutoConfig for own in MODALITIES if own.encoder}}  # noqa: RUF012
     attribute_map = {f"{own.name}_token_index": f"{own.name}_token_id" for own in MODALITIES}  # noqa: RUF012
 
     def __init__(
@@ -35,7 +35,8 @@ class MegatronMMConfig(PreTrainedConfig):
     ):
         self.text_config = _part(text_config, "llama")
         for number, modality in enumerate(MODALITIES):
-            setattr(self, modality.encoder, _part(kwargs.pop(modality.encoder, None), modality.model_type))
+            if modality.encoder:  # else its settings say all
+                setattr(self, modality.encoder, _part(kwargs.pop(modality.encoder, None), modality.model_type))
             setattr(self, f"{modality.name}_token_id", kwargs.pop(f"{modality.name}_token_id", number))
             for name, default in modality.settings.items():
                 setattr(self, name, kwargs.pop(name, default))

@@ -53,6 +53,15 @@ class MegatronMMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
 
 
+def _tower(modality, config):
+    """Return the encoder of a modality: as transformers builds it, if the modality does not."""
+    return (
+        modality.build(config)
+        if hasattr(modality, "build")
+        else AutoModel.from_config(getattr(config, modality.encoder))
+    )
+
+
 class MegatronMMModel(*(modality.model for modality in MODALITIES), MegatronMMPreTrainedModel):
     """Encoders, projectors and decoder, without the head."""
 
@@ -60,7 +69,7 @@ class MegatronMMModel(*(modality.model for modality in MODALITIES), MegatronMMPr
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
         for modality in MODALITIES:
-            self.add_module(modality.tower, AutoModel.from_config(getattr(config, modality.encoder)))
+            self.add_module(modality.tower, _tower(modality, config))
         for modality in MODALITIES:
             projector = MegatronMMProjector(modality.width(config), hidden_size, config)
             self.add_module(modality.projector, projector)

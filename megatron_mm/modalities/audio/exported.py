@@ -91,7 +91,7 @@ class MODALITY:
     inputs = ("input_values", "input_values_mask")
     encoder, model_type = "audio_config", "wav2vec2"
     tower, projector = "audio_tower", "audio_projector"
-    layers = ("Wav2Vec2EncoderLayer",)
+    layers = ("Wav2Vec2EncoderLayer", "HubertEncoderLayer")
     settings = {"audio_chunk_samples": 16000, "max_audio_seconds": 30}  # noqa: RUF012
     parts = ("feature_extractor",)
     model, processor = AudioModel, AudioProcessor

@@ -45,7 +45,7 @@ class AudioConfig(AudioGeometry, EncoderSection):
     """The audio encoder, over one-second chunks of 16 kHz sound (49 tokens each), and its projector."""
 
     encoder: str = "wav2vec2"
-    """Family of the encoder, a file of modalities/audio/towers: wav2vec2."""
+    """Family of the encoder, a file of modalities/audio/towers: wav2vec2, hubert."""
     num_layers: PositiveInt
     """Encoder layers."""
     hidden_size: PositiveInt
@@ -61,11 +61,12 @@ class AudioConfig(AudioGeometry, EncoderSection):
     pos_conv_groups: PositiveInt = 16
     """Groups of the convolutional position embedding."""
     form: Literal["ls960", "lv60k"] = "ls960"
-    """ls960: as pretrained on Librispeech (group norm, post-norm layers, waveform as it is).
-    lv60k: as pretrained on Libri-Light (layer norm, conv biases, pre-norm layers, each clip normalised)."""
+    """ls960: as pretrained on Librispeech (group norm, post-norm layers, waveform as it is); HuBERT base.
+    lv60k: as pretrained on Libri-Light (layer norm, conv biases, pre-norm layers, each clip normalised); HuBERT
+    large."""
     pretrained: str | None = Field(None, min_length=1)
-    """Wav2Vec 2.0 file of torchaudio or Hugging Face that a new run's encoder starts from, or `random` for random
-    weights, to be trained. null takes the encoder of training.start_from; without that, a run does not start."""
+    """File of torchaudio or Hugging Face, Wav2Vec 2.0 or HuBERT, that a new run's encoder starts from, or `random` for
+    random weights, to be trained. null takes the encoder of training.start_from; without that, a run does not start."""
 
     @property
     def normalizes(self) -> bool:

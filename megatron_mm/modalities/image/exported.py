@@ -3,18 +3,47 @@
 import importlib
 import io
 
+from torch import nn
+from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+class Patches(nn.Module):
+    """What InternVL's encoder is given by a ViT without a class token."""
+
+    def __init__(self, embeddings):
+        super().__init__()
+        self.patch_embeddings = embeddings.patch_embeddings
+        self.position_embeddings = nn.Parameter(embeddings.position_embeddings[:, 1:].detach().clone())
+
+    def forward(self, pixel_values):
+        """(num_images, 3, size, size) to (num_images, num_patches, width)."""
+        return self.patch_embeddings.projection(pixel_values).flatten(2).transpose(1, 2) + self.position_embeddings
 
 
 class ImageModel:
     """The model's methods for images."""
 
     def get_image_features(self, pixel_values, **kwargs):
-        """(num_images, 3, size, size) to pooler_output (num_images, num_patches, hidden_size), no class token."""
-        features = self.vision_tower(pixel_values.to(self.dtype)).last_hidden_state[:, 1:]
+        """(num_images, 3, size, size) to pooler_output (num_images, num_tokens, hidden_size), no class token."""
+        tower, pixel_values = self.vision_tower, pixel_values.to(self.dtype)
+        if not self.config.image_class_token:
+            features = tower.encoder(tower.embeddings(pixel_values))[0]
+        else:
+            first = 1 if self.config.vision_config.model_type == "internvl_vision" else 0
+            features = tower(pixel_values).last_hidden_state[:, first:]
+        features = _shuffled(features) if self.config.image_pixel_shuffle else features
         return BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=self.multi_modal_projector(features)
         )
+
+
+def _shuffled(features):
+    """(num_images, num_patches, width) to (num_images, num_patches / 4, 4 * width): two by two patches end to end."""
+    num_images, num_patches, width = features.shape
+    half = round(num_patches**0.5) // 2
+    squares = features.view(num_images, half, 2, half, 2, width)
+    return squares.permute(0, 1, 3, 2, 4, 5).reshape(num_images, half * half, 4 * width)
 
 
 class ImageProcessor:
@@ -47,10 +76,18 @@ class MODALITY:
     inputs = ("pixel_values",)
     encoder, model_type = "vision_config", "internvl_vision"
     tower, projector = "vision_tower", "multi_modal_projector"
-    layers = ("InternVLVisionLayer",)
-    settings = {"image_seq_length": 196}  # noqa: RUF012
+    layers = ("InternVLVisionLayer", "SiglipEncoderLayer")
+    settings = {"image_seq_length": 196, "image_class_token": True, "image_pixel_shuffle": False}  # noqa: RUF012
     parts = ("image_processor",)
     model, processor = ImageModel, ImageProcessor
+
+    @staticmethod
+    def build(config):
+        """Return the tower: InternVL's ViT, perhaps without its class token, or SigLIP's."""
+        tower = AutoModel.from_config(config.vision_config)
+        if not config.image_class_token:
+            tower.embeddings = Patches(tower.embeddings)
+        return getattr(tower, "vision_model", tower)  # transformers 4 has SigLIP's in a shell
 
     @staticmethod
     def set_up(config):
@@ -63,4 +100,4 @@ class MODALITY:
     @staticmethod
     def width(config):
         """Return the width of the features."""
-        return config.vision_config.hidden_size
+        return config.vision_config.hidden_size * (4 if config.image_pixel_shuffle else 1)

@@ -21,14 +21,16 @@ class InternVL:
     def refusal(self, section: ImageConfig) -> str | None:
         """Return why InternVL cannot have the encoder of `section`, None if it can."""
         if section.encoder != "vit":
-            return f"image.encoder={section.encoder} is no ViT, and InternVL's is one"
+            return f"image.encoder={section.encoder} is no ViT, and InternVL has one"
+        if not section.class_token:
+            return "image.class_token=false is a ViT without a class token, and InternVL's has one"
         return None
 
     def config(self, section: ImageConfig) -> dict[str, Any]:
         """Return what its config.json says of images beside their encoder."""
         return {
             "image_seq_length": section.tokens_per_image,
-            "downsample_ratio": 1.0,
+            "downsample_ratio": 0.5 if section.pixel_shuffle else 1.0,
             "projector_hidden_act": "gelu",
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "default",
@@ -58,16 +60,28 @@ class ImageExports(Exports):
 
     def config(self, section: ImageConfig) -> dict[str, Any]:
         """Return what the config.json of a full export says of images beside their encoder."""
-        return {"image_seq_length": section.tokens_per_image}
+        return {"image_seq_length": section.tokens_per_image} | _unusual(section)
 
     def processor(self, section: ImageConfig) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """Return the image processor of a full export, and the settings of the processor's own."""
         image = {"image_processor_type": "ViTImageProcessor"} | squashing(section)
         return {"image_processor": image}, {"image_seq_length": section.tokens_per_image}
 
+    def settings(self, description: dict[str, Any]) -> dict[str, Any]:
+        """Return our image.* settings that make a folder's config.json."""
+        shuffled = description.get("image_pixel_shuffle", description.get("downsample_ratio") == 0.5)
+        own = {"class_token": description.get("image_class_token", True), "pixel_shuffle": shuffled}
+        return super().settings(description) | own
+
     def model_inputs(self, items: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
         """Return pixel_values (num_images, 3, image_size, image_size)."""
         return {"pixel_values": torch.stack([unit for units in items for unit in units]).float() / 127.5 - 1.0}
+
+
+def _unusual(section: ImageConfig) -> dict[str, Any]:
+    """Return what the config.json of a full export says only where it is not as usual."""
+    found = {} if section.class_token else {"image_class_token": False}
+    return found | ({"image_pixel_shuffle": True} if section.pixel_shuffle else {})
 
 
 def squashing(section: ImageConfig) -> dict[str, Any]:

@@ -10,24 +10,31 @@ from megatron_mm.settings import PositiveInt, divisors
 
 
 class ImageGeometry(Geometry):
-    """How an image becomes tokens: it is squashed to a square, one token a patch."""
+    """How an image becomes tokens: it is squashed to a square, one token a patch or one for four of them."""
 
     image_size: PositiveInt = 224
     """Side of the square, in pixels, that every image is squashed to."""
     patch_size: PositiveInt = 16
-    """Side of a patch, in pixels: one token each."""
+    """Side of a patch, in pixels."""
+    pixel_shuffle: bool = False
+    """Make one token of each two by two patches, four times as wide, as InternVL does; false: one token a patch."""
 
     @property
     def tokens_per_image(self) -> int:
-        """Decoder tokens of one image: one a patch."""
-        return (self.image_size // self.patch_size) ** 2
+        """Decoder tokens of one image: one a patch, or a fourth of that."""
+        return self.patches_a_side**2 // (4 if self.pixel_shuffle else 1)
+
+    @property
+    def patches_a_side(self) -> int:
+        """Patches in a row of an image, and in a column."""
+        return self.image_size // self.patch_size
 
 
 class ImageConfig(ImageGeometry, EncoderSection):
     """The image encoder, over patches, and its projector."""
 
     encoder: str = "vit"
-    """Family of the encoder, a file of modalities/image/towers: vit."""
+    """Family of the encoder, a file of modalities/image/towers: vit; siglip2, which exports as the full folder only."""
     num_layers: PositiveInt
     """Encoder layers."""
     hidden_size: PositiveInt
@@ -36,9 +43,11 @@ class ImageConfig(ImageGeometry, EncoderSection):
     """Width of the encoder's MLP."""
     num_attention_heads: PositiveInt
     """Attention heads of the encoder."""
+    class_token: bool = True
+    """Whether vit has a class token beside the patches. Without one, it exports as the full folder only."""
     pretrained: str | None = Field(None, min_length=1)
-    """ViT file of timm or Hugging Face that a new run's encoder starts from, or `random` for random weights, to be
-    trained. null takes the encoder of training.start_from; without that, a run does not start."""
+    """File of timm (vit) or Hugging Face (vit, siglip2) that a new run's encoder starts from, or `random` for random
+    weights, to be trained. null takes the encoder of training.start_from; without that, a run does not start."""
 
     def failures(self, name: str) -> Iterator[str]:
         """Yield what is wrong with the settings, which the user knows as `name`.*, and how to mend it."""
@@ -53,6 +62,13 @@ class ImageConfig(ImageGeometry, EncoderSection):
                 f"{name}.patch_size={self.patch_size} does not divide {name}.image_size={self.image_size}: patches "
                 f"cover the image. Use one of {divisors(self.image_size)}."
             )
+        if self.pixel_shuffle and self.patches_a_side % 2:
+            yield (
+                f"{name}.pixel_shuffle makes one of two by two patches, and {name}.image_size={self.image_size} with "
+                f"{name}.patch_size={self.patch_size} are {self.patches_a_side} a side: make it an even number."
+            )
+        if not self.class_token and self.encoder != "vit":
+            yield f"{name}.class_token=false is a setting of {name}.encoder=vit: {self.encoder} leaves no choice."
 
 
 class ImageModality(Modality):

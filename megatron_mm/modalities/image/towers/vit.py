@@ -1,25 +1,20 @@
 """ViT (Dosovitskiy et al. 2021) in Hugging Face's module code; files of timm and Hugging Face; InternVL in exports."""
 
-import logging
 import re
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_mm.errors import DataError
 from megatron_mm.modalities.family import Family
+from megatron_mm.modalities.image.positions import resize_positions
 from megatron_mm.modalities.image.spec import ImageConfig
-
-log = logging.getLogger(__name__)
 
 POSITIONS = "embeddings.position_embeddings"
 
 
 class Vit(Family):
-    """A class token and patches, pre-norm layers, the final norm left to the projector.
+    """Patches, with a class token before them or without, pre-norm layers, the final norm left to the projector.
 
     With the projector's norm in the final norm's place, the pair is exactly the vision half of InternVL. The tower
     keeps the published norm, frozen, so that it remains the complete ViT that pretrained files hold.
@@ -46,7 +41,7 @@ class Vit(Family):
     )
     left_behind = r"(vit\.)?(head|fc_norm|classifier|pooler)\..*"
     meaning = ("num_attention_heads", "hidden_act", "patch_size")
-    sizes = "image.num_layers, hidden_size, ffn_hidden_size, image_size, patch_size"
+    sizes = "image.num_layers, hidden_size, ffn_hidden_size, patch_size, class_token"
     norm, like = "layernorm", "layers.0.layernorm_before.weight"
     model_type = "internvl_vision"
     keys = {  # noqa: RUF012
@@ -57,10 +52,10 @@ class Vit(Family):
     }
 
     def build(self, config: ImageConfig) -> nn.Module:
-        """Return a ViTModel without pooling."""
+        """Return a ViTModel without pooling, and without its class token if the settings have none."""
         from transformers import ViTConfig, ViTModel
 
-        return ViTModel(
+        tower = ViTModel(
             ViTConfig(
                 hidden_size=config.hidden_size,
                 num_hidden_layers=config.num_layers,
@@ -76,13 +71,20 @@ class Vit(Family):
             ),
             add_pooling_layer=False,
         )
+        if not config.class_token:
+            embeddings = tower.embeddings
+            embeddings.position_embeddings = nn.Parameter(embeddings.position_embeddings[:, 1:].detach().clone())
+            del embeddings.cls_token
+        return tower
 
     def features(self, tower: nn.Module, batch: Tensor) -> Tensor:
         """Return the features of images before the final norm, (num_images, num_patches, width)."""
-        hidden = tower.embeddings(batch)
+        embeddings = tower.embeddings
+        first = int(hasattr(embeddings, "cls_token"))
+        hidden = embeddings(batch) if first else embeddings.patch_embeddings(batch) + embeddings.position_embeddings
         for layer in tower.layers:
             hidden = layer(hidden)
-        return hidden[:, 1:]
+        return hidden[:, first:]
 
     def fitted(self, weights: dict[str, Tensor], tower: nn.Module) -> dict[str, Tensor]:
         """Return queries, keys and values apart, and positions resized to those of `tower`."""
@@ -92,7 +94,10 @@ class Vit(Family):
                 parts = zip("qkv", value.chunk(3))
                 fitted |= {f"{fused[1]}.{letter}_proj.{fused[2]}": part for letter, part in parts}
             elif name == POSITIONS:
-                fitted[name] = resize_positions(value, num_tokens=tower.get_parameter(POSITIONS).shape[1])
+                own = tower.get_parameter(POSITIONS).shape[1]
+                fitted[name] = resize_positions(
+                    value, num_tokens=own, class_token=hasattr(tower.embeddings, "cls_token")
+                )
             else:
                 fitted[name] = value
         return fitted
@@ -138,24 +143,6 @@ class Vit(Family):
         """Return the module's name of one of InternVL's tensors."""
         name = re.sub(r"^encoder\.layer\.", "layers.", name)
         return name.replace(".attention.projection_layer.", ".attention.o_proj.")
-
-
-def resize_positions(positions: Tensor, *, num_tokens: int) -> Tensor:
-    """Return position embeddings for another number of patches: bicubic with antialiasing, as timm does.
-
-    Shapes: positions (1, 1 + old_patches, width), the class token first; returns (1, num_tokens, width). Raises
-    DataError if the patches are no square.
-    """
-    if positions.shape[1] == num_tokens:
-        return positions
-    old, new = round((positions.shape[1] - 1) ** 0.5), round((num_tokens - 1) ** 0.5)
-    if old * old + 1 != positions.shape[1]:
-        raise DataError(f"{positions.shape[1]} position embeddings are not a class token and a square of patches.")
-    first, grid = positions[:, :1], positions[:, 1:].float()
-    grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, width, old, old)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
-    log.info("position embeddings resized from %d x %d to %d x %d patches", old, old, new, new)
-    return torch.cat([first, grid.permute(0, 2, 3, 1).reshape(1, new * new, -1).to(first.dtype)], dim=1)
 
 
 FAMILY = Vit()
