@@ -63,6 +63,10 @@ class Family(ABC):
         """Return our settings that make `description` of an encoder."""
         return {ours: description[theirs] for ours, theirs in self.keys.items() if theirs in description}
 
+    def first_tokens(self, config: Any) -> int:
+        """Return the tokens that the module in an export puts before those of the unit: class token, registers."""
+        return 0
+
     def neutral(self, config: Any) -> Iterator[str]:
         """Yield the names of vectors that the class in an export has and ours lacks: ones, which change nothing."""
         yield from ()

@@ -27,11 +27,10 @@ class ImageModel:
     def get_image_features(self, pixel_values, **kwargs):
         """(num_images, 3, size, size) to pooler_output (num_images, num_tokens, hidden_size), no class token."""
         tower, pixel_values = self.vision_tower, pixel_values.to(self.dtype)
-        if not self.config.image_class_token:
+        if isinstance(tower.embeddings, Patches):
             features = tower.encoder(tower.embeddings(pixel_values))[0]
         else:
-            first = 1 if self.config.vision_config.model_type == "internvl_vision" else 0
-            features = tower(pixel_values).last_hidden_state[:, first:]
+            features = tower(pixel_values).last_hidden_state[:, self.config.image_first_tokens :]
         features = _shuffled(features) if self.config.image_pixel_shuffle else features
         return BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=self.multi_modal_projector(features)
@@ -77,15 +76,15 @@ class MODALITY:
     encoder, model_type = "vision_config", "internvl_vision"
     tower, projector = "vision_tower", "multi_modal_projector"
     layers = ("InternVLVisionLayer", "SiglipEncoderLayer")
-    settings = {"image_seq_length": 196, "image_class_token": True, "image_pixel_shuffle": False}  # noqa: RUF012
+    settings = {"image_seq_length": 196, "image_first_tokens": 1, "image_pixel_shuffle": False}  # noqa: RUF012
     parts = ("image_processor",)
     model, processor = ImageModel, ImageProcessor
 
     @staticmethod
     def build(config):
-        """Return the tower: InternVL's ViT, perhaps without its class token, or SigLIP's."""
+        """Return the tower; InternVL's ViT has no class token if none is to be dropped."""
         tower = AutoModel.from_config(config.vision_config)
-        if not config.image_class_token:
+        if config.vision_config.model_type == "internvl_vision" and not config.image_first_tokens:
             tower.embeddings = Patches(tower.embeddings)
         return getattr(tower, "vision_model", tower)  # transformers 4 has SigLIP's in a shell
 

@@ -70,8 +70,10 @@ class ImageExports(Exports):
     def settings(self, description: dict[str, Any]) -> dict[str, Any]:
         """Return our image.* settings that make a folder's config.json."""
         shuffled = description.get("image_pixel_shuffle", description.get("downsample_ratio") == 0.5)
-        own = {"class_token": description.get("image_class_token", True), "pixel_shuffle": shuffled}
-        return super().settings(description) | own
+        found = super().settings(description) | {"pixel_shuffle": shuffled}
+        if found["encoder"] == "vit":
+            found["class_token"] = description.get("image_first_tokens", 1) > 0
+        return found
 
     def model_inputs(self, items: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
         """Return pixel_values (num_images, 3, image_size, image_size)."""
@@ -80,7 +82,8 @@ class ImageExports(Exports):
 
 def _unusual(section: ImageConfig) -> dict[str, Any]:
     """Return what the config.json of a full export says only where it is not as usual."""
-    found = {} if section.class_token else {"image_class_token": False}
+    first = IMAGE.family(section).first_tokens(section)
+    found = {"image_first_tokens": first} if first != 1 else {}
     return found | ({"image_pixel_shuffle": True} if section.pixel_shuffle else {})
 
 

@@ -129,6 +129,10 @@ class Vit(Family):
                 found[key] = size[0] if isinstance(size, list) else size
         return found
 
+    def first_tokens(self, config: ImageConfig) -> int:
+        """Return the class token, if there is one."""
+        return int(config.class_token)
+
     def neutral(self, config: ImageConfig) -> Iterator[str]:
         """Yield the names of InternVL's LayerScale."""
         for number in range(config.num_layers):
