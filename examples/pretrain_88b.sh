@@ -42,6 +42,9 @@ setting_of() { # KEY ARGUMENT...: what the command line says last; nothing if it
 
 # Encoders start from pretrained files, which the command line or the site names, or come with training.start_from.
 wrong=
+if [ -n "${VISION_PRETRAINED:-}" ]; then
+  wrong=1; echo "error: VISION_PRETRAINED is now called IMAGE_PRETRAINED: rename it in examples/site.env"
+fi
 for encoder in image audio; do
   name=${encoder^^}_PRETRAINED file=$(setting_of "$encoder.pretrained" "$@")
   if [ -z "$file" ] && [ -z "$(setting_of training.start_from "$@")" ]; then

@@ -18,7 +18,8 @@ class TokenCounts:
     """How many positions hold what: each is text, a media placeholder or padding, and some bear loss beside."""
 
     text: int = 0
-    """Of documents, but for media: text, and the tokens that mark where documents and media begin and end."""
+    """Positions of documents without media in them: text, and the tokens that mark where documents and media begin
+    and end."""
     media: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(BY_NAME, 0))
     """Placeholders of each modality, by its name."""
     padding: int = 0

@@ -1,7 +1,7 @@
 """Convert between training checkpoints and Hugging Face folders: one plain process, no GPU, less than 1 GiB of memory.
 
 to-hf     a checkpoint of any layout to OUT/text (LlamaForCausalLM), OUT/image (InternVLForConditionalGeneration) and
-          OUT/full (text, images, sound and PDFs, with the code that composes them)
+          OUT/full (text, images, audio and PDFs, with the code that composes them)
 from-hf   a Llama-family folder, or an export, to a checkpoint that training starts from, in any layout
 verify    compare every file of an export with its manifest
 """

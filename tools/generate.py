@@ -1,4 +1,4 @@
-"""Continue a prompt of text, images, sound and PDFs with a trained model, on a GPU or the CPU.
+"""Continue a prompt of text, images, audio and PDFs with a trained model, on a GPU or the CPU.
 
   python tools/generate.py runs/demo/export/full --file photo.jpg --text "A photograph of"
   python tools/generate.py runs/demo/checkpoints/step_00000140 --text "It was" --temperature 0.8
@@ -81,7 +81,7 @@ def _unreadable(rejection: Rejection) -> DataError:
     return DataError(f"{rejection.path}: {rejection.reason.rstrip('.')}. Mend it, or give another file.")
 
 
-class _Part(argparse.Action):
+class _PromptPart(argparse.Action):
     """Appends (option, value) to one list, so that the order of the prompt's parts is kept."""
 
     def __call__(self, parser, namespace, value, option_string=None) -> None:
@@ -91,8 +91,10 @@ class _Part(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = endings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL", help="an export, or a checkpoint")
-    parser.add_argument("--text", action=_Part, dest="parts", metavar="TEXT", help="text of the prompt")
-    parser.add_argument("--file", action=_Part, dest="parts", metavar="F", help="image, recording, PDF or text file")
+    parser.add_argument("--text", action=_PromptPart, dest="parts", metavar="TEXT", help="text of the prompt")
+    parser.add_argument(
+        "--file", action=_PromptPart, dest="parts", metavar="F", help="image, recording, PDF or text file"
+    )
     parser.add_argument("--jsonl", type=Path, metavar="F", help="many prompts, one a line")
     parser.add_argument("--tokenizer", type=Path, metavar="T", help="tokenizer.json (default: the model's own)")
     parser.add_argument("--max-new-tokens", type=int, default=Sampling.max_new_tokens, metavar="N")

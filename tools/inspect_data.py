@@ -1,4 +1,4 @@
-"""Show what the model will see of a file, a stored document, a packed sample, or a step of a run: text, pixels, sound.
+"""Show what the model will see of a file, a stored document, a packed sample, or a step of a run: text, pixels, audio.
 
 python tools/inspect_data.py --tokenizer tokenizer.json --input report.pdf --html report.html
 python tools/inspect_data.py --tokenizer tokenizer.json --shards data/train --document 12
@@ -22,11 +22,11 @@ from megatron_mm import config as configs
 from megatron_mm import endings
 from megatron_mm.data.media import reference_decoders
 from megatron_mm.data.packing import plan_packing
+from megatron_mm.data.rendering import piece_of, render_page, render_text
 from megatron_mm.data.samples import Samples
-from megatron_mm.data.show import piece_of, render_page, render_text
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.ingest.encode import encode_document
-from megatron_mm.ingest.work import DEFAULTS, Work, read_all
+from megatron_mm.ingest.work_items import DEFAULTS, WorkItem, read_all
 from megatron_mm.modalities import default_geometries
 from megatron_mm.shards import EncodedDocument, ShardReader, open_shards
 from megatron_mm.shards.format import TOKENIZER_SUFFIX
@@ -94,7 +94,7 @@ def _file(path: Path, tokenizer: TextTokenizer) -> Iterator[tuple[str, EncodedDo
             f"{path} is a folder: give a file." if path.is_dir() else f"{path} does not exist. Give a file."
         )
     count, reason = 0, "it is empty"
-    for documents, rejections in read_all(Work(path), DEFAULTS):
+    for documents, rejections in read_all(WorkItem(path), DEFAULTS):
         for rejection in rejections:
             reason = rejection.reason
             print(f"rejected {rejection.path}: {reason}", file=sys.stderr)

@@ -55,7 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", default="distinct", help="distinct, stages, all, or numbers: 0,8,1023")
     parser.add_argument("--on", choices=("gpu", "cpu"), default="gpu", help="whose code path is rehearsed")
     parser.add_argument(
-        "--media", type=endings.at_least(0), default=1, help="images and seconds of sound on each encoding rank"
+        "--media",
+        type=endings.at_least(0),
+        default=1,
+        help="images, seconds of audio ... on each encoding rank",
     )
     parser.add_argument("--json", type=Path, help="write the reports there too")
     parser.add_argument("--html", type=Path, help="draw memory by rank and over the step there")

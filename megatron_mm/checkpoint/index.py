@@ -79,11 +79,11 @@ class Chunk:
     columns: int
     file: str
     offset: int
-    """Of its zip archive in the file; `layer_offset` bytes into its data if it holds several layers."""
+    """Where its zip archive begins in the file; `layer_offset` bytes into its data if it holds several layers."""
     length: int
     layer_offset: int
     num_bytes: int
-    """Of all layers in it."""
+    """The bytes of all layers in it."""
 
 
 class CheckpointReader:

@@ -31,7 +31,7 @@ MAY_DIFFER = {
     "model.init_std",
     *(f"{part}.{key}" for part in BY_NAME for key in ("pretrained", "trainable")),
 }
-"""Of these, what says nothing about what the weights mean."""
+"""Settings among these that say nothing about what the weights mean."""
 
 
 def find_damage_together(mesh: Mesh, path: Path) -> list[str]:

@@ -53,7 +53,7 @@ class Saved:
     stall_seconds: float
     """How long training stood still for it, on this rank."""
     seconds: float
-    """From its beginning to its commit."""
+    """Seconds from its beginning to its commit."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.storage import hash_file
 
 EDGE_BYTES = 1 << 20
-"""Of each file of an import, from its beginning and before its end, that its fingerprint counts."""
+"""How many bytes at the beginning and the end of each file of an import its fingerprint counts."""
 
 
 def find_damage(path: Path, *, share: int = 0, of: int = 1, names: Sequence[str] | None = None) -> list[str]:

@@ -28,7 +28,7 @@ from megatron_mm.checkpoint.index import TensorInfo, check_archive
 from megatron_mm.storage import PARTIAL, SYNC_BYTES, publish_folder, require_space
 
 FILE_BYTES = 4 << 30
-"""Of one file of the checkpoint."""
+"""The most bytes of one file of the checkpoint."""
 
 Weight = tuple[str, TensorInfo, Iterable[Tensor]]
 """Name of a tensor, what it is, and its values as blocks of rows, which are read when they are written."""

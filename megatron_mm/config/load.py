@@ -24,7 +24,7 @@ PRESET_DIR = Path(__file__).parent / "presets"
 RENAMED = {"vision": "image"}
 """Sections as files of earlier versions name them, and as they are called now."""
 SHOWN_CHARACTERS = 80
-"""Of a value that cannot be, in a message."""
+"""How much of a value that cannot be is shown in a message."""
 
 
 def preset_names() -> list[str]:

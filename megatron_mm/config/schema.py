@@ -72,7 +72,7 @@ class DataConfig(Section):
     """Seconds for a step after which the thread that reads ahead counts as hung and another one takes its place; after
     three of them the run ends. Keep three times this below guard.hang_seconds."""
     decoder: Literal["auto", "reference", "dali"] = "auto"
-    """What decodes images and sound: auto takes DALI where the device is a GPU, and the reference elsewhere."""
+    """What decodes media: auto takes DALI where the device is a GPU, and the reference elsewhere."""
 
     @property
     def train_datasets(self) -> list[str]:

@@ -27,7 +27,7 @@ class Blend:
     ) -> None:
         assert stretches[0][0] == 0 and all(before[0] < after[0] for before, after in pairwise(stretches))
         self.datasets = list(datasets or dict.fromkeys(name for _, weights in stretches for name in weights))
-        """In the order given, or in which they first appear."""
+        """Their names, in the order given or in which they first appear."""
         self._starts = np.asarray([start for start, _ in stretches], np.int64)
         number = {name: place for place, name in enumerate(self.datasets)}
         self._named = [np.asarray([number[name] for name in weights], np.int64) for _, weights in stretches]

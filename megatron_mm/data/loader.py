@@ -12,8 +12,8 @@ from megatron_mm.batch import MediaUnits, MicroBatch, attention_spans, context_s
 from megatron_mm.config import Config
 from megatron_mm.config.schema import BlendChange
 from megatron_mm.data.media import make_decoders
-from megatron_mm.data.row import TextRow
 from megatron_mm.data.samples import Samples
+from megatron_mm.data.token_row import TokenRow
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import DataError
@@ -27,7 +27,7 @@ NO_MEDIA = MediaUnits((), 0, 0, torch.empty(0, dtype=torch.int64), torch.empty(0
 
 @dataclass(frozen=True)
 class Unit:
-    """What is encoded on its own, an image or a chunk of sound: where it lies and where its features go."""
+    """What is encoded on its own, an image or a chunk of audio: where it lies and where its features go."""
 
     shard: int
     item: np.ndarray
@@ -35,7 +35,7 @@ class Unit:
     number: int
     """Which unit of its item."""
     position: int
-    """Of its first token, in the micro-batch."""
+    """The position of its first token in the micro-batch."""
     num_tokens: int
 
     @property
@@ -105,7 +105,7 @@ class Loader:
         """Return `samples` packed end to end, with the media units that this rank encodes."""
         seq_len = self.config.data.seq_len
         num_tokens = len(samples) * seq_len
-        text = TextRow(num_tokens, pad=self.special_ids["pad"])
+        text = TokenRow(num_tokens, pad=self.special_ids["pad"])
         units: dict[str, list[Unit]] = {name: [] for name in BY_NAME}
         for number, sample in enumerate(samples):
             text.position = number * seq_len
@@ -124,7 +124,7 @@ class Loader:
             num_datasets=len(self.datasets),
         )
 
-    def _add_pieces(self, pieces: np.ndarray, text: TextRow, units: dict[str, list[Unit]]) -> None:
+    def _add_pieces(self, pieces: np.ndarray, text: TokenRow, units: dict[str, list[Unit]]) -> None:
         """Lay PIECE records at the current position, and note their media."""
         first, last = int(pieces["shard"][0]), int(pieces["shard"][-1])
         for number in range(first, last + 1):  # pieces come in the order of their shards
@@ -140,7 +140,7 @@ class Loader:
         number: int,
         document: int,
         inputs: range,
-        text: TextRow,
+        text: TokenRow,
         position: int,
         units: dict[str, list[Unit]],
     ) -> None:
@@ -184,7 +184,7 @@ class Loader:
         return modality, lengths
 
     def _check_placeholders(
-        self, shard: ShardReader, pieces: np.ndarray, text: TextRow, units: dict[str, list[Unit]]
+        self, shard: ShardReader, pieces: np.ndarray, text: TokenRow, units: dict[str, list[Unit]]
     ) -> None:
         """Raise DataError if a placeholder of the pieces that were laid last belongs to no media item, or to two."""
         begin = text.position - int(pieces["length"].sum())

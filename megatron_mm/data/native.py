@@ -6,7 +6,7 @@ except ImportError:
     _index = None
 
 VERSION = 2
-"""Of the functions that this package calls, as bindings.cpp counts them."""
+"""The version of the functions that this package calls, as bindings.cpp counts them."""
 
 if _index is not None and getattr(_index, "VERSION", 1) != VERSION:
     raise ImportError(

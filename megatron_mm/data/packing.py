@@ -188,12 +188,12 @@ class ConcatenatedPlan:
             document += 1
 
 
-Plan = BestFitPlan | ConcatenatedPlan
+PackingPlan = BestFitPlan | ConcatenatedPlan
 
 
 def plan_packing(
     shards: Sequence[ShardReader], *, seq_len: int, packing: Packing = "best_fit", first_shard: int = 0
-) -> Plan:
+) -> PackingPlan:
     """Return the samples of `shards`, which are numbered from `first_shard` in their pieces.
 
     Raises DataError if a media run is longer than `seq_len` or would be cut, or there is not one input.
@@ -202,12 +202,12 @@ def plan_packing(
     return plan(shards, seq_len=seq_len, first_shard=first_shard)
 
 
-def padding_fraction(plan: Plan) -> float:
+def padding_fraction(plan: PackingPlan) -> float:
     """Return the positions that hold no input, 0 to 1."""
     return 1.0 - plan.num_inputs / (plan.num_samples * plan.seq_len)
 
 
-def _common(plan: Plan) -> str:
+def _common(plan: PackingPlan) -> str:
     documents = sum(shard.num_documents for shard in plan.shards)
     return f"{100 * padding_fraction(plan):.2f}% padding, {documents / plan.num_samples:.1f} documents a sample"
 

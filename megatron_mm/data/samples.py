@@ -9,7 +9,7 @@ from megatron_mm.config.schema import BlendChange
 from megatron_mm.data.blend import Blend
 from megatron_mm.data.consumption import Consumption
 from megatron_mm.data.order import SampleOrder
-from megatron_mm.data.packing import Plan, plan_packing
+from megatron_mm.data.packing import PackingPlan, plan_packing
 from megatron_mm.errors import DataError
 from megatron_mm.shards import ShardReader, check_tokenizers, open_shards
 
@@ -39,7 +39,7 @@ class Samples:
         """Where the samples of each dataset begin: (num_datasets + 1,) int64."""
         self.follow(Consumption(((0, config.training.global_batch_size),)))
 
-    def _plan(self, prefixes: Sequence[str]) -> Plan:
+    def _plan(self, prefixes: Sequence[str]) -> PackingPlan:
         """Open the shards of one dataset. Raises DataError if they do not fit the model or the other datasets."""
         by_prefix = [open_shards([prefix]) for prefix in prefixes]
         shards = [shard for opened in by_prefix for shard in opened]

@@ -53,7 +53,7 @@ class Options:
     kv_replicate: int = 1
     """Times that each key/value head is written."""
     shard_bytes: int = 5_000_000_000
-    """Of one safetensors file."""
+    """The most bytes of one safetensors file."""
 
 
 @dataclass(frozen=True)

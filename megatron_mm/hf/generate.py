@@ -1,4 +1,4 @@
-"""Text from text, images, sound and PDFs: transformers' generate over an export.
+"""Text from text, images, audio and PDFs: transformers' generate over an export.
 
 Not megatron-core's inference: that engine wants its own GPTModel, a GPU and a process group, and knows no images or
 sound. An export is tested to give the training model's logits, runs on any device, and brings KV cache, batching and
@@ -66,7 +66,7 @@ class Speaker:
     model: nn.Module
     tokenizer: TextTokenizer
     sections: Mapping[str, EncoderSection]
-    """Of each modality that the model can be given, by its name: what decides how an item is decoded."""
+    """What decides how an item is decoded, of each modality that the model can be given, by its name."""
 
 
 @contextmanager

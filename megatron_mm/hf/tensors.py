@@ -18,7 +18,7 @@ from megatron_mm.errors import DataError
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 MAX_HEADER_BYTES = 100 << 20
-"""Of a safetensors file, as its specification has it."""
+"""The most bytes of a safetensors file's header, as its specification has it."""
 
 
 class SafetensorsReader:

@@ -1,1 +1,1 @@
-"""From any file to documents: text, images and sound in the order in which a reader meets them."""
+"""From any file to documents: text, images and audio in the order in which a reader meets them."""

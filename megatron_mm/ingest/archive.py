@@ -18,7 +18,7 @@ MAX_UNPACKED_BYTES = 2 * 2**30
 """An archive that holds more is refused; what it declares is not trusted."""
 MAX_MEMBERS = 200_000
 MAX_SAMPLES = 1000
-"""Of a range of a tar, so that the list of where they start stays short."""
+"""The most samples of a range of a tar, so that the list of where they start stays short."""
 MAX_DEPTH = 4
 """Archives within archives, compressed files included."""
 ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)

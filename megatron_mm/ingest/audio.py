@@ -19,24 +19,24 @@ STREAMED_RIFF_BYTES = 0xFFFFFF00
 
 
 def read_audio(data: bytes) -> AudioSegment:
-    """Return the first sound track in `data` as 16 kHz mono.
+    """Return the first audio track in `data` as 16 kHz mono.
 
     Raises DataError if it is damaged, cut off or too short.
     """
     _check_riff_length(data)
     samples = decode_mono(io.BytesIO(data))
     if not audio_frames(len(samples)):
-        raise DataError(f"the sound has {len(samples)} samples, too few for one frame")
+        raise DataError(f"the audio has {len(samples)} samples, too few for one frame")
     return AudioSegment(encode_flac(samples), len(samples))
 
 
 def read_audio_file(path: Path) -> tuple[list[Segment], list[Rejection]]:
-    """Return the sound in a file. Raises DataError as `read_audio`."""
+    """Return the recording in a file. Raises DataError as `read_audio`."""
     return [read_audio(path.read_bytes())], []
 
 
 def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:
-    """Return the first sound track of a media file at 16 kHz, (num_samples,) float32 in [-1, 1].
+    """Return the first audio track of a media file at 16 kHz, (num_samples,) float32 in [-1, 1].
 
     Raises DataError if there is none, or it is damaged; if not `complete`, what comes before the damage is returned.
     """
@@ -45,7 +45,7 @@ def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:
     try:
         with av.open(file) as container:
             if not container.streams.audio:
-                raise DataError("it holds no sound")
+                raise DataError("it holds no audio")
             stream = container.streams.audio[0]
             declared = float(stream.duration * stream.time_base) if stream.duration else None
             rate = stream.rate
@@ -54,11 +54,11 @@ def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:
         raise
     except (av.error.FFmpegError, ValueError) as error:
         if complete or not parts:
-            raise DataError(f"the sound is damaged: {error}") from error
+            raise DataError(f"the audio is damaged: {error}") from error
     samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     seconds = len(samples) / rate
     if complete and declared and seconds < declared * (1 - MISSING_FRACTION):
-        raise DataError(f"the sound is cut off: {seconds:.2f} of {declared:.2f} seconds are there")
+        raise DataError(f"the audio is cut off: {seconds:.2f} of {declared:.2f} seconds are there")
     return soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
 
 
@@ -68,7 +68,7 @@ def _check_riff_length(data: bytes) -> None:
         return
     declared = int.from_bytes(data[4:8], "little") + 8
     if len(data) < declared < STREAMED_RIFF_BYTES:
-        raise DataError(f"the sound is cut off: {len(data)} of {declared} bytes are there")
+        raise DataError(f"the audio is cut off: {len(data)} of {declared} bytes are there")
 
 
 def _to_mono(frame: av.AudioFrame) -> np.ndarray:

@@ -12,7 +12,7 @@ LEGACY_SUFFIXES = (".doc", ".dot", ".xls", ".xlt", ".ppt", ".pps", ".pot")
 OLE_MARK = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 """What files of these names begin with, also where they are too damaged for libmagic."""
 CONTAINERS = {"application/ogg", "video/x-ms-asf", "application/vnd.rn-realmedia", "audio/x-m4a", "application/mxf"}
-"""What may hold sound alone or pictures too, beside every kind of video."""
+"""What may hold audio alone or pictures too, beside every kind of video."""
 PDF_HEAD = 1024
 """Bytes in which %PDF- may stand: readers skip junk before it, libmagic does not."""
 

@@ -24,7 +24,7 @@ def encode_document(
     """Return `document` as ids, ending in end-of-text, with its media items.
 
     An item is its modality's start token, as many placeholders as `geometries` make of it, and its end token: by their
-    defaults, 196 of an image and 49 of a second of sound. Raises DataError for an item that would have none.
+    defaults, 196 of an image and 49 of a second of audio. Raises DataError for an item that would have none.
     """
     geometries = geometries or default_geometries()
     tokens: list[int] = []

@@ -7,13 +7,13 @@ import numpy as np
 
 from megatron_mm.errors import ConfigError
 from megatron_mm.ingest.document import Document, TextSegment
-from megatron_mm.ingest.work import Options
+from megatron_mm.ingest.work_items import Options
 from megatron_mm.shards import EncodedBatch
 
 LANGUAGE_CHARACTERS = 1_000
 """Characters from the start of a document that its language is told by."""
 LANGUAGE_LETTERS = 20
-"""With fewer letters among them the language cannot be told."""
+"""The fewest letters of a text whose language can be told."""
 
 
 def wrong_language(text: str, options: Options) -> str:

@@ -9,7 +9,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.ingest.document import Document, Rejection
 from megatron_mm.ingest.encode import encode_document, encode_texts
 from megatron_mm.ingest.filters import document_text, select, wrong_language, wrong_length
-from megatron_mm.ingest.work import Options, Work
+from megatron_mm.ingest.work_items import Options, WorkItem
 from megatron_mm.shards import EncodedBatch, EncodedDocument
 from megatron_mm.source import Source
 from megatron_mm.tokenizer import EncodingMismatch, TextTokenizer
@@ -20,7 +20,7 @@ Encoded = tuple[EncodedBatch, list[Rejection]]
 """The documents of a piece of work, and what was left out of it."""
 
 
-def encode_lines(work: Work, tokenizer: TextTokenizer, options: Options) -> Encoded:
+def encode_lines(work: WorkItem, tokenizer: TextTokenizer, options: Options) -> Encoded:
     """Return the documents of a range of lines; a bad line is a rejection of its own.
 
     Plain text goes the short way; whatever else a line may be, `read_lines` reads it. Raises DataError if documents

@@ -31,7 +31,7 @@ DRAWN = (pdfium_c.FPDF_PAGEOBJ_PATH, pdfium_c.FPDF_PAGEOBJ_SHADING)
 MAX_FORMS = 8
 """Levels of nested forms in which images and drawings are looked for."""
 TURNS = {90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_90}
-"""From a page's rotation, clockwise, to Pillow's, counter-clockwise."""
+"""Pillow's rotation, counter-clockwise, for a page's, clockwise."""
 COLUMN_GAP = 1.2
 """Line heights of white space at which one baseline is two columns."""
 PARAGRAPH_GAP = 0.6

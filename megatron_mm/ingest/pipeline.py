@@ -12,15 +12,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest import kinds, work
+from megatron_mm.ingest import kinds, work_items
 from megatron_mm.ingest.captions import pair_captions
 from megatron_mm.ingest.document import Rejection, TextSegment
 from megatron_mm.ingest.filters import check_languages
 from megatron_mm.ingest.lines import Encoded, encode_documents, encode_lines
-from megatron_mm.ingest.work import (
+from megatron_mm.ingest.work_items import (
     DEFAULTS,
     Options,
-    Work,
+    WorkItem,
     cut_file,
     cut_work,
     read_all,
@@ -78,7 +78,7 @@ def preprocess(
     nothing is left to write.
     """
     check_languages(options.languages)
-    plan = Plan(find_files(inputs), share)
+    plan = WorkPlan(find_files(inputs), share)
     make_task = functools.partial(_make_task, tokenizer_path, engine, options)
     with Workers(workers, make_task, split=cut_work) as pool:  # started first: they load their tokenizers meanwhile
         tokenizer = TextTokenizer(tokenizer_path, engine=engine)
@@ -103,7 +103,7 @@ def preprocess(
     return Report(writer.counts, plan.num_done, rejections)
 
 
-def _take_in(writer: ShardWriter, item: Work, result: "Encoded | str | Failure", *, skip_bad: bool) -> None:
+def _take_in(writer: ShardWriter, item: WorkItem, result: "Encoded | str | Failure", *, skip_bad: bool) -> None:
     """Write what a worker made of a piece of work. Raises DataError at something bad unless `skip_bad`."""
     if isinstance(result, str):
         raise EncodingMismatch(result)
@@ -117,13 +117,13 @@ def _take_in(writer: ShardWriter, item: Work, result: "Encoded | str | Failure",
         writer.add_rejection(asdict(rejection))
 
 
-def _place(item: Work) -> str:
+def _place(item: WorkItem) -> str:
     return str(item.path) if item.stop is None else f"{item.path}:{item.first_line}"
 
 
 def read_texts(inputs: Sequence[str]) -> Iterator[str]:
     """Yield the text of every document under `inputs`, in a fixed order. Raises DataError at the first bad input."""
-    for item in Plan(find_files(inputs), EVERYTHING).work():
+    for item in WorkPlan(find_files(inputs), EVERYTHING).work():
         for documents, rejections in read_all(item, DEFAULTS):
             if rejections:
                 raise DataError(f"{rejections[0].path}: {rejections[0].reason}")
@@ -154,11 +154,11 @@ class _Started:
 
     file: int
     piece: int
-    work: Work
+    work: WorkItem
 
 
 @dataclass
-class Plan:
+class WorkPlan:
     """The work of one run in its order, and how far it has come. A caption goes with its image or recording."""
 
     files: Sequence[Path]
@@ -178,7 +178,7 @@ class Plan:
         self._until = total * (self.share.task + 1) // self.share.tasks
         self.num_bytes = self._until - self._from
 
-    def work(self) -> Iterator[Work]:
+    def work(self) -> Iterator[WorkItem]:
         """Yield what is not done yet, file after file: files are cut as they are reached."""
         first_file, first_piece = self._next
         before = 0
@@ -194,7 +194,7 @@ class Plan:
                         yield item
             before += size
 
-    def finish(self, item: Work) -> bool:
+    def finish(self, item: WorkItem) -> bool:
         """Note that `item`, a piece of work or the next part of one, is done; return whether the piece is."""
         if not item.ends:
             return False
@@ -215,7 +215,7 @@ class Plan:
             self.num_done, self.done_bytes = progress["done"], progress["bytes"]
 
 
-def _resume_key(plan: Plan, tokenizer: TextTokenizer, skip_bad: bool, options: Options) -> str:
+def _resume_key(plan: WorkPlan, tokenizer: TextTokenizer, skip_bad: bool, options: Options) -> str:
     """Return what is the same for two runs only if they write the same bytes."""
     files = [(str(path), size, path.stat().st_mtime_ns) for path, size in zip(plan.files, plan.sizes)]
     settings = [
@@ -224,17 +224,19 @@ def _resume_key(plan: Plan, tokenizer: TextTokenizer, skip_bad: bool, options: O
         skip_bad,
         asdict(options) | {"geometries": {name: own.model_dump() for name, own in options.geometries.items()}},
         asdict(plan.share),
-        work.LINES_BYTES,
+        work_items.LINES_BYTES,
     ]
     return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
 
 
-def _make_task(tokenizer_path: str, engine: Engine, options: Options) -> "Callable[[Work], Encoded | Cut[Work] | str]":
+def _make_task(
+    tokenizer_path: str, engine: Engine, options: Options
+) -> "Callable[[WorkItem], Encoded | Cut[WorkItem] | str]":
     """Return what a worker does with each piece of work; it loads the tokenizer once."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = TextTokenizer(tokenizer_path, engine=engine)
 
-    def read_and_encode(work: Work) -> Encoded | Cut[Work] | str:
+    def read_and_encode(work: WorkItem) -> Encoded | Cut[WorkItem] | str:
         try:
             if work.kind == kinds.JSONL:
                 return encode_lines(work, tokenizer, options)

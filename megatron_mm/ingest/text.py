@@ -63,7 +63,7 @@ def read_text(path: Path) -> list[Segment]:
 
 
 Fetch = Callable[[str], bytes | None]
-"""From the address of an image on a page to its bytes, None where it is not to be looked for."""
+"""A function from the address of an image on a page to its bytes, None where it is not to be looked for."""
 
 
 def read_plain(path: Path) -> tuple[list[Segment], list[Rejection]]:

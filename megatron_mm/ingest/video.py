@@ -1,4 +1,4 @@
-"""Video: frames at a set rate, each second's followed by its sound."""
+"""Video: frames at a set rate, each second's followed by its audio."""
 
 import io
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from megatron_mm.modalities.image.spec import ImageGeometry
 
 FRAMES_PER_SECOND = 1
 MAX_SECONDS = 3600
-"""Of a longer film the rest is left out."""
+"""The rest of a longer video is left out."""
 MAX_SIDE = 2 * ImageGeometry().image_size
 """Frames are kept with their shorter side at most this long; encoders see half of it."""
 
@@ -35,16 +35,16 @@ def has_pictures(path: Path) -> bool:
 def read_video(
     path: Path, *, frames_per_second: int = FRAMES_PER_SECOND, max_seconds: int = MAX_SECONDS
 ) -> tuple[list[Segment], list[Rejection]]:
-    """Return, second by second, the frames shown at its start (and at even steps in it) and then its sound.
+    """Return, second by second, the frames shown at its start (and at even steps in it) and then its audio.
 
     Raises DataError if the video is damaged before its first frame.
     """
     rejections: list[Rejection] = []
     seconds: list[list[Segment]] = []
-    has_sound = False
+    has_audio = False
     try:
         with av.open(str(path)) as container:
-            has_sound = bool(container.streams.audio)
+            has_audio = bool(container.streams.audio)
             for tick, frame in _frames(container, frames_per_second):
                 second = tick // frames_per_second
                 if second >= max_seconds:
@@ -60,9 +60,9 @@ def read_video(
         rejections.append(Rejection(f"{path}#t={len(seconds)}", f"the video is damaged from here on: {error}"))
     if not seconds:
         raise DataError("the video has no frames")
-    sounds = _sounds(path, rejections) if has_sound else []
-    for second, sound in enumerate(sounds[: len(seconds)]):
-        seconds[second].append(sound)
+    clips = _audio(path, rejections) if has_audio else []
+    for second, clip in enumerate(clips[: len(seconds)]):
+        seconds[second].append(clip)
     return [segment for second in seconds for segment in second], rejections
 
 
@@ -101,12 +101,12 @@ def _picture(frame: av.VideoFrame) -> ImageSegment:
     return encode_pixels(image)
 
 
-def _sounds(path: Path, rejections: list[Rejection]) -> list[AudioSegment]:
-    """Return the sound of each second, at 16 kHz; a last one too short for a frame is left out."""
+def _audio(path: Path, rejections: list[Rejection]) -> list[AudioSegment]:
+    """Return the audio of each second, at 16 kHz; a last one too short for a frame is left out."""
     try:
         samples = decode_mono(io.BytesIO(path.read_bytes()), complete=False)
     except DataError as error:
-        rejections.append(Rejection(f"{path}#sound", str(error)))
+        rejections.append(Rejection(f"{path}#audio", str(error)))
         return []
     chunks = np.split(samples, range(SAMPLE_RATE, len(samples), SAMPLE_RATE))
     return [AudioSegment(encode_flac(chunk), len(chunk)) for chunk in chunks if audio_frames(len(chunk))]

@@ -31,11 +31,11 @@ class Limits:
     """What one item may cost before its process is killed."""
 
     wall_seconds: float = 300.0
-    """From its start to its result."""
+    """The most seconds that a task takes from its start to its result."""
     cpu_seconds: int = 300
-    """Of all threads together."""
+    """The most CPU seconds of a task, over all threads."""
     memory_gib: float = 4.0
-    """Of data (heap and private mappings) that the process may hold."""
+    """The most bytes of data (heap and private mappings) that the process may hold."""
 
 
 DEFAULTS = Limits()

@@ -14,7 +14,7 @@ from megatron_mm.kernels.forms import Example, Form, running, use
 
 OPERATORS = (embedding, rms_norm, rope, swiglu, cross_entropy)
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
-"""Of the error, as a part of the element plus the tensor's root mean square: wide, since a fault is far greater."""
+"""The largest error, as a part of the element plus the tensor's root mean square: faults are far greater."""
 
 
 def select(choice: str, device: torch.device) -> Form:

@@ -10,7 +10,7 @@ MODALITIES: tuple[Modality, ...] = (IMAGE, AUDIO)
 
 BY_NAME = {modality.name: modality for modality in MODALITIES}
 BY_KIND = {modality.kind: modality for modality in MODALITIES}
-"""By the number that the media index of shards has of it."""
+"""The modalities by the number that the media index of shards has of each."""
 Geometries = Mapping[str, Geometry]
 """How items become tokens, by the name of their modality."""
 

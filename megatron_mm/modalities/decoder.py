@@ -38,7 +38,7 @@ class Decoder(ABC):
     items = "items"
     """What it decodes, in the words of a message."""
     mime = ""
-    """Of items that a browser can play."""
+    """The MIME type of items, if a browser can play them."""
 
     def __init__(self, section: Any, *, dali: "Dali | None" = None) -> None:
         self.section, self._dali = section, dali

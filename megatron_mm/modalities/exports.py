@@ -11,7 +11,7 @@ from megatron_mm.modalities.family import Family
 from megatron_mm.modalities.modality import Modality
 
 FREE_KEYS = ("architectures", "layerdrop", "use_mean_pooling", "layer_scale_init_value")
-"""Of an encoder's settings, what says nothing about what its weights mean; neither do dropout and masking."""
+"""Settings of an encoder that say nothing about what its weights mean; neither do dropout and masking."""
 
 
 class Stock(Protocol):

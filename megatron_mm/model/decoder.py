@@ -28,7 +28,7 @@ from megatron_mm.model.attention import GroupedQueryAttention
 from megatron_mm.model.layer_classes import Backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-"""Of weights and of activations outside matrix products."""
+"""The type of weights, and of activations outside matrix products, in each training.precision."""
 FP8_RECIPES = {"current": "tensorwise", "delayed": "delayed", "blockwise": "blockwise"}
 """megatron-core's names for training.fp8_recipe."""
 

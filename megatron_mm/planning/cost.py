@@ -35,7 +35,8 @@ EXPOSED, DATA_EXPOSED = 0.3, 0.1
 TILES = {(256, 128): 1.0, (128, 128): 0.93, (128, 64): 0.8, (64, 64): 0.6}
 """What a multiprocessor multiplies at once, and how fast beside the widest: not fitted."""
 IDLE_WAVE, LAUNCH_SECONDS = 0.5, 5e-6
-"""Of its last wave of tiles, what a product leaves idle; what starting a kernel takes: not fitted."""
+"""The part of its last wave of tiles that a product leaves idle, and the seconds that starting a kernel takes: not
+fitted."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Efficiency:
     """What a GPU reaches of its makers' figures; fitted, the same for every model and layout."""
 
     products: float
-    """Of peak, in large matrix products."""
+    """The part of peak that large matrix products reach."""
     attention: float
-    """Of the BF16 peak, in attention."""
+    """The part of the BF16 peak that attention reaches."""
     fp8: float = 0.5
-    """Of the FP8 peak, in large matrix products, casts included."""
+    """The part of the FP8 peak that large matrix products reach, casts included."""
     memory: float = 0.8
     links: float = 0.7
 
@@ -73,7 +74,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Of the decoder, its token embedding and its head."""
+        """The parameters of the decoder, its token embedding and its head."""
         return self.num_layers * self.layer_weights + 2 * self.vocab * self.hidden
 
     def model_flops(self, sequences: int) -> float:

@@ -5,17 +5,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_mm.config import Config, divisors
+from megatron_mm.config import Config
 from megatron_mm.config.rules import failures, world_failures
 from megatron_mm.errors import ConfigError
 from megatron_mm.optimizers import MAIN_BYTES
 from megatron_mm.planning.cost import Efficiency, Gpu, Layout, Shape, StepTime, step_time
 from megatron_mm.planning.timeline import Pass, durations_of, schedule
+from megatron_mm.settings import divisors
 
 RATES = {"a100-80": Efficiency(0.86, 0.2), "h100-80": Efficiency(0.62, 0.7, 0.52)}
 """As benchmarks/planner_accuracy.py fits them."""
 USABLE = 0.92
-"""Of a GPU's memory; the rest is for the CUDA context, NCCL and fragments."""
+"""The part of a GPU's memory that a layout may use; the rest is for the CUDA context, NCCL and fragments."""
 GPU_MTBF_HOURS = 50_000.0
 """Mean time between failures of one GPU: Llama 3 had 419 interruptions of 16,384 GPUs in 54 days (arXiv:2407.21783)."""
 
@@ -47,7 +48,7 @@ class Forecast:
 
     tokens_per_second: float
     mfu: dict[str, float]
-    """By convention: 6N alone, 6N with full attention (Megatron's), 6N with causal attention."""
+    """FLOPs a token by convention: 6N alone, 6N with full attention (Megatron's), 6N with causal attention."""
     days: float
     days_with_failures: float
     gpu_hours: float

@@ -63,7 +63,7 @@ class Product(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Part(NamedTuple):
+class Component(NamedTuple):
     """A module as the ledger knows it."""
 
     kind: str
@@ -101,8 +101,8 @@ class Ledger(TorchDispatchMode):
     that live, as an allocator without fragments would hold them.
     """
 
-    parts: dict[int, Part] = field(default_factory=dict)
-    """By the id of the module."""
+    parts: dict[int, Component] = field(default_factory=dict)
+    """The component of each module, by the module's id."""
     held: Counter[str] = field(default_factory=Counter)
     """Bytes by category, now."""
     peak: Counter[str] = field(default_factory=Counter)
@@ -122,7 +122,7 @@ class Ledger(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._stack: list[Part] = []
+        self._stack: list[Component] = []
         self._live: dict[int, tuple[weakref.ref, int, str]] = {}
         self._numbers, self._marks = [0], [_Mark("", "", "")]
         self._mark_index, self._backward = 0, False

@@ -33,7 +33,7 @@ from megatron_mm.kernels import forms
 from megatron_mm.modalities import BY_NAME, MODALITIES
 from megatron_mm.model.backend import local
 from megatron_mm.model.layer_classes import Backend
-from megatron_mm.planning.ledger import Channel, Collective, Ledger, Message, Part, Product, Sample
+from megatron_mm.planning.ledger import Channel, Collective, Component, Ledger, Message, Product, Sample
 from megatron_mm.training import checkpoints
 from megatron_mm.training.state import TrainState, build_state
 from megatron_mm.training.step import train_step, update
@@ -125,7 +125,7 @@ def rehearse(config: Config, *, rank: int, world_size: int, on: str = "gpu", med
     """Run the step of `rank` and return what it took. This process must be in no process group.
 
     `on` is 'gpu', where native kernels and flash attention run, or 'cpu', what the same configuration runs over gloo.
-    Each sample holds one document and, per tensor and context rank, `media` images and seconds of sound.
+    Each sample holds one document and, per tensor and context rank, `media` units of each modality.
     Raises RehearsalFailed where the real job would fail, ConfigError for a layout that does not fit the ranks.
     """
     started = time.perf_counter()
@@ -270,7 +270,7 @@ def _place(mesh: Mesh) -> str:
     return f"pp {mesh.pp_rank}, dp {mesh.dp_rank}, cp {mesh.cp_rank}, tp {mesh.tp_rank}"
 
 
-def _parts(state: TrainState) -> Iterator[tuple[int, Part]]:
+def _parts(state: TrainState) -> Iterator[tuple[int, Component]]:
     """Yield (id, part) of every module; decoder layers are counted from 1, over all stages."""
     for number, chunk in enumerate(state.chunks):
         for name, module in chunk.named_modules():
@@ -279,8 +279,8 @@ def _parts(state: TrainState) -> Iterator[tuple[int, Part]]:
                 number_of_layer = chunk.decoder.layers[int(names[2])].layer_number
                 inside = ".".join(names[3:])
                 path = f"{inside}{inside and ' of '}decoder layer {number_of_layer} of {state.config.model.num_layers}"
-            yield id(module), Part(_kind(name), path)
-        yield id(chunk), Part("loss", "the loss", number) if chunk.post_process else Part("chunk", "", number)
+            yield id(module), Component(_kind(name), path)
+        yield id(chunk), Component("loss", "the loss", number) if chunk.post_process else Component("chunk", "", number)
 
 
 def _kind(name: str) -> str:

@@ -31,10 +31,10 @@ class Durations:
     """Seconds of each pass."""
 
     forward: list[list[float]]
-    """By stage and chunk."""
+    """The seconds of each pass, by stage and chunk."""
     backward: list[list[float]]
     send: float
-    """From one stage to the next, activations or their gradients."""
+    """The seconds that activations, or their gradients, take from one stage to the next."""
 
 
 @dataclass(frozen=True)

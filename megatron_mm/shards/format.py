@@ -29,7 +29,7 @@ ITEM = np.dtype(
     ]
 )
 TOKENIZER_SUFFIX = ".tokenizer"
-"""Of the tokenizer.json that the ids come from; not .json, which stands for manifests in patterns."""
+"""The suffix of the tokenizer.json that the ids come from; not .json, which stands for manifests in patterns."""
 SUFFIXES = (".bin", ".idx", ".media.bin", ".media.idx")
 BLOCK_BYTES = 16 * 2**20
 """Bytes that one checksum of the manifest covers."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_mm import config as configs
 from megatron_mm.checkpoint.format import step_of, whole_ones
 from megatron_mm.config import Config
+from megatron_mm.data.rendering import piece_of, render_text
 from megatron_mm.data.samples import Samples
-from megatron_mm.data.show import piece_of, render_text
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError
 from megatron_mm.model.accounting import build_whole

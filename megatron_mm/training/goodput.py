@@ -18,7 +18,7 @@ class Goodput:
     save_stalls: float = 0.0
     """Training stood still for a checkpoint."""
     starts: float = 0.0
-    """From the start of a process to its first record: imports, communicators, building, loading."""
+    """Seconds from the start of a process to its first record: imports, communicators, building, loading."""
     other: float = 0.0
     """Evaluations, checks, waiting for data; and between two lives: detection, node checks, the queue."""
 

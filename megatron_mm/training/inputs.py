@@ -28,7 +28,7 @@ FILES = ("training.start_from", *(f"{name}.pretrained" for name in BY_NAME))
 GONE = "gone"
 """Stands for a file that is not there any more: a resumed run does not read it."""
 READ_BYTES = 64 << 20
-"""Of shards, that a rank compares with their checksums at a start."""
+"""How many bytes of shards a rank compares with their checksums at a start."""
 SHORT = 12
 """Digits of a hash that messages show."""
 

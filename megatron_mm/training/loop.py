@@ -23,11 +23,11 @@ from megatron_mm.model.backend import choose
 from megatron_mm.training import checkpoints
 from megatron_mm.training.evaluate import evaluate
 from megatron_mm.training.guard import BadSteps, Guard, LossSpike, TrainingDiverged
+from megatron_mm.training.initial_weights import load_initial_weights
 from megatron_mm.training.metrics import Metrics
 from megatron_mm.training.preflight import Ready, prepare
 from megatron_mm.training.replicas import check_replicas
 from megatron_mm.training.report import plot_losses
-from megatron_mm.training.start import start
 from megatron_mm.training.state import TrainState, build_state, total_parameters
 from megatron_mm.training.step import train_step
 from megatron_mm.training.stop import StopRequest
@@ -208,7 +208,7 @@ def _begin(state: TrainState, ready: Ready) -> None:
         names = [uuid.uuid4().hex[:16]]
         dist.broadcast_object_list(names, src=0)
         state.run = names[0]
-        start(state)
+        load_initial_weights(state)
     if state.mesh.is_rank_0:
         checkpoints.set_former_run_aside(state)
     if state.mesh.is_rank_0 and state.step < state.config.last_step:

@@ -240,7 +240,7 @@ class _Kept:
     """What metrics.jsonl says of a run up to the step that it goes on from."""
 
     counts: TokenCounts
-    """Of the whole run, as far as it is known."""
+    """The counts of the whole run, as far as they are known."""
     uncounted_steps: int
     """Steps done whose counts are not in the file: it was lost, or not written to the end."""
     lost_steps: int

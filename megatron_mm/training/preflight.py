@@ -19,6 +19,7 @@ from megatron_mm.engine.mesh import Mesh, settings_by_key
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.modalities.pretrained import check_pretrained
 from megatron_mm.training import checkpoints
+from megatron_mm.training.initial_weights import check_start_from
 from megatron_mm.training.inputs import (
     Inputs,
     check_bytes,
@@ -29,7 +30,6 @@ from megatron_mm.training.inputs import (
     read_inputs,
 )
 from megatron_mm.training.living import check_nobody_lives
-from megatron_mm.training.start import check_start_from
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from megatron_mm.modalities import BY_KIND
 from megatron_mm.model.initialize import draw_normal, name_in_whole_model
 from megatron_mm.shards import open_shards
 from megatron_mm.training import checkpoints
-from megatron_mm.training.start import start
+from megatron_mm.training.initial_weights import load_initial_weights
 from megatron_mm.training.state import TrainState, build_state
 from megatron_mm.training.step import run_micro_batches, train_step
 
@@ -203,7 +203,7 @@ def start_and_go_on(config: Config) -> None:
     loader = Loader(config.data.train, config=config, mesh=mesh)
     state = build_state(config, mesh)
     train_step(state, loader.step(0))  # there is nothing of the optimizer to save before
-    start(state)
+    load_initial_weights(state)
     checkpoints.save(state)
     train_step(state, loader.step(0))
     checkpoints.save(state)

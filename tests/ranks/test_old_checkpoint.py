@@ -23,7 +23,7 @@ from megatron_mm.hf.export import KINDS, export
 from megatron_mm.hf.gate import Gate
 from megatron_mm.model.loss import by_name
 from megatron_mm.training import checkpoints
-from megatron_mm.training.start import check_start_from, start
+from megatron_mm.training.initial_weights import check_start_from, load_initial_weights
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import train_step
 
@@ -80,7 +80,7 @@ def start_anew(config: Config) -> dict[str, float]:
     mesh = meshes.cut(config)
     check_start_from(config, Path(config.training.start_from))
     state = build_state(config, mesh)
-    start(state)
+    load_initial_weights(state)
     return by_name(train_step(state, Loader(config.data.train, config=config, mesh=mesh).step(2)).losses)
 
 

@@ -18,7 +18,7 @@ from megatron_mm.data.loader import Loader
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError
 from megatron_mm.training import checkpoints
-from megatron_mm.training.start import start
+from megatron_mm.training.initial_weights import load_initial_weights
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import train_step
 
@@ -48,7 +48,7 @@ def features(config: Config) -> tuple[Tensor, Tensor] | None:
     mesh = meshes.cut(config)
     loader = Loader(config.data.train, config=config, mesh=mesh)
     state = build_state(config, mesh)
-    start(state)
+    load_initial_weights(state)
     for step in range(2):
         train_step(state, loader.step(step))
     chunk = state.chunks[0]
@@ -82,7 +82,7 @@ def started(config: Config, without: str = "") -> tuple[str, dict[str, Tensor]]:
 
     `without` are the names of tensors that the checkpoint that it starts from is not to have.
     """
-    from megatron_mm.training import start as starting
+    from megatron_mm.training import initial_weights as starting
 
     class Reader(starting.CheckpointReader):
         def __init__(self, path: Path) -> None:
@@ -104,7 +104,7 @@ def started(config: Config, without: str = "") -> tuple[str, dict[str, Tensor]]:
     except ConfigError as error:
         return f"error: {error}", {}
     state = build_state(config, meshes.cut(config))
-    start(state)
+    load_initial_weights(state)
     weights = {key: value.clone() for key, value in state.chunks[0].named_parameters() if ".encoder." in key}
     return "\n".join(said), weights
 

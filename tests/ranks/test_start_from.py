@@ -18,7 +18,7 @@ from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.export import Options, export
 from megatron_mm.hf.load import import_folder
 from megatron_mm.training import checkpoints
-from megatron_mm.training.start import check_start_from
+from megatron_mm.training.initial_weights import check_start_from
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import train_step
 

@@ -18,11 +18,11 @@ from PIL import Image
 from small import png
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest import archive, legacy, work
+from megatron_mm.ingest import archive, legacy, work_items
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, TextSegment
 from megatron_mm.ingest.image import read_image
 from megatron_mm.ingest.read import read_file
-from megatron_mm.ingest.work import DEFAULTS, Work, cut_work, read_all, read_work
+from megatron_mm.ingest.work_items import DEFAULTS, WorkItem, cut_work, read_all, read_work
 from megatron_mm.ingest.workers import Cut
 from megatron_mm.modalities.audio.spec import decode_flac
 from megatron_mm.source import Source
@@ -183,12 +183,12 @@ def samples(count: int) -> dict[str, bytes]:
 
 def test_a_webdataset_is_read_in_ranges_of_whole_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tar_of(tmp_path / "a.tar", samples(12))
-    whole = list(read_all(Work(path), DEFAULTS))
+    whole = list(read_all(WorkItem(path), DEFAULTS))
     assert len(whole) == 1
     expected = [["ImageSegment", f"picture {number}"] for number in range(12)]
     assert [shape(document) for document in whole[0][0]] == expected
-    monkeypatch.setattr(work, "ARCHIVE_BYTES", 20_000)
-    cut = read_work(Work(path), DEFAULTS)
+    monkeypatch.setattr(work_items, "ARCHIVE_BYTES", 20_000)
+    cut = read_work(WorkItem(path), DEFAULTS)
     assert isinstance(cut, Cut)
     assert len(cut.parts) > 2
     assert sum(part.num_bytes for part in cut.parts) == path.stat().st_size
@@ -213,8 +213,8 @@ def test_parquet_rows_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert shapes[4] == ["ImageSegment", "a caption"]
     assert documents[4].source == Source.IMAGE
     assert [rejection.path for rejection in rejections] == [f"{path}:10", f"{path}:12"]
-    monkeypatch.setattr(work, "ARCHIVE_BYTES", path.stat().st_size // 3)
-    cut = read_work(Work(path), DEFAULTS)
+    monkeypatch.setattr(work_items, "ARCHIVE_BYTES", path.stat().st_size // 3)
+    cut = read_work(WorkItem(path), DEFAULTS)
     assert isinstance(cut, Cut)
     assert sum(part.num_bytes for part in cut.parts) == path.stat().st_size
     for parts in (cut.parts, [single for part in cut.parts for single in cut_work(part)]):
@@ -234,9 +234,9 @@ def test_a_bad_parquet_file_is_rejected(tmp_path: Path) -> None:
 def test_lines_of_a_failed_range_are_tried_alone(tmp_path: Path) -> None:
     lines = [b'{"text": "one"}\r\n', b'{"text": "two"}\n', b"\n", b'{"text": "last"}']
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
-    (whole,) = work._line_ranges(tmp_path / "a.jsonl")
+    (whole,) = work_items._line_ranges(tmp_path / "a.jsonl")
     parts = cut_work(whole)
-    assert cut_work(Work(tmp_path / "a.jsonl")) == parts
+    assert cut_work(WorkItem(tmp_path / "a.jsonl")) == parts
     assert [(part.first_line, part.stop - part.start) for part in parts] == [(1, 17), (2, 16), (3, 1), (4, 16)]
     texts = [shape(document) for part in parts for document in read_work(part, DEFAULTS)[0]]
     assert texts == [["one"], ["two"], ["last"]]

@@ -7,9 +7,9 @@ import pytest
 from small import save_tokenizer
 
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.ingest import work
+from megatron_mm.ingest import work_items
 from megatron_mm.ingest.pipeline import preprocess
-from megatron_mm.ingest.work import Options
+from megatron_mm.ingest.work_items import Options
 from megatron_mm.shards import ShardReader
 from megatron_mm.tokenizer import TextTokenizer
 
@@ -19,7 +19,7 @@ GERMAN = "Der Ausschuss tagte am Dienstag und beschloss, den Bericht noch vor de
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(work, "LINES_BYTES", 700)  # the lines are read as those of a large file
+    monkeypatch.setattr(work_items, "LINES_BYTES", 700)  # the lines are read as those of a large file
     save_tokenizer(tmp_path / "tokenizer.json")
     folder = tmp_path / "in"
     folder.mkdir()

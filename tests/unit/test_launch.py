@@ -32,7 +32,7 @@ def plan(script: str, *arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize(("gpu", "preset"), [("NVIDIA A100-SXM4-80GB", "mm_88b"), ("NVIDIA H100", "mm_88b_fp8")])
 def test_the_88b_runs_on_1024_ranks_in_the_precision_of_its_gpus(gpu: str, preset: str) -> None:
     full = "1" if "H100" in gpu else "brief"
-    random = {"VISION_PRETRAINED": "random", "AUDIO_PRETRAINED": "random"}
+    random = {"IMAGE_PRETRAINED": "random", "AUDIO_PRETRAINED": "random"}
     text = plan("pretrain_88b.sh", "training.steps=20000", GPU=gpu, DRY_RUN=full, **random)
     assert "# 128 nodes x 8 ranks = 1024 ranks" in text
     assert f"-m megatron_mm.train {preset} run_dir=" in text
@@ -53,7 +53,7 @@ def test_the_88b_starts_from_the_encoders_of_the_site_or_of_the_command_line(tmp
     vit.touch()
     sound.mkdir()  # a Hugging Face folder
     quick = {"DRY_RUN": "brief", "GPU": "A100"}
-    site = {"VISION_PRETRAINED": str(vit), "AUDIO_PRETRAINED": str(sound)}
+    site = {"IMAGE_PRETRAINED": str(vit), "AUDIO_PRETRAINED": str(sound)}
     text = plan("pretrain_88b.sh", **quick, **site)
     assert "error" not in text
     assert f" image.pretrained={vit} audio.pretrained={sound}" in train_command(text)
@@ -67,10 +67,10 @@ def test_the_88b_starts_from_the_encoders_of_the_site_or_of_the_command_line(tmp
 @pytest.mark.parametrize(
     ("arguments", "environment", "named"),
     [
-        ([], {}, ["VISION_PRETRAINED", "AUDIO_PRETRAINED"]),
-        ([], {"VISION_PRETRAINED": "random"}, ["AUDIO_PRETRAINED"]),
+        ([], {}, ["IMAGE_PRETRAINED", "AUDIO_PRETRAINED"]),
+        ([], {"IMAGE_PRETRAINED": "random"}, ["AUDIO_PRETRAINED"]),
         (["audio.pretrained=null", "image.pretrained=random"], {}, ["AUDIO_PRETRAINED"]),
-        ([], {"VISION_PRETRAINED": "/nowhere/vit.pth", "AUDIO_PRETRAINED": "random"}, ["/nowhere/vit.pth"]),
+        ([], {"IMAGE_PRETRAINED": "/nowhere/vit.pth", "AUDIO_PRETRAINED": "random"}, ["/nowhere/vit.pth"]),
         (["audio.pretrained=/nowhere/a.pth", "training.start_from=runs/a"], {}, ["/nowhere/a.pth"]),
     ],
     ids=str,

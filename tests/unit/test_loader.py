@@ -12,7 +12,7 @@ import torch
 from small import small_config, write_shards
 
 from megatron_mm.batch import MediaUnits, MicroBatch, TokenCounts, attention_spans, context_spans
-from megatron_mm.data import prefetch, row
+from megatron_mm.data import prefetch, token_row
 from megatron_mm.data.loader import Loader, deal_rows
 from megatron_mm.data.prefetch import Prefetcher
 from megatron_mm.errors import DataError
@@ -314,7 +314,7 @@ def test_later_stages_read_no_media(shards: Path) -> None:
 def test_without_the_extension_rows_are_the_same(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = loader_of(shards)
     native = [loader.step(step) for step in range(4)]
-    monkeypatch.setattr(row, "_index", None)
+    monkeypatch.setattr(token_row, "_index", None)
     for step, micro_batches in enumerate(native):
         for ours, theirs in zip(micro_batches, loader.step(step), strict=True):
             assert_same(ours, theirs)
@@ -326,12 +326,12 @@ def test_rows_that_do_not_fit_are_refused_and_a_short_file_is_said(tmp_path: Pat
     one, rows = np.ones(1, np.int64), [np.zeros(1, np.int64) for _ in range(4)]
     index, pieces = loader.shards[0].token_index, (one, one, one, one.astype(np.uint8))
     with pytest.raises(ValueError, match="do not fit together"):
-        row._index.lay_pieces(*index, one, one, 2 * one, pieces[3], *rows)
+        token_row._index.lay_pieces(*index, one, one, 2 * one, pieces[3], *rows)
     with pytest.raises(TypeError):  # a copy would be filled
-        row._index.lay_pieces(*index, *pieces, rows[0].astype(np.int32), *rows[1:])
+        token_row._index.lay_pieces(*index, *pieces, rows[0].astype(np.int32), *rows[1:])
     for bad in (-one, 10**9 * one):
-        assert row._index.lay_pieces(*index, bad, one, one, pieces[3], *rows) == 0
-        assert row._index.lay_pieces(*index, one, bad, one, pieces[3], *rows) == 0
+        assert token_row._index.lay_pieces(*index, bad, one, one, pieces[3], *rows) == 0
+        assert token_row._index.lay_pieces(*index, one, bad, one, pieces[3], *rows) == 0
     os.truncate(f"{prefix}.bin", 10)
     with pytest.raises(DataError, match=r"\.bin: \d+ bytes at \d+ could not be read; it was cut short"):
         [loader.step(step) for step in range(8)]

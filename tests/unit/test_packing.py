@@ -44,7 +44,7 @@ def page(*parts: int) -> EncodedDocument:
     return EncodedDocument(np.asarray([*tokens, 0]), Source.PDF, media)
 
 
-def pieces_of(plan: packing.Plan) -> np.ndarray:
+def pieces_of(plan: packing.PackingPlan) -> np.ndarray:
     return np.concatenate([plan.sample(sample) for sample in range(plan.num_samples)])
 
 

@@ -15,7 +15,7 @@ from launch import run_until_end
 from small import png, save_tokenizer, sentence
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest import pipeline, work
+from megatron_mm.ingest import pipeline, work_items
 from megatron_mm.ingest.lines import OTHER_FIELDS, encode_documents, encode_lines
 from megatron_mm.ingest.pipeline import Options, find_files, preprocess, read_texts
 from megatron_mm.ingest.records import MEDIA_FIELDS, read_lines
@@ -57,7 +57,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_shards_do_not_depend_on_the_workers(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "LINES_BYTES", 4_000)
+    monkeypatch.setattr(work_items, "LINES_BYTES", 4_000)
     reports = [run(corpus, tmp_path / str(workers) / "p", workers=workers) for workers in (1, 3)]
     assert reports[0] == reports[1]
     assert reports[0].num_inputs > 10, "the lines are cut into ranges"
@@ -89,7 +89,7 @@ def test_bad_inputs_end_the_run_unless_they_are_skipped(corpus: Path, tmp_path: 
 
 
 def test_every_line_is_accounted_for(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "LINES_BYTES", 3_000)
+    monkeypatch.setattr(work_items, "LINES_BYTES", 3_000)
     path = corpus / "deep" / "lines.jsonl"
     lines = path.read_text().splitlines()
     bad = [7, 130, 131, 499]
@@ -153,16 +153,16 @@ def test_a_file_that_explodes_in_its_parser_is_a_rejection(tmp_path: Path) -> No
     (tmp_path / "bomb.pdf").write_bytes(nested_forms())
     (tmp_path / "good.pdf").write_bytes(nested_forms(depth=1))
     legacy = Path(__file__).parent / "legacy_office" / "memo.doc"
-    items = [work.Work(path) for path in (tmp_path / "bomb.pdf", tmp_path / "good.pdf", legacy)]
+    items = [work_items.WorkItem(path) for path in (tmp_path / "bomb.pdf", tmp_path / "good.pdf", legacy)]
     limits = Limits(wall_seconds=30.0, cpu_seconds=2, memory_gib=0.5)
-    with Workers(1, make_reader, limits=limits, split=work.cut_work) as workers:
+    with Workers(1, make_reader, limits=limits, split=work_items.cut_work) as workers:
         (_, bomb), (_, (documents, rejections)), (_, (memos, _)) = workers.run(items)
     assert any(words in bomb.reason for words in ("GiB of memory", "died", "CPU time"))
     assert len(documents) == len(memos) == 1, rejections
 
 
 def make_reader():
-    return lambda item: work.read_work(item, work.DEFAULTS)
+    return lambda item: work_items.read_work(item, work_items.DEFAULTS)
 
 
 class Serial:
@@ -183,7 +183,7 @@ class Serial:
 
 def run_until_killed(corpus: Path, prefix: Path, *, events: int, delay: float) -> int:
     """Run in a process that is killed `delay` seconds after so many writes, syncs and renames; return its status."""
-    return run_until_end(run_and_die, corpus, prefix, events, delay, work.LINES_BYTES, writer.COMMIT_BYTES)
+    return run_until_end(run_and_die, corpus, prefix, events, delay, work_items.LINES_BYTES, writer.COMMIT_BYTES)
 
 
 def run_and_die(corpus: Path, prefix: Path, events: int, delay: float, lines_bytes: int, commit_bytes: int) -> None:
@@ -198,7 +198,7 @@ def run_and_die(corpus: Path, prefix: Path, events: int, delay: float, lines_byt
 
         return counted
 
-    work.LINES_BYTES, writer.COMMIT_BYTES = lines_bytes, commit_bytes
+    work_items.LINES_BYTES, writer.COMMIT_BYTES = lines_bytes, commit_bytes
     os.fsync, os.replace, CheckedFile.write = count(os.fsync), count(os.replace), count(CheckedFile.write)
     pipeline.Workers = Serial
     run(corpus, prefix, skip_bad=True)
@@ -208,7 +208,7 @@ def run_and_die(corpus: Path, prefix: Path, events: int, delay: float, lines_byt
 def test_runs_killed_at_20_random_moments_end_in_the_bytes_of_one(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "LINES_BYTES", 20_000)
+    monkeypatch.setattr(work_items, "LINES_BYTES", 20_000)
     monkeypatch.setattr(writer, "COMMIT_BYTES", 30_000)
     monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
     rng = np.random.default_rng(0)
@@ -264,7 +264,7 @@ def test_the_workers_of_a_killed_tool_leave_and_the_next_run_ends_it(corpus: Pat
 
 @pytest.mark.parametrize("tasks", [1, 3, 11])
 def test_the_shares_of_an_array_are_the_whole(corpus: Path, tmp_path: Path, monkeypatch, tasks: int) -> None:
-    monkeypatch.setattr(work, "LINES_BYTES", 9_000)
+    monkeypatch.setattr(work_items, "LINES_BYTES", 9_000)
     monkeypatch.setattr(pipeline, "Workers", Serial)
     run(corpus, tmp_path / "whole")
     for task in range(tasks):
@@ -327,10 +327,10 @@ def test_the_short_way_reads_lines_as_the_long_one(corpus: Path, tmp_path: Path)
         b"\n".join([line.encode() for line in LINES] + [b'{"text": "\xff"}', b'{"text": "\0"}', b'{"text": "end"}'])
     )
     tokenizer = TextTokenizer(tmp_path / "tokenizer.json")
-    whole = work.Work(path, start=0, stop=path.stat().st_size)
+    whole = work_items.WorkItem(path, start=0, stop=path.stat().st_size)
     documents, rejected = read_lines(path)
-    slow, failed = encode_documents(documents, tokenizer, work.DEFAULTS, place="x")
-    batch, rejections = encode_lines(whole, tokenizer, work.DEFAULTS)
+    slow, failed = encode_documents(documents, tokenizer, work_items.DEFAULTS, place="x")
+    batch, rejections = encode_lines(whole, tokenizer, work_items.DEFAULTS)
     expected = EncodedBatch.of(slow)
     np.testing.assert_array_equal(batch.tokens, expected.tokens)
     np.testing.assert_array_equal(batch.lengths, expected.lengths)

@@ -13,7 +13,7 @@ from PIL import Image
 from small import png, save_tokenizer, tone
 
 from megatron_mm.data.media import reference_decoders
-from megatron_mm.data.show import cut_document, render_page, render_text, runs
+from megatron_mm.data.rendering import cut_document, render_page, render_text, runs
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, TextSegment
 from megatron_mm.ingest.encode import encode_document
 from megatron_mm.modalities import default_geometries

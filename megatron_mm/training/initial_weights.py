@@ -11,7 +11,7 @@ from megatron_mm.modalities.pretrained import file_of, load_pretrained
 from megatron_mm.training.state import TrainState
 
 
-def start(state: TrainState) -> None:
+def load_initial_weights(state: TrainState) -> None:
     """Bring a new run's weights to what its settings name. Collective over all ranks if that is a checkpoint.
 
     `check_start` and `check_start_from` have passed. Raises DataError for a file that does not fit, ConfigError for a

@@ -12,7 +12,7 @@ from megatron_mm.shards import ShardReader
 from megatron_mm.source import Source
 
 
-class TextRow:
+class TokenRow:
     """Ids, labels, loss mask, origins and positions of `num_tokens` positions, filled piece after piece."""
 
     def __init__(self, num_tokens: int, *, pad: int) -> None:

@@ -14,7 +14,7 @@ from megatron_mm.shards import EncodedDocument, MediaItem, ShardReader
 from megatron_mm.tokenizer import TextTokenizer
 
 MAX_BYTES_OF_CHARACTER = 4
-"""Of UTF-8: so many byte-level tokens may make one character."""
+"""How many byte-level tokens may make one character of UTF-8."""
 STYLE = """
 body { font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h2 { font-size: 1rem; border-bottom: 1px solid #ccc; margin-top: 2.5rem; }
@@ -27,11 +27,11 @@ figure img { display: block; } .bad { color: #b00; }
 
 
 @dataclass(frozen=True)
-class Run:
+class Stretch:
     """A stretch of a document: the text of some tokens, one special token, or a media item."""
 
     position: int
-    """Of its first token in the document."""
+    """The position of its first token in the document."""
     num_tokens: int
     text: str = ""
     is_special: bool = False
@@ -55,7 +55,7 @@ def piece_of(shards: Sequence[ShardReader], piece: np.ndarray) -> EncodedDocumen
     return cut_document(document, start, start + length)
 
 
-def runs(document: EncodedDocument, tokenizer: TextTokenizer) -> Iterator[Run]:
+def runs(document: EncodedDocument, tokenizer: TextTokenizer) -> Iterator[Stretch]:
     """Yield the runs of a document in order; tokens that share a character are one run."""
     special = set(tokenizer.special_ids.values())
     at = {item.token_offset: item for item in document.media}
@@ -64,7 +64,7 @@ def runs(document: EncodedDocument, tokenizer: TextTokenizer) -> Iterator[Run]:
     while position < len(tokens):
         item = at.get(position)
         if item is not None:
-            yield Run(position, item.num_tokens, media=item)
+            yield Stretch(position, item.num_tokens, media=item)
             position += item.num_tokens
             continue
         stop = position + 1
@@ -73,7 +73,7 @@ def runs(document: EncodedDocument, tokenizer: TextTokenizer) -> Iterator[Run]:
             while "\ufffd" in text and stop < min(position + MAX_BYTES_OF_CHARACTER, len(tokens)):
                 stop += 1
                 text = tokenizer.decode(tokens[position:stop])
-        yield Run(position, stop - position, text, is_special=tokens[position] in special)
+        yield Stretch(position, stop - position, text, is_special=tokens[position] in special)
         position = stop
 
 
@@ -109,14 +109,14 @@ def _summary(document: EncodedDocument) -> str:
     )
 
 
-def _caption(run: Run) -> str:
+def _caption(run: Stretch) -> str:
     assert run.media is not None
     stop = run.position + run.num_tokens
     kind = run.media.modality
     return f"{kind}, {len(run.media.data):,} bytes, tokens {run.position:,} to {stop:,} ({run.num_tokens})"
 
 
-def _token(number: int, run: Run, decoders: Mapping[str, Decoder]) -> str:
+def _token(number: int, run: Stretch, decoders: Mapping[str, Decoder]) -> str:
     if run.media is not None:
         shown = _media(run.media, decoders[run.media.modality])
         return f"<figure>{shown}<figcaption>{_caption(run)}</figcaption></figure>"

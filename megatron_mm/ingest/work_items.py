@@ -27,7 +27,7 @@ PARTS_OF_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkItem:
     """What one worker reads at a time: a file, or a range of one."""
 
     path: Path
@@ -72,15 +72,15 @@ class Options:
 DEFAULTS = Options()
 
 
-def cut_file(path: Path, *, caption: Path | None = None) -> Iterator[Work]:
+def cut_file(path: Path, *, caption: Path | None = None) -> Iterator[WorkItem]:
     """Yield the work of reading one file: long JSON-lines files are cut, any other file is one piece."""
     if kinds.by_suffix(path) == kinds.JSONL and path.stat().st_size > LINES_BYTES:
         yield from _line_ranges(path)
     else:
-        yield Work(path, caption=caption)
+        yield WorkItem(path, caption=caption)
 
 
-def _line_ranges(path: Path) -> Iterator[Work]:
+def _line_ranges(path: Path) -> Iterator[WorkItem]:
     """Cut a file at line ends into ranges of about LINES_BYTES."""
     block = bytearray(LINES_BYTES)
     with path.open("rb", buffering=0) as file, path.open("rb") as rest:
@@ -90,12 +90,12 @@ def _line_ranges(path: Path) -> Iterator[Work]:
             lines = int(np.count_nonzero(np.frombuffer(block, np.uint8, size) == NEWLINE))
             tail = rest.readline() if rest.seek(start + size) else b""
             stop = start + size + len(tail)
-            yield Work(path, kind=kinds.JSONL, start=start, stop=stop, first_line=line, size=stop - start)
+            yield WorkItem(path, kind=kinds.JSONL, start=start, stop=stop, first_line=line, size=stop - start)
             start = file.seek(stop)
             line += lines + tail.endswith(b"\n")
 
 
-def read_work(work: Work, options: Options) -> Reading | Cut[Work]:
+def read_work(work: WorkItem, options: Options) -> Reading | Cut[WorkItem]:
     """Return the documents of a piece of work and what was left out, or the parts to read a large archive in.
 
     Never raises for what is in the file.
@@ -124,7 +124,7 @@ def read_work(work: Work, options: Options) -> Reading | Cut[Work]:
     return read_file(work.path, caption=work.caption, trust_content=options.trust_content)
 
 
-def read_all(work: Work, options: Options) -> Iterator[Reading]:
+def read_all(work: WorkItem, options: Options) -> Iterator[Reading]:
     """Yield the readings of a piece of work, part after part, in this process."""
     reading = read_work(work, options)
     if not isinstance(reading, Cut):
@@ -134,7 +134,7 @@ def read_all(work: Work, options: Options) -> Iterator[Reading]:
         yield from read_all(part, options)
 
 
-def _cut_archive(work: Work, options: Options) -> list[Work]:
+def _cut_archive(work: WorkItem, options: Options) -> list[WorkItem]:
     """Return the ranges in which a large Parquet or tar file is read, nothing for any other file."""
     size = work.path.stat().st_size
     named = kinds.by_suffix(work.path)
@@ -146,28 +146,28 @@ def _cut_archive(work: Work, options: Options) -> list[Work]:
     kind = detect(work.path, trust_content=options.trust_content)
     if kind == kinds.PARQUET:
         rows = row_groups(work.path)
-        whole = Work(work.path, kind=kind, start=0, stop=rows[-1], size=size)
+        whole = WorkItem(work.path, kind=kind, start=0, stop=rows[-1], size=size)
         return _cut_rows(whole, -(-size // ARCHIVE_BYTES))
     if kind != kinds.ARCHIVE:
         return []
     return [
-        Work(work.path, kind=kind, start=marks[0], stop=marks[-1], marks=tuple(marks), size=marks[-1] - marks[0])
+        WorkItem(work.path, kind=kind, start=marks[0], stop=marks[-1], marks=tuple(marks), size=marks[-1] - marks[0])
         for marks in sample_ranges(work.path, num_bytes=ARCHIVE_BYTES)
     ]
 
 
-def _parts_of(work: Work, parts: Sequence[Work]) -> list[Work]:
+def _parts_of(work: WorkItem, parts: Sequence[WorkItem]) -> list[WorkItem]:
     """Return `parts` of `work`, the last of them marked as such if it is the end of the work too."""
     last = len(parts) - 1
     return [replace(part, ends=work.ends and number == last) for number, part in enumerate(parts)]
 
 
-def cut_work(work: Work) -> list[Work]:
+def cut_work(work: WorkItem) -> list[WorkItem]:
     """Return the parts of `work` to try alone when it fails: lines, samples of a tar, runs of rows; or itself."""
     return _parts_of(work, _cut(work))
 
 
-def _cut(work: Work) -> list[Work]:
+def _cut(work: WorkItem) -> list[WorkItem]:
     if work.kind == kinds.ARCHIVE:
         spans = list(pairwise(work.marks))
         return [replace(work, start=start, stop=stop, marks=(start, stop), size=stop - start) for start, stop in spans]
@@ -187,7 +187,7 @@ def _cut(work: Work) -> list[Work]:
     return parts
 
 
-def _cut_rows(work: Work, count: int) -> list[Work]:
+def _cut_rows(work: WorkItem, count: int) -> list[WorkItem]:
     """Cut a range of rows into at most `count` parts of about one size; the bytes of the file are dealt out evenly."""
     assert work.stop is not None and work.size is not None
     num_rows = work.stop - work.start
