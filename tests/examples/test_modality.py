@@ -17,7 +17,14 @@ from small import SMALL, save_tokenizer, sentence
 from torch.distributed.checkpoint import FileSystemReader
 
 ENCODERS = tuple(f"{name}.{key}" for name in ("image", "audio") for key in ("trainable=true", "pretrained=random"))
-SETTINGS = (*SMALL, *ENCODERS, "training.steps=4", "data.seq_len=128", "training.global_batch_size=4")
+SETTINGS = (
+    *SMALL,
+    *ENCODERS,
+    "training.steps=4",
+    "data.seq_len=128",
+    "training.global_batch_size=4",
+    "model.vocab_size=324",
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def steps(shards: Path, run: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def tensor(house: House, shards: Path) -> list[dict]:
     """What four steps of two tensor ranks measure."""
-    house.train(*settings(shards, "tensor", "parallel.tp=2", "checkpoint.interval=1"), ranks=2)
+    house.train(*settings(shards, "tensor", "parallel.tp=2", "checkpoint.interval=1", "checkpoint.keep=9"), ranks=2)
     return steps(shards, "tensor")
 
 
@@ -87,7 +94,7 @@ def test_no_file_outside_its_folder_names_it(house: House) -> None:
 
 def test_it_trains_in_two_layouts_with_equal_gradients(house: House, shards: Path, tensor: list[dict]) -> None:
     assert len(tensor) == 4 and tensor[-1]["sensor_tokens"] > 0
-    data = settings(shards, "data", "parallel.pp=2", "checkpoint.interval=1")
+    data = settings(shards, "data", "parallel.pp=2", "checkpoint.interval=1", "checkpoint.keep=9")
     house.train(*data, ranks=2)
     for one, other in zip(tensor, steps(shards, "data"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -127,13 +134,22 @@ def test_it_is_rehearsed_and_counted(house: House, shards: Path) -> None:
 
 def test_it_is_exported_and_generates(house: House, shards: Path, tensor: list[dict]) -> None:
     checkpoint, out = shards.parent / "tensor" / "checkpoints" / "step_00000004", shards.parent / "export"
-    house.tool("convert_checkpoint", "to-hf", str(checkpoint), str(out), "--full")
+    house.tool("convert_checkpoint", "to-hf", str(checkpoint), str(out), "--full", "--gate")
     config = json.loads((out / "full" / "config.json").read_text())
     assert config["sensor_config"]["model_type"] == "sensor_mlp"
     assert (out / "full" / "sensor_megatron_mm.py").read_text() == (EXAMPLES / "sensor" / "exported.py").read_text()
     readings = house.folder / "files" / "0.readings"
     said = house.tool(
-        "generate", str(out / "full"), "--text", "the lake", "--file", str(readings), "--max-new-tokens", "4"
+        "generate",
+        str(out / "full"),
+        "--text",
+        "the lake",
+        "--file",
+        str(readings),
+        "--max-new-tokens",
+        "16",
+        "--temperature",
+        "1",
     )
     assert said.strip()
 
