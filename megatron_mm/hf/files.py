@@ -46,6 +46,18 @@ FULL_PROJECTORS = {"projector_hidden_act": "gelu", "projector_layernorm_eps": 1e
 """What features go through on their way into the decoder, in an export that carries its code."""
 LISTED = "modalities_megatron_mm.py"
 """The file of that code that says which modalities there are."""
+LISTED_CODE = '''"""The modalities beside text of this export, and what the settings of its processor are called."""
+
+{imports}
+MODALITIES = ({modalities},)
+
+
+class ProcessorSettings:
+    """Has the arguments of the processor by their names: transformers reads them off."""
+
+    def __init__(self, {arguments}, **kwargs):
+        self.set_up(dict({given}))
+'''
 
 
 def media_map(name: str, config: Config) -> MediaMap:
@@ -139,32 +151,27 @@ def _with_encoders(config: Config, kind: str, text: dict[str, Any], tokenizer: T
 def _write_code(folder: Path, config: Config) -> None:
     """Write the code that a full export carries: what composes the model, and a file for each modality.
 
-    transformers finds the files by their relative imports, so the one that lists them says each by name.
+    transformers finds the files by their relative imports: 4 copies only those that a file names itself, so every one
+    that imports the list of modalities names them all.
     """
+    imports = "".join(f"from .{name}_megatron_mm import MODALITY as {name}\n" for name in EXPORTS)
+    listed = f"from .{LISTED.removesuffix('.py')} import"
     for file in sorted(CODE.glob("*.py")):
         if file.name != LISTED:
-            (folder / file.name).write_text(file.read_text())
+            (folder / file.name).write_text(file.read_text().replace(listed, f"{imports}{listed}", 1))
     for modality in MODALITIES:
         code = Path(modality.part("spec").__file__).with_name("exported.py").read_text()
         (folder / f"{modality.name}_megatron_mm.py").write_text(code)
     parts, own = _processor(config, "full")
     defaults = dict.fromkeys((*parts, "tokenizer")) | own | {"chat_template": None}
     names = [name for name in defaults if name not in ("processor_class", "auto_map")]
-    imports = "".join(f"from .{name}_megatron_mm import MODALITY as {name}\n" for name in EXPORTS)
-    (
-        folder / LISTED
-    ).write_text(f'''"""The modalities beside text of this export, and what the settings of its processor are called."""
-
-{imports}
-MODALITIES = ({", ".join(EXPORTS)},)
-
-
-class ProcessorSettings:
-    """Has the arguments of the processor by their names: transformers reads them off."""
-
-    def __init__(self, {", ".join(f"{name}={defaults[name]!r}" for name in names)}, **kwargs):
-        self.set_up({{{", ".join(f"{name!r}: {name}" for name in names)}}})
-''')
+    code = LISTED_CODE.format(
+        imports=imports,
+        modalities=", ".join(EXPORTS),
+        arguments=", ".join(f"{name}={defaults[name]!r}" for name in names),
+        given=", ".join(f"{name}={name}" for name in names),
+    )
+    (folder / LISTED).write_text(code)
 
 
 _END_AND_PAD = {"eos_token": SPECIAL_TOKENS["end_of_text"], "pad_token": SPECIAL_TOKENS["pad"]}
