@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint import load as checkpoint_load
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import mesh as meshes
@@ -84,14 +85,14 @@ def started(config: Config, without: str = "") -> tuple[str, dict[str, Tensor]]:
     """
     from megatron_mm.training import initial_weights as starting
 
-    class Reader(starting.CheckpointReader):
+    class Reader(checkpoint_load.CheckpointReader):
         def __init__(self, path: Path) -> None:
             super().__init__(path)
             self.tensors = {
                 key: info for key, info in self.tensors.items() if not (without and key.startswith(without))
             }
 
-    starting.CheckpointReader = Reader
+    checkpoint_load.CheckpointReader = Reader
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
