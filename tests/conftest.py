@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import launch  # noqa: F401  # before a test imports megatron-core
+import no_accelerators  # noqa: F401
 import pytest
 import small
 

@@ -60,8 +60,8 @@ def _allow(name: str, on: str) -> None:
     if on == "meta":
         device.use_meta()
     else:
-        patches.install(device.current, gpu=False)
         device.current = lambda: device.CPU
+        patches.install(device.current, gpu=False)
     torch.cuda.is_available = lambda: True  # its layers refuse to be built without, wherever they are
     from megatron_mm.model import backend as backends
 

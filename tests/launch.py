@@ -20,12 +20,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from megatron_mm.engine import device
-
 TIMEOUT_SECONDS = 900
-PRELOAD = ["launch", "megatron_mm.training.loop", "megatron_mm.train", "tokenizers", "PIL.Image"]
-
-device.keep_out_accelerators()  # in the process of the tests, and in the server that forks their ranks
+PRELOAD = ["no_accelerators", "megatron_mm.training.loop", "megatron_mm.train", "tokenizers", "PIL.Image"]
 
 # One clean server imports what the ranks need and forks them: neither an import nor an autograd thread for each.
 _context = multiprocessing.get_context("forkserver")
@@ -42,7 +38,7 @@ class Ended:
 
 
 def _start_server() -> None:
-    """Start the server that forks the ranks, once, where it finds this module, which keeps accelerators out."""
+    """Start the server that forks the ranks, once, where it finds the module that keeps accelerators out."""
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     with mock.patch.dict(os.environ, PYTHONPATH=path):
         forkserver.ensure_running()
@@ -139,6 +135,8 @@ def _run_rank(
 
         torch.set_num_threads(1)
         if joined:
+            from megatron_mm.engine import device  # imports torch, which processes that only launch are spared
+
             device.prepare(rank, world_size)
             store = dist.FileStore(f"{folder}/store", world_size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)

@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_mm.checkpoint.format import Fence, TakenOver, commit, name_of, remove_old
-from megatron_mm.engine import device
+from megatron_mm.engine import device, patches
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import RunStopped
 from megatron_mm.storage import PARTIAL, hash_file
@@ -108,10 +108,16 @@ class Saver:
         except SaveFailed as error:
             self._fail(error, partial)
             return before
-        dist_checkpointing.save(
-            describe(), str(partial), self._spread, async_sharded_save=True, async_strategy="mcore",
-            content_metadata=metadata,
-        )  # fmt: skip
+        described = describe()
+        with patches.for_save():
+            dist_checkpointing.save(
+                described,
+                str(partial),
+                self._spread,
+                async_sharded_save=True,
+                async_strategy="mcore",
+                content_metadata=metadata,
+            )
         writer, outcome = self._strategy.writer, tempfile.TemporaryFile()
         buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets, non_blocking=False)
         process = multiprocessing.get_context("fork").Process(

@@ -1,7 +1,7 @@
 """Every name of torch and megatron-core that is replaced, in one table; nothing else in the package assigns to one.
 
-`install` replaces at start-up what PATCHES says is needed there. What a rehearsal or the loading of a checkpoint
-needs is replaced by the function of that name below. The order of calls does not matter, and importing this
+`install` replaces at start-up what PATCHES says is needed there. What a rehearsal, a save or the loading of a
+checkpoint needs is replaced by the function of that name below. The order of calls does not matter, and importing this
 module replaces nothing. docs/patches.md shows the table.
 """
 
@@ -44,6 +44,7 @@ class When(StrEnum):
     NO_CURRENT_GPU = "where a CPU stands in for CUDA, and where models are built on the meta device"
     NO_APEX = "where apex is not installed"
     REHEARSAL = "during a rehearsal"
+    SAVING = "while a save is planned"
     LOADING = "while a checkpoint is loaded"
 
 
@@ -275,7 +276,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         {"megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue": _always("unused")},
         "planning a save starts an interpreter that holds a queue, which no save here uses",
-        When.ALWAYS,
+        When.SAVING,
         MEGATRON_CORE,
         NOT_REPORTED,
     ),
@@ -370,6 +371,11 @@ def _require_gradient_sync() -> None:
 def for_rehearsal() -> contextlib.AbstractContextManager[None]:
     """Stand aside, while this is open, where fake tensors and fake groups cannot go."""
     return _replaced_for(When.REHEARSAL)
+
+
+def for_save() -> contextlib.AbstractContextManager[None]:
+    """Keep megatron-core, while this is open, from starting what a save here does not use."""
+    return _replaced_for(When.SAVING)
 
 
 def only_plain_data(path: Path, unpickler: type[pickle.Unpickler]) -> contextlib.AbstractContextManager[None]:

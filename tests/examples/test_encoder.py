@@ -53,10 +53,17 @@ def train(house: House, shards: Path, run: str, *more: str, ranks: int = 1) -> l
     return [record for record in map(json.loads, lines) if "grad_norm" in record]
 
 
+def to_dinov2(pixels: torch.Tensor) -> torch.Tensor:
+    """Normalise pixels in [0, 1] as DINOv2's own processor does."""
+    mean, deviation = (torch.tensor(own).view(3, 1, 1) for own in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (pixels - mean) / deviation
+
+
 def test_its_features_are_its_librarys(house: House, theirs: Dinov2Model) -> None:
     images = torch.randint(0, 256, (2, 3, 56, 56), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     with torch.no_grad():
-        expected = theirs(images.float() / 127.5 - 1.0).last_hidden_state[:, 1:].flatten(0, 1)
+        pixels = to_dinov2(images.float() / 255)
+        expected = theirs(pixels).last_hidden_state[:, 1:].flatten(0, 1)
     torch.save((images, expected), house.folder / "features.pt")
     house.run(
         "-c",
@@ -73,7 +80,7 @@ def test_its_features_are_its_librarys(house: House, theirs: Dinov2Model) -> Non
 
 def test_it_trains_in_two_layouts_and_goes_on_in_the_other(house: House, theirs: Dinov2Model, shards: Path) -> None:
     tensor = train(house, shards, "tensor", "parallel.tp=2", "checkpoint.interval=1", "checkpoint.keep=9", ranks=2)
-    train(house, shards, "resumed", "training.stop_after=1")
+    train(house, shards, "resumed", "training.stop_after=1", "checkpoint.interval=1")
     resumed = train(house, shards, "resumed", "parallel.pp=2", ranks=2)
     for one, other in zip(tensor, resumed, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -81,7 +88,7 @@ def test_it_trains_in_two_layouts_and_goes_on_in_the_other(house: House, theirs:
 
 
 def test_it_is_exported_and_generates(house: House, theirs: Dinov2Model, shards: Path) -> None:
-    train(house, shards, "exported", "training.stop_after=1")
+    train(house, shards, "exported", "training.stop_after=1", "checkpoint.interval=1")
     checkpoint, out = house.folder / "exported" / "checkpoints" / "step_00000001", house.folder / "export"
     house.tool("convert_checkpoint", "to-hf", str(checkpoint), str(out), "--full", "--gate")
     assert json.loads((out / "full" / "config.json").read_text())["vision_config"]["model_type"] == "dinov2"

@@ -121,8 +121,9 @@ def first_moments(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def test_it_resumes_in_another_layout(house: House, shards: Path, tensor: list[dict]) -> None:
-    house.train(*settings(shards, "resumed", "training.stop_after=2"))
-    house.train(*settings(shards, "resumed", "parallel.tp=2"), ranks=2)
+    house.train(*settings(shards, "resumed", "training.stop_after=2", "checkpoint.interval=1"))
+    said = house.train(*settings(shards, "resumed", "parallel.tp=2", "checkpoint.interval=1"), ranks=2)
+    assert "start at step 2 of 4" in said, said
     for one, other in zip(tensor, steps(shards, "resumed"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 

@@ -1,5 +1,7 @@
 """An optimizer is one file: another one trains, saves, resumes in other layouts, is rehearsed and planned."""
 
+import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,18 @@ from megatron_mm.training.optimizer import clip_gradients, leave_out
 from megatron_mm.training.state import build_state
 from megatron_mm.training.step import run_micro_batches
 
-# As if the files were in the package's folder; ranks that import this file find them too.
-optimizers.__path__.append(str(Path(__file__).parents[1] / "examples" / "optimizers"))
+EXAMPLES = str(Path(__file__).parents[1] / "examples" / "optimizers")
+if multiprocessing.parent_process() is not None:  # a rank, which imports this file: as if they were in the package
+    optimizers.__path__.append(EXAMPLES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def examples() -> Iterator[None]:
+    """Find the files as if they were in the package's folder, in this file's tests alone."""
+    optimizers.__path__.append(EXAMPLES)
+    yield
+    optimizers.__path__.remove(EXAMPLES)
+
 
 OPTIMIZERS = {
     "momentum": ("optimizer.lr=0.05", "optimizer.momentum=0.8"),

@@ -63,6 +63,8 @@ def replaced(*, only: When | None = None) -> dict[str, set[str]]:
     lasting = changed_since(before)
     with patches.for_rehearsal():
         found["rehearsal"] = changed_since(before) - lasting
+    with patches.for_save():
+        found["saving"] = changed_since(before) - lasting
     with patches.only_plain_data("unused", IndexUnpickler):
         found["loading"] = changed_since(before) - lasting
     found["after"] = changed_since(before) - lasting
@@ -89,6 +91,7 @@ def test_what_is_replaced_is_what_the_table_lists() -> None:
     assert found["prepare"] == at_start, found["prepare"] ^ at_start
     assert found["anew"] == at_start
     assert found["rehearsal"] == table(When.REHEARSAL), found["rehearsal"]
+    assert found["saving"] == table(When.SAVING), found["saving"]
     assert found["loading"] == table(When.LOADING), found["loading"]
     assert not found["after"]
 
