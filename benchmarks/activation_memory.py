@@ -26,9 +26,9 @@ def kept_bytes(mode: str) -> int:
 
     from megatron_mm.batch import attention_spans
     from megatron_mm.engine import mesh as meshes
-    from megatron_mm.model.attention import PackedDocuments
     from megatron_mm.model.backend import local
     from megatron_mm.model.decoder import block_submodules, transformer_config
+    from megatron_mm.model.layer import PackedDocuments
 
     config = configs.load("mm_88b", [*SHAPE, *ALONE, f"training.recompute={mode}"])
     meshes.cut(config)

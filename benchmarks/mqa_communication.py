@@ -45,9 +45,9 @@ def layers(preset: str, overrides: tuple[str, ...], tp: int) -> dict[str, tuple[
 
     from megatron_mm.batch import attention_spans
     from megatron_mm.engine import mesh as meshes
-    from megatron_mm.model.attention import PackedDocuments
-    from megatron_mm.model.backend import RMSNorm, local
+    from megatron_mm.model.backend import local
     from megatron_mm.model.decoder import block_submodules, transformer_config
+    from megatron_mm.model.layer import PackedDocuments, RMSNorm
 
     config = configs.load(preset, [*overrides, f"parallel.tp={tp}"])
     meshes.cut(config)

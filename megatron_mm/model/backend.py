@@ -4,22 +4,19 @@ Both name and shape their parameters alike, so a checkpoint of one is a checkpoi
 which attention, is decided once, by `choose`.
 """
 
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_mm.config import Config
 from megatron_mm.engine import device
 from megatron_mm.errors import ConfigError
 from megatron_mm.kernels.attention import stacking_ever_pays
-from megatron_mm.kernels.rms_norm import add_rms_norm, rms_norm
 from megatron_mm.model.core_attention import (
     DocumentAttention,
     VarlenAttention,
@@ -29,64 +26,12 @@ from megatron_mm.model.core_attention import (
     torch_sdpa,
     torch_varlen,
 )
-from megatron_mm.model.layer_classes import Backend, PendingSum
+from megatron_mm.model.layer import Backend, ReplicatedLinear, RMSNorm, defer_add
 
 DOCUMENT_FORMS = {"reference": defined, "sdpa": torch_sdpa, "stacked": stacked}
 """Forms of attention that take one document at a time."""
 FP8_CAPABILITY = {"current": (8, 9), "delayed": (8, 9), "blockwise": (9, 0)}
 """The least CUDA compute capability of each FP8 recipe."""
-
-
-class ReplicatedLinear(nn.Module):
-    """A linear layer whose weight every tensor rank holds whole and applies to its own sequence shard.
-
-    Its gradient is partial over the sequence, so the weight is marked `sequence_parallel`: finalize_model_grads sums
-    it over the tensor ranks once a step.
-    """
-
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig) -> None:
-        super().__init__()
-        place = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype, device=place))
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
-        """Return (hidden @ weight.T, no bias), as megatron-core's linear layers do. No communication."""
-        return F.linear(hidden, self.weight), None
-
-
-def defer_add(training: bool, fused: bool) -> Callable[..., PendingSum]:
-    """Stand where megatron-core's layer asks for its bias-dropout-add, and leave the sum to `RMSNorm`.
-
-    There are no biases and no dropout; the layer takes (norm, residual) of a norm that returns both.
-    """
-
-    def add(output_with_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> PendingSum:
-        assert output_with_bias[1] is None and dropout == 0.0
-        return PendingSum(output_with_bias[0], residual)
-
-    return add
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm (Zhang and Sennrich 2019) over a sequence shard.
-
-    megatron-core's own wrapper refuses sequence parallelism without TransformerEngine.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        place = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=place))
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.eps = eps
-
-    def forward(self, hidden: Tensor | PendingSum) -> Tensor | tuple[Tensor, Tensor]:
-        """Return hidden / rms(hidden) * weight, over the last dimension; of a pending sum, its norm and the sum."""
-        if isinstance(hidden, PendingSum):
-            operands = {"residual": hidden.residual, "weight": self.weight, "epsilon": self.eps}
-            return add_rms_norm(hidden.output, **operands)
-        return rms_norm(hidden, weight=self.weight, epsilon=self.eps)
 
 
 def choose(config: Config) -> Backend:

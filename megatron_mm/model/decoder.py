@@ -1,47 +1,27 @@
 """The decoder: megatron-core's TransformerBlock with our attention and a norm that knows sequence parallelism."""
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
-from torch import Tensor, nn
 
 from megatron_mm.config import Config, TrainingConfig
 from megatron_mm.engine import device
-from megatron_mm.kernels.swiglu import swiglu
-from megatron_mm.model.attention import GroupedQueryAttention
-from megatron_mm.model.layer_classes import Backend
+from megatron_mm.model.layer import Backend, layer_spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """The type of weights, and of activations outside matrix products, in each training.precision."""
 FP8_RECIPES = {"current": "tensorwise", "delayed": "delayed", "blockwise": "blockwise"}
 """megatron-core's names for training.fp8_recipe."""
-
-
-class SwiGLU(nn.Module):
-    """The activation of the feed-forward network, gate and up in one tensor."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-
-    def forward(self, gate_and_up: Tensor) -> Tensor:
-        """Return silu(gate) * up: (..., 2 ffn_hidden/tp) to (..., ffn_hidden/tp)."""
-        return swiglu(gate_and_up)
 
 
 def transformer_config(config: Config, *, accumulates_in_place: bool = False) -> TransformerConfig:
@@ -122,22 +102,8 @@ def block_submodules(
     config: TransformerConfig, *, backend: Backend, chunk: int, pp_rank: int
 ) -> TransformerBlockSubmodules:
     """Return what the transformer block of model chunk `chunk` of stage `pp_rank` is built of."""
-    feed_forward = MLPSubmodules(
-        linear_fc1=backend.column_linear, linear_fc2=backend.row_linear, activation_func=SwiGLU
-    )
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=backend.norm,
-            self_attention=ModuleSpec(module=GroupedQueryAttention, submodules=backend),
-            self_attn_bda=backend.residual_add,
-            pre_mlp_layernorm=backend.norm,
-            mlp=partial(MLP.as_mlp_submodule, submodules=feed_forward),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
     num_layers = len(layers_of_chunk(config, chunk=chunk, pp_rank=pp_rank))
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=backend.norm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(backend)] * num_layers, layer_norm=backend.norm)
 
 
 def _explicit_layout(stage_layers: tuple[int, ...] | None) -> list[list[str]] | None:

@@ -17,12 +17,11 @@ from megatron_mm.batch import MicroBatch
 from megatron_mm.config import Config
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.kernels.cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy
-from megatron_mm.model.attention import PackedDocuments
 from megatron_mm.model.backend import choose
 from megatron_mm.model.decoder import block_submodules, transformer_config
 from megatron_mm.model.embedding import MultimodalEmbedding
 from megatron_mm.model.initialize import initialize_weights
-from megatron_mm.model.layer_classes import Backend
+from megatron_mm.model.layer import Backend, PackedDocuments
 
 
 class MultimodalModel(MegatronModule):

@@ -17,7 +17,7 @@ from megatron_mm.batch import AttentionSpan
 from megatron_mm.config import Config
 from megatron_mm.engine import device
 from megatron_mm.model.core_attention import varlen_operands
-from megatron_mm.model.layer_classes import Backend
+from megatron_mm.model.layer import Backend
 
 BOOTSTRAP = "nccl"
 """The backend that user buffers of a node meet over; TransformerEngine can also take mpi and gloo."""
@@ -66,7 +66,7 @@ class DocumentAttention(nn.Module):
 
 
 def replicated_linear(input_size: int, output_size: int, *, config: TransformerConfig) -> TELinear:
-    """Return TransformerEngine's form of `backend.ReplicatedLinear`: the same attributes on its weight."""
+    """Return TransformerEngine's form of `layer.ReplicatedLinear`: the same attributes on its weight."""
     return TELinear(
         input_size,
         output_size,

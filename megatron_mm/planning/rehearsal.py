@@ -32,7 +32,7 @@ from megatron_mm.errors import ConfigError
 from megatron_mm.kernels import forms
 from megatron_mm.modalities import BY_NAME, MODALITIES
 from megatron_mm.model.backend import local
-from megatron_mm.model.layer_classes import Backend
+from megatron_mm.model.layer import Backend
 from megatron_mm.planning.ledger import Channel, Collective, Component, Ledger, Message, Product, Sample
 from megatron_mm.training import checkpoints
 from megatron_mm.training.state import TrainState, build_state

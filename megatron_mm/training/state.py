@@ -17,7 +17,7 @@ from megatron_mm.config.resume import shifts_loss
 from megatron_mm.data.consumption import Consumption
 from megatron_mm.engine import device, patches
 from megatron_mm.engine.mesh import Mesh
-from megatron_mm.model.layer_classes import Backend
+from megatron_mm.model.layer import Backend
 from megatron_mm.model.multimodal import MultimodalModel, build_chunks
 from megatron_mm.training.gradients import OwnGradients
 from megatron_mm.training.inputs import Inputs

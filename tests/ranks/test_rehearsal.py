@@ -117,9 +117,9 @@ def failing_message(where: str) -> str:
     """Return how a rehearsal ends whose loss, or whose fifth layer's MLP in the third micro-batch, is broken."""
     from unittest import mock
 
-    from megatron_mm.model import decoder, multimodal
+    from megatron_mm.model import layer, multimodal
 
-    swiglu, count = decoder.SwiGLU.forward, 0
+    swiglu, count = layer.SwiGLU.forward, 0
 
     def break_one(module: torch.nn.Module, gate_and_up: torch.Tensor) -> torch.Tensor:
         nonlocal count
@@ -135,7 +135,7 @@ def failing_message(where: str) -> str:
     config = small_config("none", "none", *layout("pp=2"), *WIDER, f"training.recompute={recompute}")
     target = (multimodal, "vocab_parallel_cross_entropy", broken)
     if where != "loss":
-        target = (decoder.SwiGLU, "forward", break_one)
+        target = (layer.SwiGLU, "forward", break_one)
     try:
         with mock.patch.object(*target):
             rehearse(config, rank=1, world_size=2)

@@ -13,9 +13,9 @@ from megatron_mm import config as configs
 from megatron_mm.batch import attention_spans
 from megatron_mm.config import Config
 from megatron_mm.engine import mesh as meshes
-from megatron_mm.model.attention import PackedDocuments
-from megatron_mm.model.backend import RMSNorm, local
+from megatron_mm.model.backend import local
 from megatron_mm.model.decoder import block_submodules, transformer_config
+from megatron_mm.model.layer import PackedDocuments, RMSNorm
 
 NUM_TOKENS = 24
 
