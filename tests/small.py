@@ -3,7 +3,9 @@
 import atexit
 import functools
 import io
+import itertools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,19 +99,19 @@ def save_tokenizer(path: Path) -> Path:
     return path
 
 
-def documents(seed: int = 0) -> list[Document]:
+def documents(seed: int = 0, image_sizes: Sequence[tuple[int, int]] = ((40, 30),)) -> list[Document]:
     """Return documents of every kind and many lengths: short and long text, captions, speech, and pages of both.
 
     Some samples hold no media and some hold several items; one recording ends in a part of a second, and one document
-    is longer than a sample.
+    is longer than a sample. Images have the widths and heights `image_sizes`, in turn.
     """
-    rng = np.random.default_rng(seed)
+    rng, sizes = np.random.default_rng(seed), itertools.cycle(image_sizes)
 
     def text(words: int) -> TextSegment:
         return TextSegment(sentence(rng, words))
 
     def image() -> ImageSegment:
-        return ImageSegment(png(rng))
+        return ImageSegment(png(rng, *next(sizes)))
 
     def audio(num_samples: int) -> AudioSegment:
         return AudioSegment(encode_flac(tone(rng, num_samples)), num_samples)
@@ -129,6 +131,7 @@ def write_shards(
     seed: int = 0,
     text_only: bool = False,
     geometries: Geometries | None = None,
+    image_sizes: Sequence[tuple[int, int]] = ((40, 30),),
 ) -> Path:
     """Write the documents, or those without media, as shards `folder/name` and return the prefix."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,7 @@ def write_shards(
     with ShardWriter(
         folder / name, tokenizer=tokenizer.info, tokenizer_content=tokenizer.content, geometries=geometries
     ) as writer:
-        for document in documents(seed):
+        for document in documents(seed, image_sizes):
             if text_only and document.source is not Source.TEXT:
                 continue
             writer.add(encode_document(document, tokenizer, geometries=geometries))

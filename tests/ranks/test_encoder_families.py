@@ -1,23 +1,27 @@
 """Encoders of other families and sizes: layouts agree, runs go on, exports are the training model and generate."""
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from launch import run_ranks
+from PIL import Image
 from small import TRAINED, png, small_config, tone, write_shards
 from test_checkpoint import spoil
 from test_export import GATE, difference, exported, save_and_run
 from test_layouts import assert_same_curve, curve
+from transformers import AutoProcessor
 
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError
 from megatron_mm.hf.export import Options, export
-from megatron_mm.hf.generate import Sampling, generate, opened
+from megatron_mm.hf.generate import Sampling, generate, model_inputs, opened
 from megatron_mm.hf.load import import_folder
 from megatron_mm.ingest.document import AudioSegment, Document, ImageSegment, TextSegment
 from megatron_mm.modalities.audio.spec import encode_flac
@@ -34,9 +38,12 @@ SETTINGS = {
         *("audio.encoder=hubert", "audio.form=lv60k", "audio.chunk_samples=8000"),
     ),
     "pixel-shuffle": ("image.image_size=96", "image.pixel_shuffle=true"),
+    "tiles": ("image.image_size=64", "image.tiles=4"),
 }
-STOCK = {"pixel-shuffle"}
+STOCK = {"pixel-shuffle", "tiles"}
 """Those that InternVL can have."""
+SIZES = ((40, 30), (90, 30), (40, 80), (100, 100))
+"""Images of one tile of 64 x 64, of three in a row, of two in a column, and of four."""
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
@@ -45,7 +52,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     overrides = (*RANDOM, *SETTINGS[request.param])
     geometries = small_config("unused", "unused", *overrides).encoders
-    shards = write_shards(folder / "shards", geometries=geometries)
+    shards = write_shards(folder / "shards", geometries=geometries, image_sizes=SIZES)
     config = small_config(shards, folder / "run", *overrides, "parallel.tp=2", "checkpoint.interval=1")
     logits = run_ranks(2, save_and_run, config, [1])[-1]
     return {"name": request.param, "config": config, "logits": {1: logits[0]}, "folder": folder}
@@ -71,7 +78,8 @@ def test_its_exports_give_the_logits_of_the_training_model(trained: dict[str, An
 
 def test_its_export_generates_and_comes_back(trained: dict[str, Any]) -> None:
     folder, rng = exported(trained, 1) / "full", np.random.default_rng(0)
-    segments = [TextSegment("a hill "), ImageSegment(png(rng)), AudioSegment(encode_flac(tone(rng, 20_000)), 20_000)]
+    recording = AudioSegment(encode_flac(tone(rng, 20_000)), 20_000)
+    segments = [TextSegment("a hill "), ImageSegment(png(rng, 90, 30)), recording]
     with opened(folder) as speaker:
         own = trained["config"].encoders
         for name, section in speaker.sections.items():
@@ -88,6 +96,28 @@ def test_its_export_generates_and_comes_back(trained: dict[str, Any]) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         assert file.read_bytes() == (out / "full" / file.name).read_bytes()
     shutil.rmtree(out)
+
+
+def test_its_processors_give_the_inputs_of_training(trained: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    images = [png(rng, *size) for size in SIZES]
+    segments = [part for data in images for part in (ImageSegment(data), TextSegment(" a hill "))]
+    for kind in ("full", *["image"] * (trained["name"] in STOCK)):
+        folder = exported(trained, 1) / kind
+        with opened(folder) as speaker:
+            expected = model_inputs(speaker, [Document(segments, Source.PDF)])
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=kind == "full")
+        opened_images = [Image.open(io.BytesIO(data)) for data in images]
+        found = processor(text=["<|image|> a hill " * len(images)], images=opened_images, return_tensors="pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            tolerance = 2.1 / 127.5 if name == "pixel_values" else 0.0  # another resize: 2 of 255 levels
+            torch.testing.assert_close(found[name], value, rtol=0.0, atol=tolerance)
+        counts = processor._get_num_multimodal_tokens(image_sizes=[size[::-1] for size in SIZES])
+        ids = expected["input_ids"]
+        placeholder = speaker.tokenizer.special_ids["image"]
+        assert sum(counts["num_image_tokens"]) == int((ids == placeholder).sum()) + 2 * len(images)
+        assert sum(counts["num_image_patches"]) == len(expected["pixel_values"])
 
 
 def test_tensor_ranks_train_as_one_does(trained: dict[str, Any]) -> None:

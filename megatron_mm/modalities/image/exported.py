@@ -25,7 +25,7 @@ class ImageModel:
     """The model's methods for images."""
 
     def get_image_features(self, pixel_values, **kwargs):
-        """(num_images, 3, size, size) to pooler_output (num_images, num_tokens, hidden_size), no class token."""
+        """(num_squares, 3, size, size) to pooler_output (num_squares, num_tokens, hidden_size), no class token."""
         tower, pixel_values = self.vision_tower, pixel_values.to(self.dtype)
         if isinstance(tower.embeddings, Patches):
             features = tower.encoder(tower.embeddings(pixel_values))[0]
@@ -51,12 +51,21 @@ class ImageProcessor:
     def replace_image_token(self, image_inputs, image_idx, **kwargs):
         """Return what stands for an image: its start, a placeholder a feature, its end."""
         names = self.tokenizer
-        return names.start_image_token + self.image_token * self.image_seq_length + names.end_image_token
+        squares = int(image_inputs["num_patches"][image_idx]) if "num_patches" in image_inputs else 1
+        return names.start_image_token + self.image_token * self.image_seq_length * squares + names.end_image_token
 
     def process_image(self, images, **kwargs):
         """Return the model's inputs of `images`, and what stands for each in the text."""
-        inputs = {"pixel_values": self.image_processor(images, **kwargs)["pixel_values"]}
-        return inputs, [self.replace_image_token(inputs, number) for number in range(len(inputs["pixel_values"]))]
+        inputs = self.image_processor(images, **kwargs)
+        number = len(inputs["num_patches"] if "num_patches" in inputs else inputs["pixel_values"])
+        whole = [self.replace_image_token(inputs, image_idx) for image_idx in range(number)]
+        return {"pixel_values": inputs["pixel_values"]}, whole
+
+    def _process_images(self, images, **kwargs):
+        """Return the same to transformers 5, whose processor expands the placeholders."""
+        inputs, whole = super()._process_images(images, **kwargs)
+        inputs.pop("num_patches", None)  # the placeholders say it, and the model has no such argument
+        return inputs, whole
 
     def open_image(self, data):
         """Return an image of a document as `images` takes it."""
@@ -64,8 +73,11 @@ class ImageProcessor:
 
     def count_image(self, image_sizes):
         """Return the tokens of images of these sizes, as vLLM asks for them."""
-        counts = [self.image_seq_length + 2] * len(image_sizes)
-        return {"num_image_tokens": counts, "num_image_patches": [1] * len(image_sizes)}
+        squares = [1] * len(image_sizes)
+        if getattr(self.image_processor, "crop_to_patches", False):
+            squares = [self.image_processor.get_number_of_image_patches(*size, {}) for size in image_sizes]
+        counts = [self.image_seq_length * number + 2 for number in squares]
+        return {"num_image_tokens": counts, "num_image_patches": squares}
 
 
 class MODALITY:
@@ -76,7 +88,7 @@ class MODALITY:
     encoder, model_type = "vision_config", "internvl_vision"
     tower, projector = "vision_tower", "multi_modal_projector"
     layers = ("InternVLVisionLayer", "SiglipEncoderLayer")
-    settings = {"image_seq_length": 196, "image_first_tokens": 1, "image_pixel_shuffle": False}  # noqa: RUF012
+    settings = {"image_seq_length": 196, "image_first_tokens": 1, "image_pixel_shuffle": False, "image_tiles": 1}  # noqa: RUF012
     parts = ("image_processor",)
     model, processor = ImageModel, ImageProcessor
 

@@ -34,15 +34,13 @@ class InternVL:
             "projector_hidden_act": "gelu",
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "default",
-        }
+        } | _tiles(section)
 
     def processor(self, section: ImageConfig) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """Return the parts of its processor, by their names, and the settings of its own."""
-        squash = squashing(section)
-        image = {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": False, "max_patches": 1} | squash
-        video = {"video_processor_type": "InternVLVideoProcessor"} | squash
+        video = {"video_processor_type": "InternVLVideoProcessor"} | squashing(section)
         own = {"processor_class": "InternVLProcessor", "image_seq_length": section.tokens_per_image}
-        return {"video_processor": video, "image_processor": image | {"min_patches": 1}}, own
+        return {"video_processor": video, "image_processor": tiling(section)}, own
 
     def files(self, section: ImageConfig) -> dict[str, dict[str, Any]]:
         """Return what else is in the folder, by the name of the file."""
@@ -51,7 +49,7 @@ class InternVL:
 
 
 class ImageExports(Exports):
-    """Pixels in [-1, 1] for an image processor of transformers that squashes."""
+    """Pixels in [-1, 1] for an image processor of transformers that squashes, or cuts into tiles."""
 
     modality = IMAGE
     describes, tower, projector = "vision_config", "vision_tower", "multi_modal_projector"
@@ -64,19 +62,20 @@ class ImageExports(Exports):
 
     def processor(self, section: ImageConfig) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """Return the image processor of a full export, and the settings of the processor's own."""
-        image = {"image_processor_type": "ViTImageProcessor"} | squashing(section)
+        squash = {"image_processor_type": "ViTImageProcessor"} | squashing(section)
+        image = squash if section.tiles == 1 else tiling(section)
         return {"image_processor": image}, {"image_seq_length": section.tokens_per_image}
 
     def settings(self, description: dict[str, Any]) -> dict[str, Any]:
         """Return our image.* settings that make a folder's config.json."""
         shuffled = description.get("image_pixel_shuffle", description.get("downsample_ratio") == 0.5)
-        found = super().settings(description) | {"pixel_shuffle": shuffled}
+        found = super().settings(description) | {"pixel_shuffle": shuffled, "tiles": description.get("image_tiles", 1)}
         if found["encoder"] == "vit":
             found["class_token"] = description.get("image_first_tokens", 1) > 0
         return found
 
     def model_inputs(self, items: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-        """Return pixel_values (num_images, 3, image_size, image_size)."""
+        """Return pixel_values (squares of all images, 3, image_size, image_size)."""
         return {"pixel_values": torch.stack([unit for units in items for unit in units]).float() / 127.5 - 1.0}
 
 
@@ -84,7 +83,18 @@ def _unusual(section: ImageConfig) -> dict[str, Any]:
     """Return what the config.json of a full export says only where it is not as usual."""
     first = IMAGE.family(section).first_tokens(section)
     found = {"image_first_tokens": first} if first != 1 else {}
-    return found | ({"image_pixel_shuffle": True} if section.pixel_shuffle else {})
+    return found | ({"image_pixel_shuffle": True} if section.pixel_shuffle else {}) | _tiles(section)
+
+
+def _tiles(section: ImageConfig) -> dict[str, Any]:
+    """Return what a config.json says of tiles, which transformers itself reads of the processor alone."""
+    return {"image_tiles": section.tiles} if section.tiles > 1 else {}
+
+
+def tiling(section: ImageConfig) -> dict[str, Any]:
+    """Return the settings of InternVL's image processor, which cuts into tiles as our decoding does."""
+    patches = {"crop_to_patches": section.tiles > 1, "max_patches": section.tiles}
+    return {"image_processor_type": "GotOcr2ImageProcessor"} | patches | squashing(section) | {"min_patches": 1}
 
 
 def squashing(section: ImageConfig) -> dict[str, Any]:

@@ -1,27 +1,33 @@
 """What an image is to shards and settings: its size in pixels, in patches and in tokens."""
 
+import io
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from pydantic import Field
 
+from megatron_mm.errors import DataError
 from megatron_mm.modalities.modality import EncoderSection, Geometry, Modality
 from megatron_mm.settings import PositiveInt, divisors
 
 
 class ImageGeometry(Geometry):
-    """How an image becomes tokens: it is squashed to a square, one token a patch or one for four of them."""
+    """How an image becomes tokens: it is squashed to a square, or cut into several, of one token a patch or four."""
 
     image_size: PositiveInt = 224
-    """Side of the square, in pixels, that every image is squashed to."""
+    """Side of the square, in pixels, that every image, or each of its tiles, is squashed to."""
     patch_size: PositiveInt = 16
     """Side of a patch, in pixels."""
     pixel_shuffle: bool = False
     """Make one token of each two by two patches, four times as wide, as InternVL does; false: one token a patch."""
+    tiles: PositiveInt = 1
+    """Most squares that an image is cut into, in the grid of the nearest aspect ratio, as InternVL's processor does;
+    where there are several, the whole image follows them as one more. 1: every image is squashed to one square."""
 
     @property
     def tokens_per_image(self) -> int:
-        """Decoder tokens of one image: one a patch, or a fourth of that."""
+        """Decoder tokens of one square, an image or a tile of it: one a patch, or a fourth of that."""
         return self.patches_a_side**2 // (4 if self.pixel_shuffle else 1)
 
     @property
@@ -79,20 +85,61 @@ class ImageModality(Modality):
     unit, pretrained_files = "image", "VIT_FILE"
 
     def num_tokens(self, item: Any, geometry: ImageGeometry) -> int:
-        """Return the placeholders of an image."""
-        return geometry.tokens_per_image
+        """Return the placeholders of an image. Raises DataError if its size decides, and cannot be read."""
+        if geometry.tiles == 1:
+            return geometry.tokens_per_image
+        columns, rows = tile_grid(*_size(item.data), geometry)
+        return geometry.tokens_per_image * _num_units(columns * rows)
 
     def unit_lengths(self, num_tokens: int, geometry: ImageGeometry) -> list[int]:
-        """Return the tokens of the one unit that an image is."""
-        return [num_tokens] if num_tokens == geometry.tokens_per_image else []
+        """Return the tokens of each square that an image of `num_tokens` is cut into."""
+        possible = {_num_units(tiles) for tiles in range(1, geometry.tiles + 1)}
+        number, rest = divmod(num_tokens, geometry.tokens_per_image)
+        return [geometry.tokens_per_image] * number if number in possible and not rest else []
 
     def unit_tokens(self, geometry: ImageGeometry) -> int:
-        """Return the tokens of an image."""
+        """Return the tokens of a square."""
         return geometry.tokens_per_image
 
     def unit_positions(self, geometry: ImageGeometry) -> int:
-        """Return the positions of an image with its start and end token."""
-        return geometry.tokens_per_image + 2
+        """Return the positions of an image with its start and end token, which many tiles share."""
+        return geometry.tokens_per_image + (2 if geometry.tiles == 1 else 0)
 
 
 IMAGE = ImageModality()
+
+
+@lru_cache(maxsize=1024)
+def tile_grid(width: int, height: int, geometry: ImageGeometry) -> tuple[int, int]:
+    """Return the columns and rows of tiles that an image of `width` x `height` pixels is cut into.
+
+    It is the grid of the nearest aspect ratio. Of two that are as near, the larger one is taken where the image has
+    more than half of its pixels: the choice of transformers' GotOcr2ImageProcessor, which is InternVL's.
+    """
+    sides = range(1, geometry.tiles + 1)
+    grids = [(columns, rows) for columns in sides for rows in sides if columns * rows <= geometry.tiles]
+    best, least = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        distance = abs(width / height - columns / rows)
+        fills = width * height > 0.5 * geometry.image_size**2 * columns * rows
+        if distance < least or (distance == least and fills):
+            best, least = (columns, rows), distance
+    return best
+
+
+def _num_units(tiles: int) -> int:
+    """Return the squares of an image of so many tiles: with more than one, the whole image is one more."""
+    return tiles + (tiles > 1)
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    """Return the width and height that the header of an image says. Raises DataError if there is none."""
+    from PIL import Image  # runs over text are spared it
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"an image of {len(data)} bytes has no size that can be read, which its tiles depend on"
+        ) from error
