@@ -21,7 +21,7 @@ from megatron_mm.ingest.lines import encode_documents
 from megatron_mm.ingest.work_items import Options
 from megatron_mm.modalities import default_geometries
 from megatron_mm.modalities.image import decode
-from megatron_mm.modalities.image.hf import tiling
+from megatron_mm.modalities.image.hf import EXPORTS, tiling
 from megatron_mm.modalities.image.spec import IMAGE, ImageGeometry, tile_grid
 from megatron_mm.shards import ShardReader
 from megatron_mm.source import Source
@@ -128,3 +128,12 @@ def test_shards_record_tiles_and_those_without_were_squashed(tmp_path: Path) -> 
     del recorded["modalities"]["image"]["tiles"]
     manifest.write_text(json.dumps(recorded))
     ShardReader(tmp_path / "old").check_geometries(default_geometries(), whose="this run")
+
+
+def test_a_folder_of_other_tiles_is_named() -> None:
+    one, four, six = (configs.load("tiny", [f"image.tiles={tiles}"]).image for tiles in (1, 4, 6))
+    tower = {"vision_config": IMAGE.family(one).description(one)}
+    assert EXPORTS.unlike(tower | EXPORTS.config(four), one) == ["image_tiles=4, ours has 1"]
+    assert EXPORTS.unlike(tower | EXPORTS.config(four), six) == ["image_tiles=4, ours has 6"]
+    # A folder that says nothing of tiles, as InternVL's own, leaves them to the run.
+    assert [EXPORTS.unlike(tower, section) for section in (one, four)] == [[], []]

@@ -74,6 +74,12 @@ class ImageExports(Exports):
             found["class_token"] = description.get("image_first_tokens", 1) > 0
         return found
 
+    def unlike(self, description: dict[str, Any], section: ImageConfig) -> list[str]:
+        """Return the same as of every modality, and tiles, which a config.json says only where there are several."""
+        theirs = description.get("image_tiles", section.tiles)
+        squashes = [f"image_tiles={theirs}, ours has 1"] if section.tiles == 1 != theirs else []
+        return super().unlike(description, section) + squashes
+
     def model_inputs(self, items: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
         """Return pixel_values (squares of all images, 3, image_size, image_size)."""
         return {"pixel_values": torch.stack([unit for units in items for unit in units]).float() / 127.5 - 1.0}
