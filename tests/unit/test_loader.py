@@ -1,6 +1,7 @@
 """Micro-batches: a pure function of seed and step, whole over all ranks, with loss only where it belongs."""
 
 import dataclasses
+import json
 import os
 import threading
 from pathlib import Path
@@ -401,6 +402,32 @@ def test_a_step_at_which_every_reader_hangs_or_dies_ends_the_run(shards: Path, m
 def test_a_vocabulary_that_is_too_small_is_refused(shards: Path) -> None:
     with pytest.raises(DataError, match=r"uses 320 ids, model\.vocab_size=256 has fewer"):
         loader_of(shards, "model.vocab_size=256")
+
+
+@pytest.mark.parametrize(
+    ("override", "both"),
+    [
+        ("image.image_size=96", r"was made for image\.image_size=224, and the model has image\.image_size=96"),
+        ("image.tiles=4", r"was made for image\.tiles=1, and the model has image\.tiles=4"),
+        ("audio.chunk_samples=8000", r"was made for audio\.chunk_samples=16000, and the model has"),
+    ],
+)
+def test_shards_that_were_made_for_another_model_are_refused(
+    override: str, both: str, shards: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=both):
+        loader_of(shards, override)
+    assert loader_of(write_shards(tmp_path, text_only=True), override).num_samples, "text does not depend on it"
+
+
+def test_shards_of_a_version_that_recorded_nothing_are_of_the_defaults(tmp_path: Path) -> None:
+    prefix = write_shards(tmp_path)
+    manifest = json.loads(Path(f"{prefix}.json").read_text())
+    assert manifest.pop("modalities")["audio"] == {"chunk_samples": 16_000}
+    Path(f"{prefix}.json").write_text(json.dumps(manifest))
+    assert loader_of(prefix).num_samples
+    with pytest.raises(DataError, match=r"image\.patch_size=16, and the model has image\.patch_size=14"):
+        loader_of(prefix, "image.patch_size=14", "image.image_size=224")
 
 
 def test_tokens_and_media_of_different_shards_are_refused(tmp_path: Path) -> None:
