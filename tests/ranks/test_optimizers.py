@@ -28,7 +28,7 @@ from megatron_mm.training.state import build_state
 from megatron_mm.training.step import run_micro_batches
 
 EXAMPLES = str(Path(__file__).parents[1] / "examples" / "optimizers")
-if multiprocessing.parent_process() is not None:  # a rank, which imports this file: as if they were in the package
+if multiprocessing.current_process().name != "MainProcess":  # a rank, which imports this file as it is sent a setting
     optimizers.__path__.append(EXAMPLES)
 
 
