@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import difflib
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -219,7 +220,7 @@ def _read(preset: str, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} {what}. Write `extends: PRESET` and, below it, `section: {{key: value}}`.")
     for before, now in RENAMED.items():
         if before in settings and now not in settings:
-            log.info("%s: the section %s is now called %s, and is read as it", path, before, now)
+            _say_renamed(path, before, now)
             settings = {now if name == before else name: value for name, value in settings.items()}
     base = settings.pop("extends", None)
     if base is None:
@@ -227,6 +228,12 @@ def _read(preset: str, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends is {base!r}. Write the name of one preset, or the path of one file.")
     return _merged(_read(base, extended_by=(*extended_by, path)), settings)
+
+
+@functools.cache
+def _say_renamed(path: Path, before: str, now: str) -> None:
+    """Say once of each file that a section of it has another name by now."""
+    log.info("%s: the section %s is now called %s, and is read as it", path, before, now)
 
 
 class _OnceOnly(yaml.SafeLoader):

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_mm.config.schema import Config
 from megatron_mm.errors import ConfigError
-from megatron_mm.modalities import BY_NAME, RANDOM
+from megatron_mm.modalities import RANDOM
 from megatron_mm.settings import divisors
 
 
@@ -322,8 +322,8 @@ def start_failures(config: Config) -> list[str]:
         return []
     return [
         f"{name}.pretrained is not given, and training.start_from names no checkpoint to take the encoder from. Give "
-        f"{name}.pretrained={BY_NAME[name].pretrained_files}, or training.start_from=CHECKPOINT; "
-        f"{name}.pretrained=random trains an encoder from random weights."
+        f"{name}.pretrained=FILE, or training.start_from=CHECKPOINT; {name}.pretrained=random trains an encoder from "
+        "random weights."
         for name, encoder in config.encoders.items()
         if encoder.pretrained is None
     ]

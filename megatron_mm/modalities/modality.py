@@ -73,8 +73,6 @@ class Modality(ABC):
     section: ClassVar[type[EncoderSection]]
     unit: ClassVar[str]
     """What one unit is, in the words of reports: an image, a second."""
-    pretrained_files: ClassVar[str]
-    """What `pretrained` may name, in the words of a message."""
 
     @property
     def special_tokens(self) -> tuple[str, str, str]:

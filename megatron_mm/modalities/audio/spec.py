@@ -94,7 +94,7 @@ class AudioModality(Modality):
 
     name, kind = "audio", 2
     geometry, section = AudioGeometry, AudioConfig
-    unit, pretrained_files = "second", "WAV2VEC_FILE"
+    unit = "second"
 
     def num_tokens(self, item: Any, geometry: AudioGeometry) -> int:
         """Return the placeholders of a recording of `item.num_samples` samples."""

@@ -82,7 +82,7 @@ class ImageModality(Modality):
 
     name, kind = "image", 1
     geometry, section = ImageGeometry, ImageConfig
-    unit, pretrained_files = "image", "VIT_FILE"
+    unit = "image"
 
     def num_tokens(self, item: Any, geometry: ImageGeometry) -> int:
         """Return the placeholders of an image. Raises DataError if its size decides, and cannot be read."""

@@ -44,7 +44,7 @@ class SensorModality(Modality):
 
     name, kind = "sensor", 3
     geometry, section = SensorGeometry, SensorConfig
-    unit, pretrained_files = "sensor_second", "SENSOR_FILE"
+    unit = "sensor_second"
 
     def num_tokens(self, item: Any, geometry: SensorGeometry) -> int:
         """Return the windows of a recording."""
