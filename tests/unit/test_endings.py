@@ -24,11 +24,19 @@ WAIT_SECONDS = 120.0
 
 
 def start(*words: str, stderr: Path, **environment: str) -> subprocess.Popen:
-    """Start a command as a terminal does, in a process group of its own that Ctrl-C goes to."""
+    """Start a command as a terminal does, in a process group of its own that Ctrl-C goes to.
+
+    Tests that are run in the background ignore Ctrl-C, and what they start would too.
+    """
     own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     with stderr.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, *words], env=own, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True
+            [sys.executable, *words],
+            env=own,
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 
