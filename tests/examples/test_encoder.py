@@ -48,9 +48,18 @@ def train(house: House, shards: Path, run: str, *more: str, ranks: int = 1) -> l
     """Return what each step measures."""
     pretrained = f"image.pretrained={house.folder / 'dinov2'}"
     places = [f"data.train=[{shards}]", f"run_dir={house.folder / run}", pretrained]
-    house.train(*SETTINGS, *places, *more, ranks=ranks)
-    lines = (house.folder / run / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "grad_norm" in record]
+    house.train(*SETTINGS, *places, "checkpoint.interval=1", *more, ranks=ranks)
+    return [record for record in records(house, run) if "grad_norm" in record]
+
+
+def records(house: House, run: str) -> list[dict]:
+    return [json.loads(line) for line in (house.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tensor(house: House, theirs: Dinov2Model, shards: Path) -> list[dict]:
+    """What three steps of two tensor ranks measure."""
+    return train(house, shards, "tensor", "parallel.tp=2", ranks=2)
 
 
 def to_dinov2(pixels: torch.Tensor) -> torch.Tensor:
@@ -78,32 +87,21 @@ def test_its_features_are_its_librarys(house: House, theirs: Dinov2Model) -> Non
     )
 
 
-def test_it_trains_in_two_layouts_and_goes_on_in_the_other(house: House, theirs: Dinov2Model, shards: Path) -> None:
-    tensor = train(house, shards, "tensor", "parallel.tp=2", "checkpoint.interval=1", "checkpoint.keep=9", ranks=2)
-    train(house, shards, "resumed", "training.stop_after=1", "checkpoint.interval=1")
+def test_it_trains_in_two_layouts_and_goes_on_in_the_other(house: House, tensor: list[dict], shards: Path) -> None:
+    train(house, shards, "resumed", "training.stop_after=1")
     resumed = train(house, shards, "resumed", "parallel.pp=2", ranks=2)
+    starts = [record["step"] for record in records(house, "resumed") if "layout" in record]
+    assert starts == [0, 1], "the second run goes on from the first"
     for one, other in zip(tensor, resumed, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def test_it_is_exported_and_generates(house: House, theirs: Dinov2Model, shards: Path) -> None:
-    train(house, shards, "exported", "training.stop_after=1", "checkpoint.interval=1")
-    checkpoint, out = house.folder / "exported" / "checkpoints" / "step_00000001", house.folder / "export"
+def test_it_is_exported_and_generates(house: House, tensor: list[dict]) -> None:
+    checkpoint, out = house.folder / "tensor" / "checkpoints" / "step_00000003", house.folder / "export"
     house.tool("convert_checkpoint", "to-hf", str(checkpoint), str(out), "--full", "--gate")
     assert json.loads((out / "full" / "config.json").read_text())["vision_config"]["model_type"] == "dinov2"
     (house.folder / "picture.png").write_bytes(png(np.random.default_rng(0)))
-    picture = str(house.folder / "picture.png")
-    said = house.tool(
-        "generate",
-        str(out / "full"),
-        "--file",
-        picture,
-        "--text",
-        "the",
-        "--max-new-tokens",
-        "16",
-        "--temperature",
-        "1",
-    )
+    prompt = ("--file", str(house.folder / "picture.png"), "--text", "the")
+    said = house.tool("generate", str(out / "full"), *prompt, "--max-new-tokens", "16", "--temperature", "1")
     assert said.strip()

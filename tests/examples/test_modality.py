@@ -129,7 +129,7 @@ def test_it_resumes_in_another_layout(house: House, shards: Path, tensor: list[d
 
 
 def test_it_is_rehearsed_and_counted(house: House, shards: Path) -> None:
-    said = house.tool("rehearse", "tiny", *settings(shards, "rehearsed"), "--world-size", "2")
+    said = house.tool("rehearse", "tiny", *settings(shards, "rehearsed"), "--world-size", "2", "--ranks", "0")
     assert "sensor.encoder" in said, said
 
 
