@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -29,6 +30,8 @@ from megatron_mm.errors import ConfigError, DataError, RunStopped
 MENDABLE, STOPPED, INTERRUPTED, UNREAD = 2, 1, 130, 141
 GRACE_SECONDS = 10.0
 """What a command may take to end after Ctrl-C: its main thread may wait for a rank that has left, and never see it."""
+AGAIN_SECONDS = 0.5
+"""Ctrl-C that comes again sooner is the same one: a launcher sends on to its ranks what the terminal has sent them."""
 THE_WORLD = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENFILE, errno.EAGAIN)
 """What a disk, a network or a full table says: no path or setting is wrong."""
 CPU_MEMORY = (
@@ -205,22 +208,59 @@ def _say(message: str) -> None:
             print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
 
 
+class _Interrupts:
+    """Knows what Ctrl-C has asked for. Two see each one: the main thread's handler, which may be blocked for long, and
+    a thread, which decides."""
+
+    def __init__(self) -> None:
+        self.gently: Callable[[], None] | None = None
+        """What the first Ctrl-C calls instead of ending the command."""
+        self._asked: float | None = None
+        self.now = False
+        """Whether the command is to end now."""
+
+    def arrive(self) -> None:
+        """Take note of one Ctrl-C."""
+        if self.gently is None:
+            self.now = True
+        elif self._asked is None:
+            self._asked = time.monotonic()
+            self.gently()
+        elif time.monotonic() - self._asked > AGAIN_SECONDS:
+            self.now = True
+
+
+_interrupts = _Interrupts()
+
+
+@contextlib.contextmanager
+def gently(ask: Callable[[], None]) -> Iterator[None]:
+    """Let the first Ctrl-C inside call `ask`, from another thread, and only the next one end the command."""
+    _interrupts.gently = ask
+    try:
+        yield
+    finally:
+        _interrupts.gently = None
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let the first Ctrl-C raise KeyboardInterrupt, and the next ones pass: a launcher sends it again and again.
+    """Let Ctrl-C raise KeyboardInterrupt once, and pass when it comes again: a launcher sends it again and again.
 
     A main thread that waits in a collective sees no signal; the process then ends by itself GRACE_SECONDS later, as it
     would if it were killed, which no file here minds.
     """
+    global _interrupts
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # nohup: it is ignored
         yield
         return
+    _interrupts = _Interrupts()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.signal(signal.SIGINT, _interrupt)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # also written while the main thread is blocked
-    threading.Thread(target=_end_late, args=(reading,), name="interrupts", daemon=True).start()
+    threading.Thread(target=_see_interrupts, args=(reading, _interrupts), name="interrupts", daemon=True).start()
     try:
         yield
     finally:
@@ -230,18 +270,22 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _interrupts.gently is None or _interrupts.now:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
 
 
-def _end_late(reading: int) -> None:
-    """End the process GRACE_SECONDS after a Ctrl-C, if it is still there."""
-    while (numbers := os.read(reading, 16)) and signal.SIGINT not in numbers:
-        pass
-    if not numbers:
-        os.close(reading)
-        return
+def _see_interrupts(reading: int, interrupts: _Interrupts) -> None:
+    """Take note of each Ctrl-C, and end the process GRACE_SECONDS after one that is to end it, if it is still there."""
+    while not interrupts.now:
+        if not (numbers := os.read(reading, 16)):
+            os.close(reading)
+            return
+        for number in numbers:
+            if number == signal.SIGINT and not interrupts.now:
+                interrupts.arrive()
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # its handler may have come before this thread
     threading.Event().wait(GRACE_SECONDS)
     _say("stopped by Ctrl-C: what it waited for did not end. Checkpoints are as they were.")
     os._exit(INTERRUPTED)

@@ -206,7 +206,8 @@ class GuardConfig(Section):
     """But none that is less than this above it, in nats a token, however steady the losses of the window are. After a
     planned change (data.changes, another batch size, settings changed on a resume) what is usual is learned anew."""
     spike_steps: PositiveInt = 5
-    """Steps in a row that stand out after which the run goes back to its last checkpoint, without their batches."""
+    """Steps in a row that stand out after which the run goes back to its last checkpoint, or begins anew where it
+    has none, without their batches."""
     max_rollbacks: NonNegativeInt = 3
     """Times that a run may go back before it stops."""
     heartbeat_seconds: PositiveFloat = Field(10.0, le=MAX_SECONDS)

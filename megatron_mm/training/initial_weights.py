@@ -5,9 +5,12 @@ from pathlib import Path
 from megatron_mm import config as configs
 from megatron_mm.checkpoint.load import ENCODERS, check_model, lacking_parts, load_weights
 from megatron_mm.config import Config
+from megatron_mm.data.consumption import Consumption
 from megatron_mm.errors import ConfigError
 from megatron_mm.modalities import RANDOM
 from megatron_mm.modalities.pretrained import file_of, load_pretrained
+from megatron_mm.model.initialize import initialize_weights
+from megatron_mm.training.optimizer import build_scheduler, reset_optimizer
 from megatron_mm.training.state import TrainState
 
 
@@ -24,6 +27,21 @@ def load_initial_weights(state: TrainState) -> None:
     load_pretrained(state.chunks, config.encoders)
     if config.training.start_from or any(map(file_of, config.encoders.values())):
         state.optimizer.reload_model_params()
+
+
+def begin_anew(state: TrainState) -> None:
+    """Bring a run that has no checkpoint back to step 0, to the bit. Collective over all ranks.
+
+    Raises as load_initial_weights.
+    """
+    for chunk in state.chunks:
+        initialize_weights(chunk, config=state.config, mesh=state.mesh)
+    state.optimizer.reload_model_params()
+    load_initial_weights(state)
+    reset_optimizer(state.optimizer)
+    state.step, state.changes = 0, []
+    state.consumption = Consumption(((0, state.config.training.global_batch_size),))
+    state.scheduler = build_scheduler(state.config, state.optimizer, step=0)
 
 
 def check_start_from(config: Config, path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_mm import config as configs
+from megatron_mm import endings
 from megatron_mm.batch import MicroBatch
 from megatron_mm.checkpoint.format import step_of
 from megatron_mm.checkpoint.save import Saved, Saver
@@ -22,8 +23,8 @@ from megatron_mm.kernels.select import select
 from megatron_mm.model.backend import choose
 from megatron_mm.training import checkpoints
 from megatron_mm.training.evaluate import evaluate
-from megatron_mm.training.guard import BadSteps, Guard, LossSpike, TrainingDiverged
-from megatron_mm.training.initial_weights import load_initial_weights
+from megatron_mm.training.guard import BadSteps, Guard, LossSpike
+from megatron_mm.training.initial_weights import begin_anew, load_initial_weights
 from megatron_mm.training.metrics import Metrics
 from megatron_mm.training.preflight import Ready, prepare
 from megatron_mm.training.replicas import check_replicas
@@ -53,9 +54,9 @@ class Run:
 def train(config: Config, mesh: Mesh) -> TrainState:
     """Train to the last step, from the newest checkpoint if there is one. Collective over all ranks.
 
-    Ends before, with a checkpoint, when it is asked to stop. Raises ConfigError or DataError, before anything is
-    touched, for what does not fit; TrainingDiverged, ReplicasDiffer, SaveFailed or TakenOver when going on would do
-    harm.
+    Ends before, with a checkpoint, when it is asked to stop; with KeyboardInterrupt then, if Ctrl-C asked. Raises
+    ConfigError or DataError, before anything is touched, for what does not fit; TrainingDiverged, ReplicasDiffer,
+    SaveFailed or TakenOver when going on would do harm.
     """
     kernels, backend = select(config.training.kernels, device.current()), choose(config)
     computes = {"kernels": str(kernels), "layers": backend.name, "attention": backend.attention}
@@ -77,8 +78,11 @@ def train(config: Config, mesh: Mesh) -> TrainState:
             run.guard.remember(metrics.losses(config.guard.spike_window))
             if state.step == 0 and config.evaluation.interval:
                 _evaluate(run)
-            while not _train_on(run):
-                pass
+            with endings.gently(stop.interrupt):
+                while not _train_on(run):
+                    pass
+            if stop.interrupted and state.step < config.last_step:
+                raise KeyboardInterrupt
     if mesh.is_rank_0:
         _finish(state)
     return state
@@ -180,19 +184,23 @@ def _record(run: Run, saved: Saved | None) -> None:
 
 
 def _go_back(run: Run, bad: BadSteps) -> bool:
-    """Bring the run to its last checkpoint and leave out the batches of the bad steps; return that it is not over."""
+    """Bring the run to its last checkpoint, or to its start, and leave out the batches of the bad steps.
+
+    Returns that the run is not over.
+    """
     state = run.state
     run.guard.roll_back(bad)
     left_out = state.consumption.leave_out(range(bad.first - 1, bad.last)).left_out  # as these steps consumed them
     _record(run, run.saver.finish())
     path = checkpoints.resume(state)
     if path is None:
-        raise TrainingDiverged(f"{bad}, and there is no checkpoint to go back to.")
+        begin_anew(state)
     checkpoints.leave_out(state, left_out)
     run.metrics.go_back(step=state.step, reason=str(bad))
     run.guard.remember(run.metrics.losses(state.config.guard.spike_window))
     if state.mesh.is_rank_0:
-        log.warning("%s: going back to %s, without the batches of these steps", bad, path)
+        where = path or "the initial weights, for nothing is saved yet"
+        log.warning("%s: going back to %s, without the batches of these steps", bad, where)
     return False
 
 

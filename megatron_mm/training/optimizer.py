@@ -232,6 +232,17 @@ def load_optimizer(optimizer: ChainedOptimizer, saved: dict[str, Any], *, descri
             shard.data.copy_(value["param_state"][number])
 
 
+def reset_optimizer(optimizer: ChainedOptimizer) -> None:
+    """Bring state and step count to those of an optimizer that has done no step."""
+    for part in optimizer.chained_optimizers:
+        complete_state(part.optimizer, part.rule)
+        for group in part.optimizer.param_groups:
+            group.pop("step", None)
+            for param in group["params"]:
+                for name in part.rule.state:
+                    part.optimizer.state[param][name].zero_()
+
+
 def build_scheduler(config: Config, optimizer: MegatronOptimizer, *, step: int) -> OptimizerParamScheduler:
     """Return the learning-rate schedule as it stands after `step` steps: a function of the configuration alone."""
     settings, style = config.optimizer, config.schedule.style

@@ -1,8 +1,9 @@
-"""Ending a run early, at a step edge, on all ranks alike: on SIGUSR1, a flag file, or a deadline.
+"""Ending a run early, at a step edge, on all ranks alike: on Ctrl-C, SIGUSR1, a flag file, or a deadline.
 
 SIGTERM ends a rank at once, as it always does: with it SLURM also announces that a node is gone, and a save needs all.
 """
 
+import logging
 import os
 import signal
 import time
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 STOP_FILE = "MEGATRON_MM_STOP_FILE"
 """Names a file whose existence asks the run to save and end; the batch script makes it before the time limit."""
@@ -35,10 +38,16 @@ class StopRequest:
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._signalled = False
+        self._signalled = self.interrupted = False
         self._file = os.environ.get(STOP_FILE)
         self._deadline = _deadline()
         self._before = signal.signal(signal.SIGUSR1, self._on_signal)
+
+    def interrupt(self) -> None:
+        """Ask, for Ctrl-C, that the run saves and ends; rank 0 says how it ends at once."""
+        self.interrupted = True
+        if self._mesh.is_rank_0:
+            log.warning("Ctrl-C: the run saves after this step and ends; once more ends it now")
 
     def _on_signal(self, *_: object) -> None:
         self._signalled = True
@@ -51,6 +60,8 @@ class StopRequest:
 
     def reason(self) -> str | None:
         """Return why this rank wants to stop, None if it does not; rank 0 looks at the file and the clock."""
+        if self.interrupted:
+            return "Ctrl-C"
         if self._signalled:
             return "SIGUSR1"
         if self._mesh.is_rank_0 and self._file and Path(self._file).exists():

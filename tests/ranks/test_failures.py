@@ -177,6 +177,27 @@ def test_a_spike_takes_the_run_back_and_leaves_its_batches_out(shards: Path, tmp
     assert_same_weights(seen, without)
 
 
+def begin_without(parts: tuple[LeftOut, ...], _: int) -> None:
+    """Let a run leave samples out from its start."""
+    begin = loop._begin
+
+    def begin_then_leave_out(state: TrainState, ready: Any) -> None:
+        begin(state, ready)
+        checkpoints.leave_out(state, parts)
+
+    loop._begin = begin_then_leave_out
+
+
+def test_a_spike_before_the_first_checkpoint_begins_anew_without_its_batches(shards: Path, tmp_path: Path) -> None:
+    spikes = ("training.steps=9", "guard.spike_window=8", "guard.spike_steps=2", "checkpoint.interval=100")
+    (seen,) = run_ranks(1, train, run_of(shards, tmp_path / "spike", *spikes), poison)
+    assert seen["left_out"] == (LeftOut(12, 2, 6), LeftOut(14, 2, 7))
+    assert "going back to the initial weights, for nothing is saved yet" in seen["said"]
+    without = functools.partial(begin_without, seen["left_out"])
+    (never,) = run_ranks(1, train, run_of(shards, tmp_path / "without", *spikes), None, without)
+    assert_same_weights(seen, never)
+
+
 def spike_early(state: TrainState, result: StepResult) -> StepResult | None:
     """Let the two batches after a restart at step 5 have a loss far above the others."""
     if state.consumption.positions(state.step - 1)[0] in (10, 12):

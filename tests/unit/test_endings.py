@@ -1,6 +1,7 @@
 """How commands end when they are interrupted, and what an exception stands for; tests/mistakes.yaml has the rest."""
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -48,13 +49,15 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
         time.sleep(0.02)
 
 
-def test_ctrl_c_ends_all_ranks_at_once_and_leaves_whole_checkpoints(shards: Path, tmp_path: Path) -> None:
-    from megatron_mm.checkpoint.format import whole_ones
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_saves_and_ends_all_ranks_and_twice_ends_them_at_once(times: int, shards: Path, tmp_path: Path) -> None:
+    from megatron_mm.checkpoint.format import step_of, whole_ones
     from megatron_mm.checkpoint.verify import find_damage
 
     settings = tmp_path / "settings.yaml"
+    large = f"training.global_batch_size={4 if times == 1 else 128}"  # a step of some seconds: it is not waited for
     config = small_config(
-        shards, tmp_path / "run", "training.steps=500", "checkpoint.interval=2", "data.prefetch_steps=1"
+        shards, tmp_path / "run", "training.steps=500", "checkpoint.interval=400", "data.prefetch_steps=1", large
     )
     settings.write_text(configs.to_yaml(config))
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -65,21 +68,26 @@ def test_ctrl_c_ends_all_ranks_at_once_and_leaves_whole_checkpoints(shards: Path
         start("-m", "megatron_mm.train", str(settings), stderr=log, RANK=str(rank), LOCAL_RANK=str(rank), **place)
         for rank, log in enumerate(logs)
     ]
-    wait_until(lambda: bool(whole_ones(tmp_path / "run/checkpoints")), ranks[0])
-    for _ in range(2):  # torchrun sends it again to ranks that the terminal has sent it to
-        for process in ranks:
-            os.killpg(process.pid, signal.SIGINT)
-    began = time.monotonic()
+    metrics = tmp_path / "run/metrics.jsonl"
+    wait_until(lambda: metrics.exists() and '"grad_norm"' in metrics.read_text(), ranks[0])
+    for press in range(times):
+        time.sleep(press * 2 * endings.AGAIN_SECONDS)
+        for _ in range(2):  # torchrun sends it again, at once, to ranks that the terminal has sent it to
+            for process in ranks:
+                os.killpg(process.pid, signal.SIGINT)
     assert [process.wait(WAIT_SECONDS) for process in ranks] == [130, 130]
-    assert time.monotonic() - began < 2 * endings.GRACE_SECONDS
+    saved = whole_ones(tmp_path / "run/checkpoints")
+    assert len(saved) == (times == 1)
+    assert not [line for path in saved for line in find_damage(path)]
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"grad_norm"' in line]
+    assert [step_of(path) for path in saved] == steps[-1:] * len(saved)
     for rank, log in enumerate(logs):
         lines = log.read_text().splitlines()
         assert "Traceback" not in log.read_text()
         assert lines[-1].startswith("stopped by Ctrl-C: " if rank == 0 else "[rank 1] stopped by Ctrl-C: ")
-        assert lines[-1].endswith("is saved, and the same command goes on from it.")
+        left = "is saved, and the same command goes on from it." if saved else "so the same command starts anew."
+        assert lines[-1].endswith(left)
     wait_for_nobody(ranks)
-    saved = whole_ones(tmp_path / "run/checkpoints")
-    assert saved and not [line for path in saved for line in find_damage(path)]
 
 
 def wait_for_nobody(processes: list[subprocess.Popen]) -> None:
