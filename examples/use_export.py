@@ -18,7 +18,7 @@ model = AutoModelForImageTextToText.from_pretrained(exports / "image")
 inputs = processor(images=[Image.open(image).convert("RGB")], text=[f"<|image|>{CAPTION}"], return_tensors="pt")
 caption = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
 caption = CAPTION + processor.tokenizer.decode(caption, skip_special_tokens=True)
-print(f"{type(model).__name__} | {image.name} | {caption!r}")
+print(f"{type(model).__name__} | {image.name!r} | {caption!r}")
 
 tokenizer = AutoTokenizer.from_pretrained(exports / "text")
 model = AutoModelForCausalLM.from_pretrained(exports / "text")

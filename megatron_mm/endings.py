@@ -18,13 +18,13 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn
 
+from megatron_mm import printable
 from megatron_mm.errors import ConfigError, DataError, RunStopped
 
 MENDABLE, STOPPED, INTERRUPTED, UNREAD = 2, 1, 130, 141
@@ -53,7 +53,8 @@ class Parser(argparse.ArgumentParser):
         wrong = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
         near = [match for one in wrong for match in difflib.get_close_matches(one, options, n=1)]
         hint = f" Did you mean {near[0]}?" if near else ""
-        self.exit(MENDABLE, f"error: {message}.{hint} `{self.prog} --help` explains all arguments.\n")
+        said = printable.message(f"error: {message}.{hint} `{self.prog} --help` explains all arguments.")
+        self.exit(MENDABLE, f"{said}\n")
 
 
 def run(command: Callable[[], object], *, memory: str = SMALLER) -> int:
@@ -62,7 +63,8 @@ def run(command: Callable[[], object], *, memory: str = SMALLER) -> int:
     `memory` says what to do when there is too little of it. Whatever knows more of where the command was, or of what it
     leaves behind, says so in a note on the exception.
     """
-    with _interruptible():
+    with printable.guarded_streams(), _interruptible():
+        printable.set_up_logging(prefix=_who())
         try:
             command()
             sys.stdout.flush()
@@ -128,8 +130,8 @@ def explain(error: BaseException, *, memory: str = SMALLER) -> tuple[int, str]:
     if _is_lost_rank(error):
         first = str(error).strip().splitlines()[0]
         return STOPPED, f"{type(error).__name__}: another rank has ended, or the network failed ({first}). See its log."
-    lines = "".join(traceback.format_exception(error))
-    return STOPPED, f"{lines}This is a defect of megatron_mm, not a mistake of yours. Please report it: {_versions()}."
+    report = f"This is a defect of megatron_mm, not a mistake of yours. Please report it: {_versions()}."
+    return STOPPED, printable.Shown(f"{printable.traced(error)}\n{report}")
 
 
 def _explain_file(error: OSError, notes: str) -> tuple[int, str]:
@@ -201,11 +203,15 @@ def _is_installed(name: str) -> bool:
 
 def _say(message: str) -> None:
     """Print why this process ends; each rank prints, for torchrun ends the others as soon as one has failed."""
-    rank = os.environ.get("RANK", "0")
-    rank = rank if rank.isdecimal() else "0"
     if message:
         with contextlib.suppress(OSError):
-            print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+            print(f"{_who()}{printable.message(message)}", file=sys.stderr, flush=True)
+
+
+def _who() -> str:
+    """Return what each line of a rank but the first begins with."""
+    rank = os.environ.get("RANK", "0")
+    return f"[rank {rank}] " if rank.isdecimal() and rank.strip("0") else ""
 
 
 class _Interrupts:

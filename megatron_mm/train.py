@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 from megatron_mm import config as configs
-from megatron_mm import endings
+from megatron_mm import endings, printable
 from megatron_mm.checkpoint.format import whole_ones
 from megatron_mm.environment import read_number
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     from megatron_mm.engine import device
 
-    _set_up_logging()
+    _set_log_level()
     config = configs.load(options.preset, options.overrides)
     device.keep_out_accelerators()
     if options.describe:
@@ -75,8 +75,8 @@ def _describe(config: configs.Config, world_size: int | None) -> dict:
 def _check(config: configs.Config, world_size: int | None) -> None:
     from megatron_mm.training.check import check
 
-    for line in check(config, config.parallel.ranks_per_replica if world_size is None else world_size):
-        print(line)
+    for found in check(config, config.parallel.ranks_per_replica if world_size is None else world_size):
+        print(printable.line(found))
     print("everything that can be checked on one CPU fits")
 
 
@@ -88,7 +88,7 @@ def _evaluate(config: configs.Config, path: Path) -> None:
     losses = evaluate_checkpoint(config, mesh, path)
     if mesh.is_rank_0:
         for name, loss in losses.items():
-            print(f"{name:<40} {loss:.4f}")
+            print(f"{printable.line(name):<40} {loss:.4f}")
         print(json.dumps({"checkpoint": str(path), **losses}))
     meshes.leave()
 
@@ -132,11 +132,9 @@ def _explain_fields() -> str:
     return "\n".join(lines)
 
 
-def _set_up_logging() -> None:
-    """Let rank 0 speak at INFO and the others, with their rank, at WARNING."""
-    rank = read_number("RANK", 0)
-    logging.basicConfig(format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s", level=logging.WARNING)
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+def _set_log_level() -> None:
+    """Let rank 0 speak at INFO and the others at WARNING."""
+    log.setLevel(logging.INFO if read_number("RANK", 0) == 0 else logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from megatron_mm.checkpoint.index import PRECISIONS
 from megatron_mm.errors import ConfigError
 from megatron_mm.hf.export import KINDS, Options, export, verify
 from megatron_mm.hf.load import import_folder
+from megatron_mm.printable import line
 
 M_MMAP_THRESHOLD = -3
 """The name of the parameter in glibc's malloc.h."""
@@ -87,7 +88,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         export(arguments.checkpoint, arguments.out, tokenizer_path=tokenizer, options=options, gate=gate)
     for kind in KINDS:
         if (arguments.out / kind).exists():
-            print(arguments.out / kind)
+            print(line(arguments.out / kind))
 
 
 def _gate(arguments: argparse.Namespace) -> Callable[[Path], dict[str, str]] | None:
@@ -108,7 +109,8 @@ def _gate(arguments: argparse.Namespace) -> Callable[[Path], dict[str, str]] | N
 
 def _from_hf(arguments: argparse.Namespace) -> None:
     import_folder(arguments.folder, arguments.out, preset=arguments.preset, overrides=arguments.overrides)
-    print(f"{arguments.out}: start from it with python -m megatron_mm.train {arguments.out}/config.yaml run_dir=...")
+    out = line(arguments.out)
+    print(f"{out}: start from it with python -m megatron_mm.train {out}/config.yaml run_dir=...")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from megatron_mm.hf.generate import Sampling, generate, opened
 from megatron_mm.ingest.document import Document, Rejection, Segment, TextSegment
 from megatron_mm.ingest.read import read_file, read_lines
 from megatron_mm.noise import silence
+from megatron_mm.printable import line
 from megatron_mm.source import Source
 
 
@@ -78,7 +79,7 @@ def _prompts(arguments: argparse.Namespace) -> list[Document]:
 
 
 def _unreadable(rejection: Rejection) -> DataError:
-    return DataError(f"{rejection.path}: {rejection.reason.rstrip('.')}. Mend it, or give another file.")
+    return DataError(f"{line(rejection.path)}: {line(rejection.reason).rstrip('.')}. Mend it, or give another file.")
 
 
 class _PromptPart(argparse.Action):

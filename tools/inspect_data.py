@@ -28,6 +28,7 @@ from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.ingest.encode import encode_document
 from megatron_mm.ingest.work_items import DEFAULTS, WorkItem, read_all
 from megatron_mm.modalities import default_geometries
+from megatron_mm.printable import line
 from megatron_mm.shards import EncodedDocument, ShardReader, open_shards
 from megatron_mm.shards.format import TOKENIZER_SUFFIX
 from megatron_mm.tokenizer import TextTokenizer
@@ -69,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.run:
         samples, batch = _step(arguments.run, arguments.step, arguments.overrides)
         if arguments.html is None:
-            print("\n".join(_order(samples, batch)))
+            print("\n".join(map(line, _order(samples, batch))))
             return
         tokenizer = TextTokenizer(samples.shards[0].prefix + TOKENIZER_SUFFIX)
         documents, geometries = list(_batch(samples, batch)), samples.config.encoders
@@ -82,10 +83,10 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.html:
         page = render_page(documents, tokenizer, decoders=reference_decoders(geometries))
         arguments.html.write_text(page, encoding="utf-8")
-        print(f"{len(documents)} documents: {arguments.html}")
+        print(f"{len(documents)} documents: {line(arguments.html)}")
     else:
         for title, document in documents:
-            print(f"{title}\n{render_text(document, tokenizer)}")
+            print(f"{line(title)}\n{render_text(document, tokenizer)}")
 
 
 def _file(path: Path, tokenizer: TextTokenizer) -> Iterator[tuple[str, EncodedDocument]]:
@@ -97,7 +98,7 @@ def _file(path: Path, tokenizer: TextTokenizer) -> Iterator[tuple[str, EncodedDo
     for documents, rejections in read_all(WorkItem(path), DEFAULTS):
         for rejection in rejections:
             reason = rejection.reason
-            print(f"rejected {rejection.path}: {reason}", file=sys.stderr)
+            print(f"rejected {line(rejection.path)}: {line(reason)}", file=sys.stderr)
         for document in documents:
             yield f"{path}, document {count}", encode_document(document, tokenizer)
             count += 1

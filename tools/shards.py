@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_mm import endings
 from megatron_mm.ingest.deduplicate import deduplicate
+from megatron_mm.printable import line
 from megatron_mm.shards import merge, open_shards
 
 
@@ -47,7 +48,7 @@ def _run(arguments: argparse.Namespace) -> None:
     else:
         parts = [part.removesuffix(".json") for part in arguments.parts]
         manifest = merge(arguments.output_prefix, parts)
-        print(f"{arguments.output_prefix}: {len(parts)} parts, {manifest['documents']} documents")
+        print(f"{line(arguments.output_prefix)}: {len(parts)} parts, {manifest['documents']} documents")
 
 
 def _deduplicate(prefixes: list[str], output_prefix: str, near: float | None) -> None:
@@ -57,7 +58,8 @@ def _deduplicate(prefixes: list[str], output_prefix: str, near: float | None) ->
         tqdm(total=total, unit="document", desc="deduplicate") as progress,
     ):
         counts = deduplicate(prefixes, output_prefix=output_prefix, threshold=near, progress=progress.update)
-    print(f"{total} documents: {counts.documents} stay, {counts.rejected} are listed in {output_prefix}.rejected.jsonl")
+    listed = f"{line(output_prefix)}.rejected.jsonl"
+    print(f"{total} documents: {counts.documents} stay, {counts.rejected} are listed in {listed}")
 
 
 def _verify(prefixes: list[str]) -> None:

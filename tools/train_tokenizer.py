@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_mm import endings
 from megatron_mm.errors import ConfigError
 from megatron_mm.ingest.pipeline import read_texts
+from megatron_mm.printable import line
 from megatron_mm.tokenizer import train_tokenizer
 
 
@@ -28,7 +29,7 @@ def _run(arguments: argparse.Namespace) -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with endings.note(disk=f"--output {arguments.output}"):
         arguments.output.write_text(tokenizer.to_str(pretty=True))
-    print(f"{arguments.output}: {tokenizer.get_vocab_size()} ids")
+    print(f"{line(arguments.output)}: {tokenizer.get_vocab_size()} ids")
 
 
 if __name__ == "__main__":

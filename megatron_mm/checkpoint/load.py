@@ -89,7 +89,7 @@ def check_model(config: Config, path: Path) -> dict[str, TensorInfo]:
         raise ConfigError(
             f"training.start_from={path} is another model (its settings and tensors -> this run's):\n  "
             + "\n  ".join(wrong)
-            + f"\nSet what differs as in {path / 'config.yaml'}, or start from another checkpoint."
+            + f"\n  Set what differs as in {path / 'config.yaml'}, or start from another checkpoint."
         )
     return stored
 

@@ -43,7 +43,7 @@ def load(preset: str, overrides: Sequence[str] = ()) -> Config:
     config, problems = _build(preset, overrides)
     problems += rules.failures(config) if config is not None else []
     if config is None or problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n  ".join(problems))
     return config
 
 
@@ -54,7 +54,7 @@ def load_saved(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     config, problems = _build(str(path), overrides)
     if config is None or problems:
-        raise ConfigError(f"{path}:\n" + "\n".join(problems))
+        raise ConfigError(f"{path}:\n  " + "\n  ".join(problems))
     return config
 
 

@@ -113,7 +113,7 @@ def check_resume(saved: Config, now: Config, *, step: int, source: str) -> dict[
         raise ConfigError(
             f"{source} was saved with other settings, which a resumed run cannot change:\n  "
             + "\n  ".join(refused)
-            + "\nSet them back, or start anew: another run_dir, with training.start_from for the weights."
+            + "\n  Set them back, or start anew: another run_dir, with training.start_from for the weights."
         )
     return changed
 

@@ -310,7 +310,7 @@ def check_world(config: Config, world_size: int) -> None:
     """Pass if `config` can run on `world_size` ranks; raise ConfigError with every reason otherwise."""
     found = world_failures(config, world_size)
     if found:
-        raise ConfigError("\n".join(found))
+        raise ConfigError("\n  ".join(found))
 
 
 def start_failures(config: Config) -> list[str]:
@@ -342,4 +342,4 @@ def check_start(config: Config) -> None:
     """Pass if a run of `config` can start, or go on; raise ConfigError with every reason otherwise."""
     found = start_failures(config)
     if found:
-        raise ConfigError("\n".join(found))
+        raise ConfigError("\n  ".join(found))

@@ -57,7 +57,7 @@ def check_alike(own: Mapping[str, str], *, what: str) -> None:
             if (found := values.get(name, "none")) != usual:
                 odd[f"{name} {found}, most ranks have {usual}"].append(f"{rank} on {host}")
     lines = [f"{which}: rank {', '.join(ranks[:NAMED])}{' ...' * (len(ranks) > NAMED)}" for which, ranks in odd.items()]
-    raise ConfigError(f"the ranks do not have the same {what}:\n  " + "\n  ".join(lines) + "\nMake them alike.")
+    raise ConfigError(f"the ranks do not have the same {what}:\n  " + "\n  ".join(lines) + "\n  Make them alike.")
 
 
 def together[T](action: Callable[[], T]) -> T:

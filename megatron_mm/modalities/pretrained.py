@@ -162,7 +162,7 @@ def _fill(tower: nn.Module, weights: dict[str, Tensor], path: Path, *, encoder: 
         if names
     ]
     if wrong:
-        raise DataError(f"{path} does not fit the encoder ({hint}).\n" + "\n".join(wrong))
+        raise DataError(f"{path} does not fit the encoder ({hint}).\n  " + "\n  ".join(wrong))
     if any(parameter.is_meta for parameter in own.values()):
         return
     for name, parameter in own.items():

@@ -110,7 +110,7 @@ def _refuse(config: Config, *, kind: str, missing: str | None) -> None:
     elif failure := _attention_failure(config, kind=kind):
         failures.append(failure)
     if failures:
-        raise ConfigError("\n".join(failures))
+        raise ConfigError("\n  ".join(failures))
 
 
 def _ignored_by_transformer_engine(config: Config) -> list[str]:

@@ -67,4 +67,4 @@ def check_start_from(config: Config, path: Path) -> None:
                 f"{name}.pretrained=null to go on with it, or give the file of another one."
             )
     if wrong:
-        raise ConfigError("\n".join(wrong))
+        raise ConfigError("\n  ".join(wrong))

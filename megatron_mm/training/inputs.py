@@ -119,7 +119,7 @@ def check_held_out(config: Config) -> None:
                 )
     if problems:
         raise ConfigError(
-            ";\n".join(problems) + ".\nTake one of the two out: held-out documents must not be trained on, and no "
+            ";\n  ".join(problems) + ".\n  Take one of the two out: held-out documents must not be trained on, and no "
             "document count twice in silence."
         )
 
@@ -159,7 +159,9 @@ def check_same_inputs(saved: Inputs, now: Inputs, *, configs: tuple[Config, Conf
             )
     if refused:
         raise ConfigError(
-            "what this run was trained on is not what its settings name now:\n  " + "\n  ".join(refused) + "\nPut back "
+            "what this run was trained on is not what its settings name now:\n  "
+            + "\n  ".join(refused)
+            + "\n  Put back "
             "what was there (paths may move), or start anew: another run_dir, with training.start_from for the weights."
         )
     return changed

@@ -287,6 +287,6 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise TypeError
         except (ValueError, KeyError, TypeError):
             if number < len(lines):
-                log.warning("line %d of metrics.jsonl holds no record, and is passed over: %.60s", number, line)
+                log.warning("line %d of metrics.jsonl holds no record, and is passed over: %.60r", number, line)
             continue
         yield line, record

@@ -121,7 +121,7 @@ def newest_checkpoint(config: Config) -> Path | None:
         reasons = "".join(f"\n  {line}" for found in problems.values() for line in found)
         names = ", ".join([*(path.name for path in problems), *damaged])
         raise DataError(
-            f"no checkpoint of {folder} is whole: {names} are damaged.{reasons}\nRestore one (its name without "
+            f"no checkpoint of {folder} is whole: {names} are damaged.{reasons}\n  Restore one (its name without "
             ".damaged), or give another run_dir to start anew."
         )
     return whole

@@ -44,7 +44,7 @@ def check_replicas(state: TrainState) -> None:
         raise ReplicasDiffer(
             f"after step {state.step} these parameters differ from their replicas:\n  "
             + "\n  ".join(problems)
-            + "\nResume from the last checkpoint, without the machine of a rank that shows up again."
+            + "\n  Resume from the last checkpoint, without the machine of a rank that shows up again."
         )
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from megatron_mm.modalities import BY_NAME
 from megatron_mm.model.loss import BY_DATASET
+from megatron_mm.printable import line
 from megatron_mm.training.goodput import goodput_of
 from megatron_mm.training.metrics import read_metrics
 
@@ -53,12 +54,12 @@ def _draw(axes: Axes, records: Records, names: Sequence[str]) -> None:
         axes.plot(*_curve(evaluations, name), label=f"held out, {label}", **style)
     for start in [record for record in records if "layout" in record]:
         axes.axvline(start["step"], color="0.85", linestyle="--", linewidth=1, zorder=0)
-        axes.text(
-            start["step"], 1.0, f" {start['layout']}", transform=axes.get_xaxis_transform(), va="bottom", fontsize=8
-        )
+        layout, place = f" {line(start['layout'])}", {"transform": axes.get_xaxis_transform(), "va": "bottom"}
+        axes.text(start["step"], 1.0, layout, **place, fontsize=8, parse_math=False)
     axes.set_ylabel("loss (nats a token)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    for text in axes.legend(frameon=False, fontsize=8).get_texts():
+        text.set_parse_math(False)  # the $ of a path is no formula
 
 
 def write_report(run_dir: str | Path) -> str:
@@ -74,7 +75,7 @@ def write_report(run_dir: str | Path) -> str:
         f"plot        {Path(run_dir) / 'loss.png'}",
         f"files       {run_dir}: metrics.jsonl, config.yaml, tensorboard/, checkpoints/",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(line, lines))
 
 
 def _describe_starts(records: Records) -> Iterator[str]:
@@ -151,7 +152,7 @@ def _labels(names: Sequence[str]) -> list[str]:
     """Return what tells `names` apart: the folder that all datasets lie in is left out, and a long name's beginning."""
     own = [name.removeprefix(f"{PREFIX}/").removeprefix("dataset/") for name in names]
     shared = os.path.commonpath(own) if len(own) > 1 and len({name.startswith("/") for name in own}) == 1 else ""
-    labels = [name.removeprefix(shared).lstrip("/") or name for name in own]
+    labels = [line(name).removeprefix(line(shared)).lstrip("/") or line(name) for name in own]
     return [label if len(label) <= 40 else f"...{label[-37:]}" for label in labels]
 
 

@@ -13,7 +13,9 @@ import megatron_mm
 
 ROOT = Path(megatron_mm.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("errors", "endings", "environment", "noise", "settings", "source", "storage"), 0),
+    **dict.fromkeys(
+        ("errors", "endings", "environment", "noise", "outside", "printable", "settings", "source", "storage"), 0
+    ),
     **dict.fromkeys(("modalities", "optimizers"), 1),
     **dict.fromkeys(("config", "kernels", "tokenizer", "shards", "batch"), 2),
     **dict.fromkeys(("engine", "ingest"), 2),
