@@ -43,9 +43,28 @@ def replacing(path: Path, *, sync: bool = True, aside: str = PARTIAL) -> Iterato
 
 
 def give_name(partial: Path, final: Path) -> None:
-    """Rename a file whose bytes are on the disk, in place of one that had its name, and bring the name to the disk."""
+    """Rename what is on the disk, in place of a file that had its name, and bring the name to the disk.
+
+    Nothing else in the package gives a name to what is read after a crash: a test keeps it so.
+    """
     os.replace(partial, final)
     sync_folder(final.parent)
+    if partial.parent != final.parent:
+        sync_folder(partial.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there, so that it does not come back after a crash."""
+    path.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, with those above it that are missing, and bring their names to the disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
 
 
 def publish_folder(
@@ -59,21 +78,21 @@ def publish_folder(
     for folder, _, names in os.walk(partial, topdown=False):
         for name in names:
             if Path(folder) != partial or name not in synced:
-                _sync(Path(folder, name))
+                sync_file(Path(folder, name))
         sync_folder(Path(folder))
     check()
     if final.exists():  # an empty folder would be replaced in silence
         raise FileExistsError(f"{final} exists: a folder is never overwritten")
-    os.rename(partial, final)
-    sync_folder(final.parent)
+    give_name(partial, final)
 
 
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk: what was written under them is there already."""
-    _sync(folder)
+    sync_file(folder)
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Bring what was written to a file to the disk, whoever wrote it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -81,14 +100,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def hash_file(path: Path, *, keep_cached: bool = True) -> str:
-    """Return the SHA-256 of a file, in hexadecimal; `keep_cached=False` leaves nothing of it in the page cache."""
+def hash_file(path: Path, *, keep_cached: bool = True, from_disk: bool = False) -> str:
+    """Return the SHA-256 of a file, in hexadecimal; `keep_cached=False` leaves nothing of it in the page cache.
+
+    With `from_disk`, nor is anything read from there: what counts is what the disk has.
+    """
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(READ_BYTES))
     with path.open("rb", buffering=0) as file:
+        if from_disk:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
-        if not keep_cached:
+        if from_disk or not keep_cached:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return digest.hexdigest()
 

@@ -8,6 +8,7 @@ from megatron_mm import endings
 from megatron_mm.errors import ConfigError
 from megatron_mm.ingest.pipeline import read_texts
 from megatron_mm.printable import line
+from megatron_mm.storage import make_folder, replacing
 from megatron_mm.tokenizer import train_tokenizer
 
 
@@ -26,9 +27,9 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.output.is_dir():
         raise ConfigError(f"--output {arguments.output} is a folder: give the file to write.")
     tokenizer = train_tokenizer(read_texts(arguments.input), vocab_size=arguments.vocab_size)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with endings.note(disk=f"--output {arguments.output}"):
-        arguments.output.write_text(tokenizer.to_str(pretty=True))
+    make_folder(arguments.output.parent)
+    with endings.note(disk=f"--output {arguments.output}"), replacing(arguments.output) as file:
+        file.write(tokenizer.to_str(pretty=True).encode())
     print(f"{line(arguments.output)}: {tokenizer.get_vocab_size()} ids")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.errors import DataError, RunStopped
-from megatron_mm.storage import hash_file, publish_folder, replacing
+from megatron_mm.storage import give_name, hash_file, make_folder, publish_folder, replacing
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def set_aside(path: Path, kind: str) -> Path:
     """Rename a checkpoint so that it is none any more, and return its new name."""
     aside = path.with_name(f"{path.name}.{kind}")
     shutil.rmtree(aside, ignore_errors=True)
-    os.rename(path, aside)
+    give_name(path, aside)
     return aside
 
 
@@ -118,7 +118,7 @@ class Fence:
         job = os.environ.get("SLURM_JOB_ID", "local")
         life = os.environ.get("SLURM_RESTART_COUNT", "0")
         token = f"{job}.{life}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with replacing(folder / OWNER, aside=f".{token}") as file:  # another job may write it at the same time
             file.write(token.encode())
         for path in folder.glob("*.partial"):

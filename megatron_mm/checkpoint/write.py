@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from megatron_mm.checkpoint.format import MANIFEST
 from megatron_mm.checkpoint.index import TensorInfo, check_archive
-from megatron_mm.storage import PARTIAL, SYNC_BYTES, publish_folder, require_space
+from megatron_mm.storage import PARTIAL, SYNC_BYTES, make_folder, publish_folder, require_space
 
 FILE_BYTES = 4 << 30
 """The most bytes of one file of the checkpoint."""
@@ -42,7 +42,7 @@ def write_weights(out: Path, weights: Sequence[Weight], *, num_layers: int, file
     """
     partial = out.with_name(out.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)  # nothing of it is looked at again
-    partial.mkdir(parents=True)
+    make_folder(partial)
     require_space(partial, sum(info.shape[0] * info.row_bytes for _, info, _ in weights))
     _write(partial, weights, num_layers=num_layers)
     (partial / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))

@@ -18,6 +18,7 @@ from megatron_mm.config import rules
 from megatron_mm.config.schema import Config, OptimizerConfig
 from megatron_mm.errors import ConfigError
 from megatron_mm.modalities import BY_NAME, MODALITIES, RANDOM, Geometry
+from megatron_mm.storage import make_folder, replacing
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +114,9 @@ def to_yaml(config: Config) -> str:
 def save(config: Config) -> Path:
     """Write `config`, with absolute paths, to config.yaml in its run_dir, and return the file."""
     path = Path(config.run_dir) / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_yaml(anchor(config)))
+    make_folder(path.parent)
+    with replacing(path) as file:
+        file.write(to_yaml(anchor(config)).encode())
     return path
 
 

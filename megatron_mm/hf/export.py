@@ -29,7 +29,15 @@ from megatron_mm.hf.stream import (
 from megatron_mm.hf.weight_map import Target
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
 from megatron_mm.settings import divisors
-from megatron_mm.storage import PARTIAL, hash_file, publish_folder, replacing, require_space
+from megatron_mm.storage import (
+    PARTIAL,
+    hash_file,
+    make_folder,
+    publish_folder,
+    remove_file,
+    replacing,
+    require_space,
+)
 from megatron_mm.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -124,7 +132,7 @@ def export(
     except OSError as error:
         raise explained(error, partial, 0) from error
     publish_folder(partial, out)
-    (out / "progress.json").unlink()
+    remove_file(out / "progress.json")
 
 
 def _prepare(checkpoint: Path, tokenizer_path: Path | None, options: Options) -> _Job:
@@ -243,7 +251,7 @@ def _fingerprint(checkpoint: Path, tokenizer: TextTokenizer, options: Options) -
 
 def _begin(partial: Path, begun: str) -> dict[str, str]:
     """Return the shards that an interrupted export has left whole, by path, with their sha256."""
-    partial.mkdir(parents=True, exist_ok=True)
+    make_folder(partial)
     progress = partial / "progress.json"
     if not progress.exists():
         if any(file.is_file() for file in partial.rglob("*.safetensors")):

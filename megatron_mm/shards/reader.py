@@ -33,6 +33,7 @@ from megatron_mm.shards.format import (
 )
 from megatron_mm.shards.writer import write_manifest
 from megatron_mm.source import Source
+from megatron_mm.storage import make_folder
 
 CHECKED_DOCUMENTS = 2**16
 """Documents whose index is checked on opening: the first half of them and the last; the others when they are read."""
@@ -349,7 +350,7 @@ def merge(prefix: str | Path, parts: Sequence[str]) -> dict[str, Any]:
     if twice := [part for part, path in zip(parts, named) if named.count(path) > 1]:
         raise DataError(f"{twice[0]} is given twice: its documents would be there twice. Take one out.")
     folder = own.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     manifest = {
         "version": 1,
         "documents": sum(reader.num_documents for reader in readers),

@@ -34,7 +34,7 @@ from megatron_mm.shards.format import (
     TokenizerInfo,
 )
 from megatron_mm.source import Source
-from megatron_mm.storage import PARTIAL, give_name, replacing
+from megatron_mm.storage import PARTIAL, give_name, make_folder, remove_file, replacing
 
 PARTS = (".bin", ".media.bin", ".rejected.jsonl", ".lengths", ".documents", ".items")
 """Files that grow while shards are written; the last three become the two indexes."""
@@ -80,7 +80,7 @@ class ShardWriter:
         self._dtype = TOKEN_DTYPES[self._dtype_code]
 
     def __enter__(self) -> Self:
-        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(self.prefix).parent)
         lock = open(_partial(self.prefix + ".bin"), "ab")  # closed when .bin has its name
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -239,7 +239,7 @@ class ShardWriter:
         # megatron-core's reader asks for no manifest and takes a .bin with any .idx beside it: .idx is the first of the
         # old files to go, and the last of the new ones but the manifest to come.
         for suffix in (".json", ".idx"):
-            Path(self.prefix + suffix).unlink(missing_ok=True)
+            remove_file(Path(self.prefix + suffix))
         # A run that is killed from here on has nothing to go on from: half of its files have other names.
         for suffix in (".journal", *set(PARTS) - set(SUFFIXES)):
             Path(_partial(self.prefix + suffix)).unlink(missing_ok=True)
@@ -247,7 +247,7 @@ class ShardWriter:
             give_name(Path(_partial(self.prefix + suffix)), Path(self.prefix + suffix))
             finished[suffix].close()
         if self._tokenizer_content is None:
-            Path(self.prefix + TOKENIZER_SUFFIX).unlink(missing_ok=True)
+            remove_file(Path(self.prefix + TOKENIZER_SUFFIX))
         else:
             with replacing(Path(self.prefix + TOKENIZER_SUFFIX)) as file:
                 file.write(self._tokenizer_content)

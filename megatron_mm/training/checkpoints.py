@@ -7,7 +7,6 @@ the package `checkpoint` says what makes it one, and how it is written and read.
 import functools
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, replace
@@ -43,7 +42,7 @@ from megatron_mm.engine.agreement import together
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.shards import stored_tokenizer
-from megatron_mm.storage import replacing
+from megatron_mm.storage import give_name, make_folder, replacing
 from megatron_mm.training.metrics import run_of_metrics
 from megatron_mm.training.optimizer import build_scheduler, load_optimizer
 from megatron_mm.training.state import TrainState, settle_parameters
@@ -301,8 +300,8 @@ def set_former_run_aside(state: TrainState) -> None:
         return
     for name in names if not state.step else ["metrics.jsonl", "tensorboard"]:
         if (own / name).exists():
-            aside.mkdir(exist_ok=True)
-            os.replace(own / name, aside / name)
+            make_folder(aside)
+            give_name(own / name, aside / name)
             log.warning("run_dir holds %s of another run: it is now in %s", name, aside)
 
 

@@ -21,6 +21,7 @@ from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.kernels.select import select
 from megatron_mm.model.backend import choose
+from megatron_mm.storage import remove_file, replacing
 from megatron_mm.training import checkpoints
 from megatron_mm.training.evaluate import evaluate
 from megatron_mm.training.guard import BadSteps, Guard, LossSpike
@@ -97,7 +98,8 @@ def _finish(state: TrainState) -> None:
     """Mark the run as done if its final weights are saved, and draw its losses."""
     newest = checkpoints.newest(state.config)
     if newest is not None and step_of(newest) == state.step >= state.config.last_step:
-        done_marker(state.config).write_text(f"{state.step}\n")
+        with replacing(done_marker(state.config)) as file:
+            file.write(f"{state.step}\n".encode())
     elif state.step >= state.config.last_step:
         log.warning("the weights after step %d, the last, are not saved: checkpoint.interval is 0", state.step)
     log.info("plot %s", plot_losses(state.config.run_dir))
@@ -220,7 +222,7 @@ def _begin(state: TrainState, ready: Ready) -> None:
     if state.mesh.is_rank_0:
         checkpoints.set_former_run_aside(state)
     if state.mesh.is_rank_0 and state.step < state.config.last_step:
-        done_marker(state.config).unlink(missing_ok=True)
+        remove_file(done_marker(state.config))
 
 
 def _announce(state: TrainState, loader: Loader, chosen: str, parameters: int) -> None:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from megatron_mm.modalities import BY_NAME
 from megatron_mm.model.loss import BY_DATASET
 from megatron_mm.printable import line
+from megatron_mm.storage import replacing
 from megatron_mm.training.goodput import goodput_of
 from megatron_mm.training.metrics import read_metrics
 
@@ -40,7 +41,8 @@ def plot_losses(run_dir: str | Path) -> Path:
         _draw(axes, records, own)
     rows[-1].set_xlabel("optimizer step")
     path = Path(run_dir) / "loss.png"
-    figure.savefig(path, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
     return path
 
 

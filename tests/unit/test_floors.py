@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,30 @@ ABOVE = {"spec", "encoder", "hf", "exported"}
 KNOWS_A_MODALITY = ("ingest/audio.py", "ingest/video.py")
 """Readers of files of a kind: elsewhere no modality is imported by its name."""
 IN_A_MODALITY = re.compile(r"megatron_mm\.modalities\.(?:image|audio)\.(\w+)")
+
+IN_A_PARTIAL_FOLDER = "in a folder that publish_folder brings to the disk before it has its name"
+WRITES_BY_ITSELF = {
+    "megatron_mm/storage.py": "what everything else is committed by",
+    "megatron_mm/checkpoint/format.py": IN_A_PARTIAL_FOLDER,
+    "megatron_mm/checkpoint/save.py": IN_A_PARTIAL_FOLDER,
+    "megatron_mm/checkpoint/write.py": IN_A_PARTIAL_FOLDER,
+    "megatron_mm/hf/export.py": IN_A_PARTIAL_FOLDER,
+    "megatron_mm/hf/files.py": IN_A_PARTIAL_FOLDER,
+    "megatron_mm/shards/writer.py": "parts that are synced before give_name, and a journal that is appended to",
+    "megatron_mm/training/metrics.py": "lines that are appended",
+    "megatron_mm/training/report.py": "into a file that replacing has opened",
+    "megatron_mm/training/watch.py": "hang.txt, for people",
+    "megatron_mm/planning/pictures.py": "pictures, for people",
+    "megatron_mm/ingest/archive.py": "unpacked into a temporary folder",
+    "megatron_mm/ingest/mail.py": "unpacked into a temporary folder",
+    "megatron_mm/modalities/audio/spec.py": "into memory",
+    "tools/inspect_data.py": "a page, for people",
+    "tools/plan.py": "a page, for people",
+    "tools/rehearse.py": "a page, and figures, for people",
+}
+"""Files that write, rename or make folders that storage.py does not bring to the disk, and why that is no harm."""
+WRITES = {"write_text", "write_bytes", "savefig", "tofile", "rename", "renames", "link", "symlink", "mkdir", "makedirs"}
+WRITES |= {"symlink_to", "hardlink_to", "copy", "copy2", "copyfile", "copytree", "move", "save_file"}
 
 
 def imports() -> Iterator[tuple[Path, str]]:
@@ -213,6 +238,40 @@ def test_the_mesh_alone_reads_parallel_state() -> None:
 def test_the_device_alone_asks_for_a_gpu() -> None:
     askers = {path.relative_to(ROOT) for path in ROOT.rglob("*.py") if "cuda.is_available" in path.read_text()}
     assert askers == {Path("engine/device.py")}
+
+
+def writes(path: Path) -> Iterator[str]:
+    """Yield each call in a file that writes, names or makes something on a disk."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        function = ast.unparse(node.func)
+        owner, _, name = function.rpartition(".")
+        words = [value.value for value in ast.walk(node) if isinstance(value, ast.Constant)]
+        modes = [word for word in words if isinstance(word, str) and re.fullmatch(r"[rwxab+]*[wxa+][rwxab+]*", word)]
+        replaces = name == "replace" and (owner == "os" or (len(node.args) == 1 and not node.keywords))
+        on_a_disk = owner in ("os", "shutil") or name not in ("copy", "move", "rename", "link")
+        if replaces or (name in ("open", "NamedTemporaryFile") and modes) or (name in WRITES and on_a_disk):
+            yield f"line {node.lineno}: {function}"
+
+
+def test_nothing_is_committed_but_through_storage() -> None:
+    places = [path for part in ("megatron_mm", "tools") for path in sorted((ROOT.parent / part).rglob("*.py"))]
+    found = {str(path.relative_to(ROOT.parent)): list(writes(path)) for path in places}
+    found = {name: lines for name, lines in found.items() if lines}
+    assert found.keys() == WRITES_BY_ITSELF.keys(), {
+        name: lines for name, lines in found.items() if name not in WRITES_BY_ITSELF
+    }
+
+
+def test_a_write_past_storage_is_found(tmp_path: Path) -> None:
+    calls = """
+        path.write_text(""), path.open("wb"), open(path, "a"), open(path, mode="x"), os.rename(a, b), os.replace(a, b)
+        a.replace(b), a.mkdir(), shutil.move(a, b), shutil.copy(a, b), figure.savefig(path), os.link(a, b)
+        text.replace("a", "b"), path.open(), open(path, "rb"), replace(config, x=1), values.copy(), text.write(b"")
+    """
+    (tmp_path / "file.py").write_text(textwrap.dedent(calls))
+    assert len(list(writes(tmp_path / "file.py"))) == 12
 
 
 def test_there_is_no_room_without_a_name() -> None:
