@@ -419,11 +419,11 @@ def _work_in(run_dir: str) -> None:
     """Leave the heartbeat of another process of this host, which lives: the one that started this one."""
     import json
 
-    import psutil
+    from megatron_mm.training import processes
 
-    parent = psutil.Process(os.getppid())
+    parent = os.getppid()
     folder = Path(run_dir, "health")
     folder.mkdir(exist_ok=True)
-    beat = {"rank": 0, "host": socket.gethostname(), "pid": parent.pid, "process_started": parent.create_time()}
-    beat |= {"step": 3, "phase": "step", "time": time.time(), "job": None}
+    beat = {"rank": 0, "host": socket.gethostname(), "pid": parent, "process_started": processes.began(parent)}
+    beat |= {"step": 3, "phase": "step", "beat": 7, "job": None}
     (folder / "rank_0.json").write_text(json.dumps(beat))

@@ -45,11 +45,22 @@ def goodput_of(records: Sequence[dict[str, Any]]) -> Goodput:
     starts = [record for record in records if "layout" in record]
     if not starts or "time" not in starts[0]:
         return Goodput()
-    began = starts[0]["time"] - starts[0]["start_seconds"]
     steps = sum(record.get("step_seconds", 0.0) for record in records if record.get("updated", True))
     idle = sum(record.get("step_seconds", 0.0) for record in records if not record.get("updated", True))
     lost = sum(record.get("lost_seconds", 0.0) for record in records)
     stalls = sum(record.get("save_stall_seconds", 0.0) for record in records)
     starting = sum(record["start_seconds"] for record in starts)
-    rest = records[-1]["time"] - began - steps - lost - idle - stalls - starting
+    rest = _total_seconds(records) - steps - lost - idle - stalls - starting
     return Goodput(steps, lost, idle, stalls, starting, max(0.0, rest))
+
+
+def _total_seconds(records: Sequence[dict[str, Any]]) -> float:
+    """Return how long a run has lasted; a clock that was set back between two lives takes nothing from either."""
+    total, last = 0.0, None
+    for record in records:
+        began = record["time"] - record.get("start_seconds", 0.0) if "layout" in record else last
+        if last is not None and began is not None:
+            total += max(record.get("lost_seconds", 0.0), began - last)
+        total += record["time"] - (began if began is not None else record["time"])
+        last = record["time"]
+    return total

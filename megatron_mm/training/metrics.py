@@ -10,7 +10,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.model.loss import BY_DATASET, by_name
 from megatron_mm.storage import replacing
+from megatron_mm.training import processes
 from megatron_mm.training.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class Metrics:
     def __init__(self, config: Config, mesh: Mesh, *, first_step: int) -> None:
         self.config = config
         self._is_rank_0 = mesh.is_rank_0
+        self._clock = time.time() - time.monotonic()  # read once: times of one process differ by what has passed
         self._open(first_step)
 
     def _open(self, first_step: int) -> None:
@@ -85,7 +86,7 @@ class Metrics:
         `run` names the run; `changed` are lines about the settings that it goes on with and did not have before.
         """
         if self._is_rank_0:
-            seconds = time.time() - psutil.Process().create_time()
+            seconds = processes.age()
             values = {"layout": layout, "parameters": parameters, "start_seconds": seconds, **self._kept.as_values()}
             values |= ({"run": run} if run else {}) | ({"changed": list(changed)} if changed else {})
             self._write(step, values, plot=False)
@@ -154,7 +155,7 @@ class Metrics:
     def _write(self, step: int, values: Mapping[str, Any], *, plot: bool = True) -> None:
         if not self._is_rank_0:
             return
-        self._lines.add(json.dumps({"step": step, **values, "time": time.time()}))
+        self._lines.add(json.dumps({"step": step, **values, "time": self._clock + time.monotonic()}))
         numbers = {name: value for name, value in values.items() if value is not None} if plot else {}
         for name, value in numbers.items():
             self._plot(lambda board, name=name, value=value: board.add_scalar(name, value, step))

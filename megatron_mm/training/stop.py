@@ -22,13 +22,14 @@ log = logging.getLogger(__name__)
 STOP_FILE = "MEGATRON_MM_STOP_FILE"
 """Names a file whose existence asks the run to save and end; the batch script makes it before the time limit."""
 DEADLINE = "MEGATRON_MM_DEADLINE"
-"""Unix time at which the run is to save and end."""
+"""Unix time at which the run is to save and end. A clock that is set while the run lasts does not move its end."""
 
 
 def _deadline() -> float:
+    """Return the time.monotonic() at which the run is to end."""
     text = os.environ.get(DEADLINE) or "inf"
     try:
-        return float(text)
+        return time.monotonic() + float(text) - time.time()
     except ValueError:
         raise ConfigError(f"{DEADLINE}={text} in the environment is no Unix time. Give one, or unset it.") from None
 
@@ -66,7 +67,7 @@ class StopRequest:
             return "SIGUSR1"
         if self._mesh.is_rank_0 and self._file and Path(self._file).exists():
             return f"{self._file} exists"
-        if self._mesh.is_rank_0 and time.time() >= self._deadline:
+        if self._mesh.is_rank_0 and time.monotonic() >= self._deadline:
             return "the deadline is reached"
         return None
 

@@ -2,6 +2,8 @@
 
 A thread of each rank writes to run_dir/health/rank_N.json where its main thread is; when nothing moves any more, the
 ranks read each other's files, for in a hang no collective would answer, and say who waits in what and for whom.
+
+A heartbeat bears a number and no time: whoever judges it looks whether it moves, on a clock that nobody sets.
 """
 
 import json
@@ -12,12 +14,12 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from statistics import median_low
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
@@ -25,7 +27,7 @@ from torch._C import _distributed_c10d as c10d
 from megatron_mm.config.schema import GuardConfig
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
-from megatron_mm.storage import replacing
+from megatron_mm.training import processes
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,11 @@ HUNG = 86
 START_FACTOR = 3
 """Times guard.hang_seconds that building, loading and the first step may take."""
 SILENT_BEATS = 6
-"""Heartbeats that a rank may miss before it is said to be gone."""
+"""Twice the heartbeats that a rank may miss, while it is looked at, before it is said to be gone."""
+RECORD_BYTES = 4096
+"""Size of a heartbeat's file, which is written over in place: a disk that is full by then takes it all the same."""
+PLACE_CHARACTERS = 500
+"""Of where a rank stands: its heartbeat fits its file with room to spare."""
 PACKAGE = str(Path(__file__).parents[1])
 PROBE_SIZE = 256
 PROBE_RUNS = 5
@@ -46,8 +52,8 @@ class Watch:
     def __init__(self, settings: GuardConfig, mesh: Mesh, run_dir: str | Path) -> None:
         self._settings, self._mesh, self._folder = settings, mesh, Path(run_dir) / "health"
         self._path = self._folder / f"rank_{mesh.rank}.json"
-        self._host, self._process_started = socket.gethostname(), psutil.Process().create_time()
-        self._step, self._phase, self._since = 0, "start", time.time()
+        self._host, self._process_started = socket.gethostname(), processes.began(os.getpid())
+        self._step, self._phase, self._since, self._beat = 0, "start", time.monotonic(), 0
         self._patience = settings.hang_seconds * START_FACTOR
         often = settings.hang_seconds / 4 or float("inf")  # ranks that hang are told by their heartbeats
         self._period = min(settings.heartbeat_seconds, often)
@@ -57,7 +63,6 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> "Watch":
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._write(0.0)  # at once: a second command in this run_dir looks for it
         self._thread.start()
         return self
@@ -67,7 +72,10 @@ class Watch:
             error.add_note(self._place())
         self._ended.set()
         self._thread.join()
-        self._path.unlink(missing_ok=True)
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as unremoved:
+            log.warning("%s cannot be removed: %s", self._path, unremoved)
 
     def _place(self) -> str:
         if self._phase == "start":
@@ -76,7 +84,7 @@ class Watch:
 
     def beat(self, phase: str, *, step: int) -> None:
         """Say that this rank has reached `phase` of step `step`: it is alive."""
-        self._step, self._phase, self._since = step, phase, time.time()
+        self._step, self._phase, self._since = step, phase, time.monotonic()
 
     def started(self) -> None:
         """Say that the first step is done: from now on a phase may take guard.hang_seconds and no more."""
@@ -114,7 +122,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ended.wait(self._period):
-            still = time.time() - self._since
+            still = time.monotonic() - self._since
             self._write(still)
             over = still - self._patience - (0 if self._mesh.is_rank_0 else self._settings.heartbeat_seconds)
             if self._settings.hang_seconds and over > 0:
@@ -122,6 +130,8 @@ class Watch:
 
     def _write(self, still: float) -> None:
         looks = still > self._period
+        place = _place(sys._current_frames().get(self._main)) if looks else None
+        self._beat += 1
         record = {
             "rank": self._mesh.rank,
             "host": self._host,
@@ -131,27 +141,26 @@ class Watch:
             "period": self._period,
             "step": self._step,
             "phase": self._phase,
-            "since": self._since,
-            "time": time.time(),
+            "still_seconds": round(still, 1),
+            "beat": self._beat,
             "waits_in": current_collective() if looks else None,
-            "at": _place(sys._current_frames().get(self._main)) if looks else None,
+            "at": place[:PLACE_CHARACTERS] if place else None,
         }
         try:
-            # It is written again before a crash of the machine could be looked into, and must not wait for a slow disk.
-            with replacing(self._path, sync=False) as file:
-                file.write(json.dumps(record).encode())
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Opened each time: NFS shows others what was written once it is closed. Not synced: it is written again
+            # before a crash of the machine could be looked into.
+            file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.pwrite(file, json.dumps(record).encode().ljust(RECORD_BYTES), 0)
+            finally:
+                os.close(file)
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, error)
 
     def _end(self, still: float) -> None:
         """Report the hang, once for all ranks, and end this process: its main thread will not."""
-        time.sleep(self._settings.heartbeat_seconds)  # let every rank have written that it stands still
-        records = read_health(self._folder)
-        report = explain_hang(
-            records,
-            world_size=self._mesh.world_size,
-            oldest=time.time() - SILENT_BEATS * self._settings.heartbeat_seconds,
-        )
+        report = explain_hang(*self._look_around(still), world_size=self._mesh.world_size)
         try:
             with (self._folder / "hang.txt").open("x") as file:
                 file.write(report + "\n")
@@ -163,6 +172,19 @@ class Watch:
         sys.stderr.flush()
         os._exit(HUNG)
 
+    def _look_around(self, still: float) -> tuple[list[dict[str, Any]], list[int]]:
+        """Return the heartbeats of all ranks, and the ranks whose own did not move while they were looked at."""
+        began, silent = time.monotonic(), set(range(self._mesh.world_size)) - {self._mesh.rank}
+        before = {record["rank"]: record for record in read_health(self._folder)}
+        while True:
+            time.sleep(self._period)
+            passed = time.monotonic() - began
+            self._write(still + passed)  # the others look too
+            records = read_health(self._folder)
+            silent -= {record["rank"] for record in records if record != before.get(record["rank"])}
+            if not silent or passed > SILENT_BEATS / 2 * self._settings.heartbeat_seconds:
+                return records, sorted(silent)
+
 
 def forget_heartbeats(run_dir: str | Path) -> None:
     """Remove what the ranks of an earlier life have written: a run of fewer ranks would wait for the others."""
@@ -172,20 +194,22 @@ def forget_heartbeats(run_dir: str | Path) -> None:
 
 
 def read_health(folder: Path) -> list[dict[str, Any]]:
-    """Return the newest heartbeat of each rank."""
+    """Return the newest heartbeat of each rank; one that is just being written may be left out."""
     found = []
     for path in sorted(folder.glob("rank_*.json")):
         try:
-            found.append(json.loads(path.read_text()))
+            record = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("rank"), int):
+            found.append(record)
     return found
 
 
-def explain_hang(records: list[dict[str, Any]], *, world_size: int, oldest: float) -> str:
-    """Return who is to blame for a hang and who waits for whom; a rank whose heartbeat is before `oldest` is gone."""
+def explain_hang(records: list[dict[str, Any]], silent: Collection[int], *, world_size: int) -> str:
+    """Return who is to blame for a hang and who waits for whom; a rank in `silent`, or without a record, is gone."""
     by_rank = {record["rank"]: record for record in records}
-    silent = [rank for rank in range(world_size) if rank not in by_rank or by_rank[rank]["time"] < oldest]
+    silent = [rank for rank in range(world_size) if rank not in by_rank or rank in silent]
     lines = [f"rank {rank} on {by_rank.get(rank, {}).get('host', '?')} has no heartbeat any more" for rank in silent]
     waiting: dict[str, list[int]] = defaultdict(list)
     for rank, record in by_rank.items():

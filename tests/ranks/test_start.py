@@ -7,12 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from launch import Ended, _main, run_alone, run_command, run_ranks
@@ -28,7 +26,7 @@ from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.shards import merge
 from megatron_mm.storage import hash_file
 from megatron_mm.tokenizer import train_tokenizer
-from megatron_mm.training import checkpoints, preflight
+from megatron_mm.training import checkpoints, preflight, processes
 from megatron_mm.training.evaluate import evaluate_checkpoint
 from megatron_mm.training.metrics import read_metrics
 from megatron_mm.training.state import TrainState
@@ -511,7 +509,7 @@ def heartbeat(run_dir: Path, **other: Any) -> Path:
     path = run_dir / "health" / "rank_0.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"rank": 0, "host": socket.gethostname(), "pid": os.getpid(), "step": 7, "phase": "step"}
-    record |= {"process_started": psutil.Process().create_time(), "time": time.time(), "job": None, **other}
+    record |= {"process_started": processes.began(os.getpid()), "beat": 7, "job": None, **other}
     path.write_text(json.dumps(record))
     return path
 
@@ -525,7 +523,7 @@ def test_a_run_that_lives_is_left_alone(stopped: Path) -> None:
 
 
 def test_a_heartbeat_of_another_host_is_watched_until_it_moves(stopped: Path) -> None:
-    beating = 'while :; do touch {0}; sed -i "s/\\"time\\": [0-9.]*/\\"time\\": $(date +%s.%N)/" {0}; sleep 0.3; done'
+    beating = 'while :; do sed -i "s/\\"beat\\": [0-9]*/\\"beat\\": $((++beat))/" {0}; sleep 0.3; done'
     path = heartbeat(stopped / "run", host="elsewhere")
     process = subprocess.Popen(["bash", "-c", beating.format(path)])
     try:
@@ -538,7 +536,7 @@ def test_a_heartbeat_of_another_host_is_watched_until_it_moves(stopped: Path) ->
 
 
 def test_a_run_that_beats_seldom_is_left_alone(stopped: Path) -> None:
-    heartbeat(stopped / "run", time=time.time() - 500.0, period=200.0)
+    heartbeat(stopped / "run", period=200.0)
     assert f"process {os.getpid()}, is at step 7" in refusal(1, train, own_run(stopped))
 
 
