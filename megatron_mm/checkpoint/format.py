@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
 OWNER = "OWNER"
+REMOVED = "removed.partial"
+"""Follows the name of what is no checkpoint any more, while its files go."""
 TOKENIZER = "tokenizer.json"
 """That of the run's shards, beside the tensors: without it nobody can tell whether ids mean the same."""
 
@@ -54,8 +57,10 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def commit(partial: Path, final: Path, *, hashes: dict[str, str], facts: dict[str, Any], fence: "Fence") -> None:
-    """Make the files in `partial` the checkpoint `final`.
+def commit(
+    partial: Path, final: Path, *, hashes: dict[str, str], facts: dict[str, Any], fence: "Fence"
+) -> dict[str, str]:
+    """Make the files in `partial` the checkpoint `final`, and return the SHA-256 of all its files by their names.
 
     `hashes` are those of the files that their writers have hashed and brought to the disk. Raises TakenOver if another
     job owns the run by now, OSError if the disk refuses.
@@ -66,10 +71,16 @@ def commit(partial: Path, final: Path, *, hashes: dict[str, str], facts: dict[st
     if missing:
         raise FileNotFoundError(f"{partial} has lost {', '.join(sorted(missing))}")
     listed = {path.name: hashes.get(path.name) or hash_file(path) for path in files}
-    text = json.dumps({**facts, "bytes": sizes, "sha256": listed}, indent=1)
-    (partial / MANIFEST).write_text(text)
-    (partial / COMMITTED).write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
+    manifest = json.dumps({**facts, "bytes": sizes, "sha256": listed}, indent=1).encode()
+    for name, content in ((MANIFEST, manifest), (COMMITTED, _sha256(manifest).encode() + b"\n")):
+        (partial / name).write_bytes(content)
+        listed[name] = _sha256(content)
     publish_folder(partial, final, synced=hashes.keys(), check=fence.check)
+    return listed
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -80,7 +91,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         committed = (path / COMMITTED).read_text().strip()
     except (OSError, ValueError) as error:
         raise DataError(f"{path / MANIFEST} or {COMMITTED} cannot be read ({type(error).__name__}: {error})") from error
-    if hashlib.sha256(data).hexdigest() != committed:
+    if _sha256(data) != committed:
         raise DataError(f"{path / MANIFEST} is not the manifest that was committed: it is stale or damaged")
     if manifest["step"] != step_of(path):
         raise DataError(f"{path / MANIFEST} is of step {manifest['step']}")
@@ -95,12 +106,30 @@ def set_aside(path: Path, kind: str) -> Path:
     return aside
 
 
-def remove_old(folder: Path, *, keep: int, keep_every: int) -> None:
-    """Remove all checkpoints but the newest `keep` and those of every `keep_every`-th step (0: none of them)."""
-    for path in whole_ones(folder)[:-keep]:
-        if not (keep_every and step_of(path) % keep_every == 0):
-            gone = set_aside(path, "removed.partial")  # at once: a reader finds all of it or nothing
-            shutil.rmtree(gone, ignore_errors=True)
+def remove_old(folder: Path, *, keep: int, keep_every: int) -> list[str]:
+    """Remove all checkpoints but the newest `keep` and those of every `keep_every`-th step (0: none of them).
+
+    Returns what could not be removed, and why; the next call tries it again.
+    """
+    problems = []
+    try:
+        for path in whole_ones(folder)[:-keep]:
+            if not (keep_every and step_of(path) % keep_every == 0):
+                problems += _try(lambda path=path: set_aside(path, REMOVED))  # at once: a reader finds all or nothing
+        for path in sorted(folder.glob(f"*.{REMOVED}")):
+            problems += _try(lambda path=path: shutil.rmtree(path))
+    except OSError as error:
+        problems.append(f"{folder} cannot be listed: {error}")
+    return problems
+
+
+def _try(action: Callable[[], Any]) -> list[str]:
+    """Return why an action was refused; nothing if it was not."""
+    try:
+        action()
+    except OSError as error:
+        return [f"{type(error).__name__}: {error}"]
+    return []
 
 
 class Fence:

@@ -33,6 +33,8 @@ MEGATRON_CORE, TORCH = "megatron-core 0.19.2", "torch 2.14.1"
 """The versions that the patches were traced against."""
 CPU = torch.device("cpu")
 NOT_REPORTED = "not reported"
+EXCHANGES = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
+"""By what megatron-core and torch exchange objects while they plan a save."""
 BUCKET_GROUP = "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup"
 
 
@@ -161,6 +163,14 @@ def _everyone_says_the_same(everywhere: list, own: object, group: dist.ProcessGr
         everywhere[rank] = (
             [replace(part, replica_id=(*part.replica_id[:-1], rank)) for part in own] if is_sharded else own
         )
+
+
+def _agreed_first(original: Callable[..., Any], agree: Callable[[], None]) -> Callable[..., Any]:
+    def exchange(*args: Any, **kwargs: Any) -> Any:
+        agree()
+        return original(*args, **kwargs)
+
+    return exchange
 
 
 def _norm_of_fakes(chunk: int, flag: Tensor, lists: list[list[Tensor]], *args: bool) -> tuple[Tensor, Tensor]:
@@ -302,6 +312,13 @@ PATCHES: tuple[Patch, ...] = (
         NOT_REPORTED,
     ),
     Patch(
+        {f"torch.distributed.{name}": _agreed_first for name in EXCHANGES},
+        "a rank on which planning a save fails leaves the others waiting in the next exchange",
+        When.SAVING,
+        MEGATRON_CORE,
+        NOT_REPORTED,
+    ),
+    Patch(
         {"megatron.core.optimizer.clip_grads.l2_norm_impl": _always(_norm_of_fakes)},
         "the gradient norm is made of a list of numbers, which fake tensors have not",
         When.REHEARSAL,
@@ -373,9 +390,12 @@ def for_rehearsal() -> contextlib.AbstractContextManager[None]:
     return _replaced_for(When.REHEARSAL)
 
 
-def for_save() -> contextlib.AbstractContextManager[None]:
-    """Keep megatron-core, while this is open, from starting what a save here does not use."""
-    return _replaced_for(When.SAVING)
+def for_save(agree: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+    """Keep megatron-core, while this is open, from starting what a save here does not use.
+
+    Each exchange of objects between ranks calls `agree` first, which may raise.
+    """
+    return _replaced_for(When.SAVING, agree)
 
 
 def only_plain_data(path: Path, unpickler: type[pickle.Unpickler]) -> contextlib.AbstractContextManager[None]:

@@ -177,11 +177,12 @@ def _record(run: Run, saved: Saved | None) -> None:
     if saved is None:
         return
     values = {"save_stall_seconds": saved.stall_seconds, "save_seconds": saved.seconds, "saved_step": saved.step}
+    values["read_back_seconds"] = saved.read_back_seconds
     run.metrics.event(values, step=run.state.step)
     if run.state.mesh.is_rank_0:
         log.info(
-            "step %d | saved %s in %.2f s, training stood still for %.2f s",
-            *(saved.step, saved.path, saved.seconds, saved.stall_seconds),
+            "step %d | saved %s in %.2f s, read back in %.2f s, training stood still for %.2f s",
+            *(saved.step, saved.path, saved.seconds, saved.read_back_seconds, saved.stall_seconds),
         )
 
 

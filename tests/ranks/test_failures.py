@@ -217,9 +217,9 @@ def fill_disk(rank: int, *, calls: int) -> None:
     """Let rank 1 run out of disk in the middle of its shard, in the first `calls` saves."""
     write, begin, left = saving._write, saving.Saver.begin, [calls]
 
-    def write_until_full(*args: Any) -> None:
+    def write_until_full(*args: Any) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, resource.RLIM_INFINITY))  # of the process that begin() forks
-        write(*args)
+        return write(*args)
 
     def count(self: saving.Saver, *args: Any, **kwargs: Any) -> Any:
         saving._write = write_until_full if rank == 1 and left[0] > 0 else write

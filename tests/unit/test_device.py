@@ -63,7 +63,7 @@ def replaced(*, only: When | None = None) -> dict[str, set[str]]:
     lasting = changed_since(before)
     with patches.for_rehearsal():
         found["rehearsal"] = changed_since(before) - lasting
-    with patches.for_save():
+    with patches.for_save(lambda: None):
         found["saving"] = changed_since(before) - lasting
     with patches.only_plain_data("unused", IndexUnpickler):
         found["loading"] = changed_since(before) - lasting

@@ -107,6 +107,18 @@ def processes_of_a_save(config: Config) -> list[str]:
     return kinds
 
 
+def exchanges_of_a_plan(config: Config) -> int:
+    """Return how often a rank that plans a save looks whether another one has failed, at the end included."""
+    from megatron_mm.training import checkpoints
+
+    state = step(config)
+    saver, looks = checkpoints.make_saver(state), []
+    saver._check_peers = lambda: looks.append(1)
+    checkpoints.begin_save(state, saver)
+    saver.finish()
+    return len(looks)
+
+
 def rehearse(config: Config) -> None:
     from megatron_mm.planning import rehearsal
 
@@ -197,6 +209,7 @@ DIFFERS: dict[str, tuple[Exercise, Callable[[Any], bool]]] = {
         processes_of_a_save,
         lambda kinds: "SpawnProcess" not in kinds,
     ),
+    "torch.distributed.broadcast_object_list": (exchanges_of_a_plan, lambda looks: looks > 1),
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork": (
         random_states_read_in_a_rehearsal,
         lambda count: count == 0,
