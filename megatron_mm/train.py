@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_mm import config as configs
 from megatron_mm import endings, printable
 from megatron_mm.checkpoint.format import whole_ones
-from megatron_mm.environment import read_number
+from megatron_mm.environment import read_number, use_private_caches
 
 log = logging.getLogger("megatron_mm")
 
@@ -34,6 +34,7 @@ def _run(options: argparse.Namespace) -> None:
     _set_log_level()
     config = configs.load(options.preset, options.overrides)
     device.keep_out_accelerators()
+    use_private_caches()
     if options.describe:
         print(json.dumps(_describe(config, options.world_size)))
         return
