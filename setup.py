@@ -50,7 +50,8 @@ class BuildExtensions(build_ext):
         super().build_extension(extension)
 
 
-extensions = [cpp_extension("megatron_mm.data._index", "index", ["bindings.cpp"], ["permutation.h", "packing.h"])]
+index_headers = ["checksums.h", "permutation.h", "packing.h"]
+extensions = [cpp_extension("megatron_mm.data._index", "index", ["bindings.cpp"], index_headers)]
 if NVCC:
     headers = sorted(path.name for path in Path("csrc/kernels").glob("*.*h"))
     cuda = cpp_extension("megatron_mm.kernels._cuda", "kernels", ["bindings.cpp", "launch.cu"], headers)

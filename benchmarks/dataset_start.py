@@ -6,18 +6,18 @@ Builds synthetic shards (lognormal lengths, mean 1,000 tokens; the token file is
 the indexes 2 GB). Each contestant starts in a process of its own: seconds and the growth of its peak memory, mapped
 pages included, from before to after; then random samples of 8,192 tokens are fetched, ours as the micro-batch that
 training takes. Rounds are interleaved, medians taken. The cost at 1e9 documents is measured on a dataset of twenty
-such shards. GPTDataset builds its index anew in an empty cache each time.
+such shards. Ours compares all that it reads with checksums, as in training. GPTDataset builds its index anew in an empty cache each time.
 """
 
 import argparse
 import atexit
-import json
 import multiprocessing
 import os
 import shutil
 import statistics
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +152,7 @@ def build(prefix: str, documents: int) -> None:
     """Write shards of `documents` lognormal lengths whose tokens are all zero, which take no disk."""
     from megatron_mm.shards.format import (
         DOCUMENT,
+        MANIFEST_VERSION,
         MEDIA_HEADER,
         MEDIA_MAGIC,
         MEDIA_VERSION,
@@ -159,6 +160,7 @@ def build(prefix: str, documents: int) -> None:
         TOKEN_MAGIC,
         TOKEN_VERSION,
     )
+    from megatron_mm.shards.writer import write_manifest
 
     rng = np.random.default_rng(0)
     blocks = [min(BLOCK, documents - start) for start in range(0, documents, BLOCK)]
@@ -185,8 +187,28 @@ def build(prefix: str, documents: int) -> None:
     files = {
         suffix: {"bytes": os.path.getsize(prefix + suffix)} for suffix in (".bin", ".idx", ".media.bin", ".media.idx")
     }
-    manifest = {"version": 1, "documents": documents, "tokens": tokens, "tokenizer": tokenizer, "files": files}
-    Path(prefix + ".json").write_text(json.dumps(manifest))
+    pages = {"bytes": write_pages(prefix)}
+    manifest = {"version": MANIFEST_VERSION, "documents": documents, "tokens": tokens, "tokenizer": tokenizer}
+    write_manifest(prefix, manifest | {"media": {}, "files": files, "pages": pages})
+
+
+def write_pages(prefix: str) -> int:
+    """Write P.crc, for tokens that are all zero, and return its bytes."""
+    from megatron_mm.shards.format import PAGE_BYTES, PAGED, PAGES_SUFFIX
+
+    with open(prefix + PAGES_SUFFIX, "wb") as sums:
+        for suffix in PAGED:
+            whole, rest = divmod(os.path.getsize(prefix + suffix), PAGE_BYTES)
+            if suffix == ".bin":
+                crc32s = [zlib.crc32(bytes(size)) for size in (PAGE_BYTES, rest)]
+                np.full(whole, crc32s[0], "<u4").tofile(sums)
+                np.asarray(crc32s[1:] if rest else [], "<u4").tofile(sums)
+                continue
+            with open(prefix + suffix, "rb") as file:
+                while block := file.read(PAGE_BYTES * 4096):
+                    pages = range(0, len(block), PAGE_BYTES)
+                    np.asarray([zlib.crc32(block[page : page + PAGE_BYTES]) for page in pages], "<u4").tofile(sums)
+        return sums.tell()
 
 
 if __name__ == "__main__":

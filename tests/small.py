@@ -4,7 +4,9 @@ import atexit
 import functools
 import io
 import itertools
+import json
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from megatron_mm.ingest.encode import encode_document
 from megatron_mm.modalities import MODALITIES, Geometries
 from megatron_mm.modalities.audio.spec import SAMPLE_RATE, encode_flac
 from megatron_mm.shards import ShardWriter
+from megatron_mm.shards.format import BLOCK_BYTES, PAGE_BYTES, PAGED, PAGES_SUFFIX
+from megatron_mm.shards.writer import write_manifest
 from megatron_mm.source import Source
 from megatron_mm.tokenizer import TextTokenizer, train_tokenizer
 
@@ -145,3 +149,26 @@ def write_shards(
                 continue
             writer.add(encode_document(document, tokenizer, geometries=geometries))
     return folder / name
+
+
+def seal(prefix: Path, *, version: int = 2) -> None:
+    """Give shards the checksums of what their files hold now, as a writer with a defect would, or an older one."""
+    manifest = json.loads(Path(f"{prefix}.json").read_text())
+    data = {suffix: Path(f"{prefix}{suffix}").read_bytes() for suffix in manifest["files"]}
+    pages = b"".join(np.asarray(_crc32s(data[suffix], PAGE_BYTES), "<u4").tobytes() for suffix in PAGED)
+    Path(f"{prefix}{PAGES_SUFFIX}").write_bytes(pages)
+    files = {suffix: _summary(content) for suffix, content in data.items()}
+    manifest |= {"version": version, "files": files, "pages": _summary(pages)}
+    write_manifest(str(prefix), manifest)
+    if version == 1:
+        del manifest["pages"], manifest["sha256"]
+        Path(f"{prefix}{PAGES_SUFFIX}").unlink()
+        Path(f"{prefix}.json").write_text(json.dumps(manifest))
+
+
+def _summary(data: bytes) -> dict[str, object]:
+    return {"bytes": len(data), "block_crc32": _crc32s(data, BLOCK_BYTES)}
+
+
+def _crc32s(data: bytes, size: int) -> list[int]:
+    return [zlib.crc32(data[start : start + size]) for start in range(0, len(data), size)]

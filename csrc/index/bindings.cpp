@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "checksums.h"
 #include "packing.h"
 #include "permutation.h"
 
@@ -108,23 +109,47 @@ bool read_whole(int file, char* target, size_t num_bytes, int64_t offset) {
   return true;
 }
 
-// A shard's tokens and where its documents begin. Index files have headers of 34 bytes, so nothing in them is aligned.
+constexpr int64_t INDEX_HEADER_BYTES = 34;  // shards/format.py, TOKEN_HEADER; so nothing behind it is aligned
+
+// A shard's tokens and where its documents begin: lengths (int32), then pointers (int64), behind the index's header.
 struct TokenIndex {
   int file, token_bytes;
   int64_t num_tokens, num_documents;
-  const char *pointers, *lengths;
+  megatron_mm::PageSums pages;  // of the tokens; none in shards whose tokens are checked before they are asked for
+  megatron_mm::CheckedFile index;
 
   // Returns the byte at which tokens [start, start + count) of a document begin; -1 if the index disagrees about where
-  // it ends, or it is shorter.
+  // it ends, is not what was written, or the document is shorter.
   int64_t locate(int64_t document, int64_t start, int64_t count) const {
     if (document < 0 || document >= num_documents || start < 0) return -1;
+    const int64_t pointers = INDEX_HEADER_BYTES + 4 * num_documents;
     int64_t first, stop = num_tokens * token_bytes;
     int32_t length;
-    std::memcpy(&first, pointers + 8 * document, 8);
-    if (document + 1 < num_documents) std::memcpy(&stop, pointers + 8 * (document + 1), 8);
-    std::memcpy(&length, lengths + 4 * document, 4);
+    if (!index.read(&length, INDEX_HEADER_BYTES + 4 * document, 4)) return -1;
+    if (!index.read(&first, pointers + 8 * document, 8)) return -1;
+    if (document + 1 < num_documents && !index.read(&stop, pointers + 8 * (document + 1), 8)) return -1;
     if (stop - first != static_cast<int64_t>(length) * token_bytes || start + count > length) return -1;
     return first + start * token_bytes;
+  }
+
+  // Returns where in `buffer` tokens lie once the pages that hold them have been read into it; null if they are not
+  // what was written.
+  template <typename token_t>
+  const token_t* read(std::vector<token_t>& buffer, int64_t offset, int64_t count) const {
+    const int64_t stop = offset + count * token_bytes;
+    int64_t first = offset, last = stop;
+    if (pages.num_pages) {
+      first = offset / pages.page_bytes * pages.page_bytes;
+      last = (stop + pages.page_bytes - 1) / pages.page_bytes * pages.page_bytes;
+      last = std::min(last, num_tokens * token_bytes);
+    }
+    buffer.resize((last - first) / token_bytes);
+    auto* bytes = reinterpret_cast<char*>(buffer.data());
+    if (!read_whole(file, bytes, last - first, first)) return nullptr;
+    if (pages.num_pages && !pages.match(reinterpret_cast<uint8_t*>(bytes), last - first, first / pages.page_bytes)) {
+      return nullptr;
+    }
+    return buffer.data() + (offset - first) / token_bytes;
   }
 };
 
@@ -135,13 +160,12 @@ struct Rows {
 template <typename token_t>
 int64_t lay(const TokenIndex& index, const int64_t* documents, const int64_t* starts, const int64_t* lengths,
             const uint8_t* sources, int64_t count, Rows rows) {
-  std::vector<token_t> ids;
+  std::vector<token_t> buffer;
   for (int64_t piece = 0; piece < count; ++piece) {
     const int64_t length = lengths[piece], offset = index.locate(documents[piece], starts[piece], length + 1);
     if (offset < 0) return piece;
-    ids.resize(length + 1);
-    const size_t num_bytes = ids.size() * sizeof(token_t);
-    if (!read_whole(index.file, reinterpret_cast<char*>(ids.data()), num_bytes, offset)) return piece;
+    const token_t* ids = index.read(buffer, offset, length + 1);
+    if (!ids) return piece;
     for (int64_t i = 0; i < length; ++i) rows.tokens[i] = ids[i];
     for (int64_t i = 0; i < length; ++i) rows.labels[i] = ids[i + 1];
     for (int64_t i = 0; i < length; ++i) rows.positions[i] = i;
@@ -154,8 +178,9 @@ int64_t lay(const TokenIndex& index, const int64_t* documents, const int64_t* st
 template <typename scalar_t>
 using InPlace = py::array_t<scalar_t, py::array::c_style>;
 
-int64_t lay_pieces(int file, int token_bytes, int64_t num_tokens, const InPlace<int64_t>& pointers,
-                   const InPlace<int32_t>& document_lengths, const Array<int64_t>& documents,
+int64_t lay_pieces(int file, int token_bytes, int64_t num_tokens, const InPlace<uint32_t>& token_sums,
+                   int64_t num_documents, const InPlace<uint8_t>& index_bytes, const InPlace<uint32_t>& index_sums,
+                   InPlace<uint8_t>& index_passed, int64_t page_bytes, const Array<int64_t>& documents,
                    const Array<int64_t>& starts, const Array<int64_t>& lengths, const Array<uint8_t>& sources,
                    InPlace<int64_t>& tokens, InPlace<int64_t>& labels, InPlace<int64_t>& positions,
                    InPlace<int64_t>& source) {
@@ -167,12 +192,15 @@ int64_t lay_pieces(int file, int token_bytes, int64_t num_tokens, const InPlace<
   }
   bool fits = documents.size() == count && starts.size() == count && sources.size() == count;
   for (const auto* row : {&tokens, &labels, &positions, &source}) fits = fits && row->size() == total;
-  if (!fits || pointers.size() != document_lengths.size() || (token_bytes != 2 && token_bytes != 4)) {
+  fits = fits && index_sums.size() == index_passed.size() && page_bytes > 0 && page_bytes % 4 == 0;
+  if (!fits || (token_bytes != 2 && token_bytes != 4)) {
     throw std::invalid_argument("pieces and rows do not fit together");
   }
-  const auto *pointer_bytes = static_cast<const char*>(pointers.request().ptr),
-             *length_bytes = static_cast<const char*>(document_lengths.request().ptr);
-  const TokenIndex index{file, token_bytes, num_tokens, pointers.size(), pointer_bytes, length_bytes};
+  const megatron_mm::PageSums index_pages{index_sums.data(), index_sums.size(), page_bytes};
+  const megatron_mm::CheckedFile checked{index_bytes.data(), index_bytes.size(), index_pages,
+                                         index_passed.mutable_data()};
+  const megatron_mm::PageSums token_pages{token_sums.data(), token_sums.size(), page_bytes};
+  const TokenIndex index{file, token_bytes, num_tokens, num_documents, token_pages, checked};
   const Rows rows{tokens.mutable_data(), labels.mutable_data(), positions.mutable_data(), source.mutable_data()};
   const auto work = token_bytes == 2 ? &lay<uint16_t> : &lay<int32_t>;
   const auto *which = documents.data(), *from = starts.data(), *sizes = lengths.data();
@@ -185,7 +213,7 @@ int64_t lay_pieces(int file, int token_bytes, int64_t num_tokens, const InPlace<
 
 PYBIND11_MODULE(_index, module) {
   module.doc() = "Sample order and packing in C++; megatron_mm.data.order and .packing call them.";
-  module.attr("VERSION") = 2;  // megatron_mm/data/native.py refuses any other: count up when a function changes
+  module.attr("VERSION") = 3;  // megatron_mm/data/native.py refuses any other: count up when a function changes
   module.def("permute", &permute, py::arg("size"), py::arg("key"), py::arg("elements"),
              "Return the image of each element of [0, size) under the permutation of this key.");
   module.def("pack_best_fit", &pack_best_fit, py::arg("lengths"), py::arg("capacity"),
@@ -199,8 +227,10 @@ PYBIND11_MODULE(_index, module) {
              "Pack the documents of one window; return (0, document, start, length) of each piece of one sample.");
   // noconvert: a copy of a row would be filled instead of the row, and a copy of the index is large.
   module.def("lay_pieces", &lay_pieces, py::arg("file"), py::arg("token_bytes"), py::arg("num_tokens"),
-             py::arg("pointers").noconvert(), py::arg("document_lengths").noconvert(), py::arg("documents"),
+             py::arg("token_sums").noconvert(), py::arg("num_documents"), py::arg("index_bytes").noconvert(),
+             py::arg("index_sums").noconvert(), py::arg("index_passed").noconvert(), py::arg("page_bytes"),
+             py::arg("documents"),
              py::arg("starts"), py::arg("lengths"), py::arg("sources"), py::arg("tokens").noconvert(),
              py::arg("labels").noconvert(), py::arg("positions").noconvert(), py::arg("source").noconvert(),
-             "Read pieces of documents end to end into rows; return how many could be read before one could not.");
+             "Read pieces of documents end to end into rows; return how many were as written before one was not.");
 }

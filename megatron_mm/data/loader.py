@@ -18,7 +18,7 @@ from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import DataError
 from megatron_mm.modalities import BY_KIND, BY_NAME, Modality
-from megatron_mm.shards import ShardReader
+from megatron_mm.shards import DamagedItem, ShardReader
 
 log = logging.getLogger(__name__)
 
@@ -211,14 +211,20 @@ class Loader:
         return media_units(units, parts, mesh=self.mesh, decode=lambda own: self._decode(name, own))
 
     def _decode(self, name: str, units: list[Unit]) -> Iterator[Tensor]:
-        """Yield the tensors of units of one modality. Raises DataError if an item is not what was written."""
+        """Yield the tensors of units of one modality; of an item that is damaged or cannot be decoded, blanks.
+
+        Raises DataError if an item becomes other tokens than its document has for it.
+        """
         items = {(unit.shard, int(unit.item["offset"])): unit.item for unit in units}
-        encoded = [self.shards[shard].media_bytes(item) for (shard, _), item in items.items()]
-        decoded = dict(zip(items, self.decoders[name].decode(encoded), strict=True))
+        encoded = {key: data for key, item in items.items() if (data := self._encoded(key[0], item)) is not None}
+        decoded = dict.fromkeys(items) | dict(
+            zip(encoded, self.decoders[name].decode(list(encoded.values())), strict=True)
+        )
         for key, own in decoded.items():
             prefix, num_tokens = self.shards[key[0]].prefix, int(items[key]["num_tokens"])
             if own is None:
-                log.warning("%s.media.bin: the item at byte %d cannot be decoded: it is left blank", prefix, key[1])
+                if key in encoded:
+                    log.warning("%s.media.bin: the item at byte %d cannot be decoded: it is left blank", prefix, key[1])
                 decoded[key] = self.decoders[name].blank(num_tokens)
             elif (found := self.decoders[name].num_tokens(own)) != num_tokens:
                 raise DataError(
@@ -228,6 +234,14 @@ class Loader:
                 )
         for unit in units:
             yield decoded[unit.shard, int(unit.item["offset"])][unit.number]
+
+    def _encoded(self, shard: int, item: np.ndarray) -> bytes | None:
+        """Return the bytes of an item, None if they are damaged: a run does not end for one image."""
+        try:
+            return self.shards[shard].media_bytes(item)
+        except DamagedItem as error:
+            log.warning("%s It is left blank.", error)
+            return None
 
 
 def media_units(

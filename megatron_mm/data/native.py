@@ -5,7 +5,7 @@ try:
 except ImportError:
     _index = None
 
-VERSION = 2
+VERSION = 3
 """The version of the functions that this package calls, as bindings.cpp counts them."""
 
 if _index is not None and getattr(_index, "VERSION", 1) != VERSION:

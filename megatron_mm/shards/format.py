@@ -1,8 +1,11 @@
 """What shards are made of: the layout of their files, and documents on their way into them."""
 
+import hashlib
+import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +33,15 @@ ITEM = np.dtype(
 )
 TOKENIZER_SUFFIX = ".tokenizer"
 """The suffix of the tokenizer.json that the ids come from; not .json, which stands for manifests in patterns."""
-SUFFIXES = (".bin", ".idx", ".media.bin", ".media.idx")
 BLOCK_BYTES = 16 * 2**20
 """Bytes that one checksum of the manifest covers."""
+PAGE_BYTES = 4096
+"""Bytes that one checksum of P.crc covers: what a disk is read by, so that checking a read makes it no larger."""
+PAGES_SUFFIX = ".crc"
+PAGED = (".bin", ".idx", ".media.idx")
+"""The files that P.crc covers, in its order; items of P.media.bin have their own checksums in P.media.idx."""
+MANIFEST_VERSION = 2
+"""1 had neither P.crc nor a hash of the manifest itself."""
 
 
 @dataclass(frozen=True)
@@ -111,3 +120,9 @@ class Counts:
         for _, item in batch.media:
             self.media[item.modality] = self.media.get(item.modality, 0) + 1
             self.media_bytes += len(item.data)
+
+
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of all that a manifest says but its own hash."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,10 @@
-"""Reading shards: checked on opening as far as that is cheap, again at every read, and byte by byte by `verify`."""
+"""Reading shards: sizes and headers are checked on opening, what is read at every read, every byte by `verify`."""
 
 import difflib
+import functools
 import hashlib
 import json
+import logging
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +17,16 @@ from pydantic import ValidationError
 
 from megatron_mm.errors import DataError
 from megatron_mm.modalities import BY_KIND, BY_NAME, Geometries
+from megatron_mm.shards.checksums import Checksums, differs, map_file
 from megatron_mm.shards.format import (
     BLOCK_BYTES,
     DOCUMENT,
     ITEM,
+    MANIFEST_VERSION,
     MEDIA_HEADER,
     MEDIA_MAGIC,
     MEDIA_VERSION,
+    PAGES_SUFFIX,
     TOKEN_DTYPES,
     TOKEN_HEADER,
     TOKEN_MAGIC,
@@ -30,21 +35,28 @@ from megatron_mm.shards.format import (
     EncodedDocument,
     MediaItem,
     TokenizerInfo,
+    manifest_hash,
 )
 from megatron_mm.shards.writer import write_manifest
 from megatron_mm.source import Source
 from megatron_mm.storage import make_folder
 
+log = logging.getLogger(__name__)
+
 CHECKED_DOCUMENTS = 2**16
 """Documents whose index is checked on opening: the first half of them and the last; the others when they are read."""
+
+
+class DamagedItem(DataError):
+    """The bytes of one media item are not those that were written: what is left of its document can be used."""
 
 
 class ShardReader:
     """Reads one set of shards by document, with as little memory for a billion documents as for one.
 
     Reads are single preads, so threads and forks may share a reader. Raises DataError on opening if the shards are not
-    finished, or their sizes, headers and indexes disagree, and at any read whose document has an index that disagrees;
-    `verify` checks every byte.
+    finished, or their sizes, headers and indexes disagree, and at any read of what is not as it was written, or whose
+    document has an index that disagrees; `verify` checks every byte.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -56,13 +68,11 @@ class ShardReader:
         self.num_documents: int = self.manifest["documents"]
         self.num_tokens: int = self.manifest["tokens"]
         self._check_sizes()
+        self._checksums = Checksums(self.prefix, self.manifest)
         self._map_token_index()
         self._map_media_index()
         self._check_index(0, min(self.num_documents, CHECKED_DOCUMENTS // 2))
         self._check_index(max(0, self.num_documents - CHECKED_DOCUMENTS // 2), self.num_documents)
-        self._token_file = os.open(self.prefix + ".bin", os.O_RDONLY)
-        self._media_file = os.open(self.prefix + ".media.bin", os.O_RDONLY)
-        self._index_file = os.open(self.prefix + ".idx", os.O_RDONLY)
 
     @property
     def num_items(self) -> int:
@@ -71,6 +81,7 @@ class ShardReader:
 
     def length(self, document: int) -> int:
         """Return the tokens of a document. Raises DataError if the index disagrees about where it ends."""
+        self._require_index(document, document + 1)
         start, length = int(self._pointers[document]), int(self._lengths[document])
         last = document + 1 == self.num_documents
         stop = self.num_tokens * self._dtype.itemsize if last else int(self._pointers[document + 1])
@@ -81,13 +92,14 @@ class ShardReader:
     def lengths(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the tokens of documents [start, stop): (stop - start,) int32. They are read, not mapped."""
         stop = self.num_documents if stop is None else stop
-        data = self._read(self._index_file, ".idx", TOKEN_HEADER.size + 4 * start, 4 * (stop - start))
+        data = self._checksums.read(".idx", TOKEN_HEADER.size + 4 * start, 4 * (stop - start))
         return np.frombuffer(data, np.int32)
 
     def token_start(self, document: int) -> int:
         """Return the tokens before a document; all of them at num_documents."""
         if document == self.num_documents:
             return self.num_tokens
+        self._checksums.require(".idx", self._pointers_at + 8 * document, 8)
         return int(self._pointers[document]) // self._dtype.itemsize
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -96,36 +108,55 @@ class ShardReader:
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length, (document, start, stop, length)
         offset = int(self._pointers[document]) + start * self._dtype.itemsize
-        data = self._read(self._token_file, ".bin", offset, (stop - start) * self._dtype.itemsize)
+        data = self._checksums.read(".bin", offset, (stop - start) * self._dtype.itemsize)
         return np.frombuffer(data, self._dtype).astype(np.int64)
 
     @property
-    def token_index(self) -> tuple[int, int, int, np.ndarray, np.ndarray]:
-        """What csrc/index reads pieces by: descriptor of P.bin, bytes and number of tokens, pointers and lengths."""
-        return self._token_file, self._dtype.itemsize, self.num_tokens, self._pointers, self._lengths
+    def token_index(self) -> tuple[Any, ...]:
+        """What csrc/index reads pieces by, and checks them with; for shards without P.crc after `check_tokens`.
+
+        Descriptor of P.bin, bytes and number of tokens, checksums of P.bin; documents, and P.idx: its bytes, checksums,
+        pages that have passed; bytes of a page.
+        """
+        sums = self._checksums
+        token_sums = sums.expected[".bin"] if sums.is_paged else np.zeros(0, np.uint32)
+        tokens = (sums.descriptor(".bin"), self._dtype.itemsize, self.num_tokens, token_sums)
+        return (*tokens, self.num_documents, *sums.index(".idx"), sums.page_bytes)
+
+    def check_tokens(self, documents: np.ndarray) -> None:
+        """Pass if the tokens of documents are as written, in shards without P.crc; others are checked as read."""
+        if self._checksums.is_paged:
+            return
+        for document in documents.tolist():
+            num_bytes = self.length(document) * self._dtype.itemsize
+            self._checksums.require(".bin", int(self._pointers[document]), num_bytes)
 
     def sources(self, documents: np.ndarray) -> np.ndarray:
         """Return what kind of file each document came from: (n,) uint8, source.Source."""
+        self._checksums.require_each(".media.idx", MEDIA_HEADER.size + documents * DOCUMENT.itemsize, DOCUMENT.itemsize)
         return self._sources[documents]
 
     def source(self, document: int) -> Source:
         """Return what kind of file a document came from."""
+        self._require_media(document, document + 1)
         return Source(int(self._sources[document]))
 
     def media(self, document: int) -> np.ndarray:
         """Return the `ITEM` records of a document's media, in token order."""
         if not len(self._items):
             return self._items
+        self._require_media(document, document + 2)
         first = int(self._first_items[document])
         last = document + 1 == self.num_documents
         stop = len(self._items) if last else int(self._first_items[document + 1])
+        self._checksums.require(".media.idx", self._items_at + first * ITEM.itemsize, (stop - first) * ITEM.itemsize)
         return self._items[first:stop]
 
     def media_bytes(self, item: np.ndarray) -> bytes:
-        """Return the encoded bytes of one media item. Raises DataError if they are not those that were written."""
-        data = self._read(self._media_file, ".media.bin", int(item["offset"]), int(item["num_bytes"]))
+        """Return the encoded bytes of one media item. Raises DamagedItem if they are not those that were written."""
+        data = self._checksums.read_unchecked(".media.bin", int(item["offset"]), int(item["num_bytes"]))
         if zlib.crc32(data) != int(item["crc32"]):
-            raise DataError(
+            raise DamagedItem(
                 f"{self.prefix}.media.bin: the item at byte {item['offset']} does not match its checksum. Run "
                 "`verify` on the shards, and preprocess them again."
             )
@@ -149,6 +180,7 @@ class ShardReader:
         stop = self.num_documents if stop is None else stop
         if not len(self._items):
             return np.zeros(stop - start, bool)
+        self._require_media(start, stop + 1)
         first = np.append(self._first_items[start : stop + 1], len(self._items)).astype(np.int64)
         return np.diff(first[: stop - start + 1]) > 0
 
@@ -185,19 +217,29 @@ class ShardReader:
                 )
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
-        """Check every byte against the manifest's checksums; raise DataError at the first block that differs."""
-        for suffix in self.manifest["files"]:
+        """Check every byte against the manifest's checksums; raise DataError at the first block that differs.
+
+        The tokenizer.json that is stored with the shards is checked too.
+        """
+        for suffix in self._summaries:
             for block, crc32 in enumerate(_block_checksums(self.prefix + suffix, progress)):
                 self._compare(suffix, block, crc32)
+        stored_tokenizer(self.prefix)
 
     @property
     def blocks(self) -> list[tuple[str, int, int]]:
         """The blocks that the manifest has checksums of: (suffix of the file, number of the block, its bytes)."""
         return [
             (suffix, block, min(BLOCK_BYTES, own["bytes"] - block * BLOCK_BYTES))
-            for suffix, own in self.manifest["files"].items()
+            for suffix, own in self._summaries.items()
             for block in range(len(own["block_crc32"]))
         ]
+
+    @property
+    def _summaries(self) -> dict[str, dict[str, Any]]:
+        """Size and checksums of each file, by its suffix."""
+        pages = self.manifest.get("pages")
+        return self.manifest["files"] | ({PAGES_SUFFIX: pages} if pages is not None else {})
 
     def check_block(self, suffix: str, block: int) -> None:
         """Pass if a block holds what was written; raise DataError if not."""
@@ -206,21 +248,20 @@ class ShardReader:
             self._compare(suffix, block, zlib.crc32(file.read(BLOCK_BYTES)))
 
     def _compare(self, suffix: str, block: int, crc32: int) -> None:
-        if crc32 != self.manifest["files"][suffix]["block_crc32"][block]:
-            raise DataError(
-                f"{self.prefix}{suffix}: bytes {block * BLOCK_BYTES} to {(block + 1) * BLOCK_BYTES} differ from what "
-                "was written. Preprocess the inputs again, or restore the file from a copy."
-            )
+        own = self._summaries[suffix]
+        if crc32 != own["block_crc32"][block]:
+            start = block * BLOCK_BYTES
+            raise differs(self.prefix + suffix, start, min(start + BLOCK_BYTES, own["bytes"]))
 
-    def _read(self, file: int, suffix: str, offset: int, num_bytes: int) -> bytes:
-        data = os.pread(file, num_bytes, offset)
-        while len(data) < num_bytes and (more := os.pread(file, num_bytes - len(data), offset + len(data))):
-            data += more  # Linux reads at most 2 GiB at a time
-        if len(data) != num_bytes:
-            raise DataError(
-                f"{self.prefix}{suffix}: {num_bytes} bytes at {offset} could not be read; it was cut short."
-            )
-        return data
+    def _require_index(self, start: int, stop: int) -> None:
+        """Pass if lengths and pointers of documents [start, stop), and the pointer behind them, are as written."""
+        self._checksums.require(".idx", TOKEN_HEADER.size + 4 * start, 4 * (stop - start))
+        self._checksums.require(".idx", self._pointers_at + 8 * start, 8 * (stop + 1 - start))
+
+    def _require_media(self, start: int, stop: int) -> None:
+        """Pass if the records of documents [start, stop) are as written; there may be fewer."""
+        count = min(stop, self.num_documents) - start
+        self._checksums.require(".media.idx", MEDIA_HEADER.size + start * DOCUMENT.itemsize, count * DOCUMENT.itemsize)
 
     def _check_sizes(self) -> None:
         for suffix, expected in self.manifest["files"].items():
@@ -247,9 +288,11 @@ class ShardReader:
         self._dtype = TOKEN_DTYPES[code]
         if self.num_tokens * self._dtype.itemsize != self.manifest["files"][".bin"]["bytes"]:
             raise DataError(f"{path}: {self.num_tokens} tokens of {self._dtype} are not what {self.prefix}.bin holds.")
-        self._lengths = _map(path, np.dtype("<i4"), TOKEN_HEADER.size, count)
-        self._pointers = _map(path, np.dtype("<i8"), TOKEN_HEADER.size + 4 * count, count)
-        self._boundaries = _map(path, np.dtype("<i8"), TOKEN_HEADER.size + 12 * count, count + 1)
+        self._checksums.require(".idx", 0, TOKEN_HEADER.size)
+        self._pointers_at = TOKEN_HEADER.size + 4 * count
+        self._lengths = map_file(path, np.dtype("<i4"), TOKEN_HEADER.size, count)
+        self._pointers = map_file(path, np.dtype("<i8"), self._pointers_at, count)
+        self._boundaries = map_file(path, np.dtype("<i8"), TOKEN_HEADER.size + 12 * count, count + 1)
 
     def _map_media_index(self) -> None:
         path = self.prefix + ".media.idx"
@@ -260,14 +303,18 @@ class ShardReader:
         found = (magic, version, documents, split + items * ITEM.itemsize)
         if found != (MEDIA_MAGIC, MEDIA_VERSION, self.num_documents, os.path.getsize(path)):
             raise DataError(f"{path} is not the media index of {self.prefix}.idx. Preprocess the inputs again.")
-        records = _map(path, DOCUMENT, MEDIA_HEADER.size, documents)
+        self._checksums.require(".media.idx", 0, MEDIA_HEADER.size)
+        records = map_file(path, DOCUMENT, MEDIA_HEADER.size, documents)
         self._sources, self._first_items = records["source"], records["first_item"]
-        self._items = _map(path, ITEM, split, items)
+        self._items_at = split
+        self._items = map_file(path, ITEM, split, items)
 
     def _check_index(self, start: int, stop: int) -> None:
         """Raise DataError if lengths, pointers and boundaries of documents [start, stop) disagree."""
         if start == stop:
             return
+        self._require_index(start, stop)
+        self._checksums.require(".idx", TOKEN_HEADER.size + 12 * self.num_documents + 8 * start, 8 * (stop + 1 - start))
         last = stop == self.num_documents
         end = self.num_tokens * self._dtype.itemsize if last else int(self._pointers[stop])
         pointers = np.append(self._pointers[start:stop], end)
@@ -352,7 +399,7 @@ def merge(prefix: str | Path, parts: Sequence[str]) -> dict[str, Any]:
     folder = own.parent
     make_folder(folder)
     manifest = {
-        "version": 1,
+        "version": MANIFEST_VERSION,
         "documents": sum(reader.num_documents for reader in readers),
         "tokens": sum(reader.num_tokens for reader in readers),
         "tokenizer": asdict(readers[0].tokenizer),
@@ -381,13 +428,28 @@ def _read_manifest(prefix: str) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read: {error.strerror}. Give shards that can.") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}). Preprocess the inputs again.") from error
-    if not isinstance(manifest, dict) or manifest.get("version") != 1:
+    if not isinstance(manifest, dict) or manifest.get("version") not in range(1, MANIFEST_VERSION + 1):
         version = manifest.get("version") if isinstance(manifest, dict) else None
-        raise DataError(f"{path} has version {version}; this package reads version 1. Preprocess the inputs again.")
+        raise DataError(
+            f"{path} has version {version}; this package reads versions up to {MANIFEST_VERSION}. Preprocess the "
+            "inputs again."
+        )
+    if manifest["version"] == 1 and "sha256" not in manifest:
+        _say_unhashed(path)
+    elif manifest.get("sha256") != manifest_hash(manifest):
+        raise DataError(
+            f"{path} does not say what was written: it is damaged, or was edited. Preprocess the inputs again, or "
+            "restore the file from a copy."
+        )
     needed = {"documents", "tokens", "tokenizer"}
     if not (needed <= manifest.keys() and manifest.keys() & {"files", "parts"}):
         raise DataError(f"{path} lacks what a manifest of shards says. Preprocess the inputs again.")
     return manifest
+
+
+@functools.cache
+def _say_unhashed(path: str) -> None:
+    log.info("%s was written by an older version, without a hash of its own: damage to it may not be seen", path)
 
 
 def _hint(prefix: str) -> str:
@@ -396,11 +458,6 @@ def _hint(prefix: str) -> str:
     there = sorted(str(path).removesuffix(".idx") for path in folder.glob("*.idx") if ".media" not in path.name)
     near = there if folder == Path(prefix) else difflib.get_close_matches(prefix, there, n=1)
     return f" Did you mean {' or '.join(near[:3])}?" if near else ""
-
-
-def _map(path: str, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
-    """Return `count` elements of a file without reading them."""
-    return np.asarray(np.memmap(path, dtype, "r", offset, (count,))) if count else np.zeros(0, dtype)
 
 
 def _block_checksums(path: str, progress: Callable[[int], None]) -> Iterator[int]:

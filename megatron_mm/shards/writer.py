@@ -20,9 +20,13 @@ from megatron_mm.shards.format import (
     BLOCK_BYTES,
     DOCUMENT,
     ITEM,
+    MANIFEST_VERSION,
     MEDIA_HEADER,
     MEDIA_MAGIC,
     MEDIA_VERSION,
+    PAGE_BYTES,
+    PAGED,
+    PAGES_SUFFIX,
     TOKEN_DTYPES,
     TOKEN_HEADER,
     TOKEN_MAGIC,
@@ -32,13 +36,14 @@ from megatron_mm.shards.format import (
     EncodedBatch,
     EncodedDocument,
     TokenizerInfo,
+    manifest_hash,
 )
 from megatron_mm.source import Source
 from megatron_mm.storage import PARTIAL, give_name, make_folder, remove_file, replacing
 
 PARTS = (".bin", ".media.bin", ".rejected.jsonl", ".lengths", ".documents", ".items")
 """Files that grow while shards are written; the last three become the two indexes."""
-SUFFIXES = (".rejected.jsonl", ".bin", ".media.bin", ".media.idx", ".idx")
+SUFFIXES = (".rejected.jsonl", PAGES_SUFFIX, ".bin", ".media.bin", ".media.idx", ".idx")
 """Files of finished shards, in the order in which they get their names."""
 COMMIT_BYTES = 64 * 2**20
 COMMIT_SECONDS = 10.0
@@ -230,12 +235,13 @@ class ShardWriter:
         """Make the shards appear whole: data to disk, old manifest away, names in place, new manifest last."""
         finished = {suffix: self._files[suffix] for suffix in (".rejected.jsonl", ".bin", ".media.bin")}
         finished |= {".media.idx": self._media_index(), ".idx": self._token_index()}
+        finished[PAGES_SUFFIX] = self._page_checksums([finished[suffix] for suffix in PAGED])
         for file in finished.values():
             file.sync()
         files = {suffix: finished[suffix].summary() for suffix in (".bin", ".idx", ".media.bin", ".media.idx")}
         modalities = {own.name: own.fingerprint(self._geometries[own.name]) for own in MODALITIES}
-        manifest = {"version": 1, **asdict(self.counts), "tokenizer": asdict(self.tokenizer), "modalities": modalities}
-        manifest["files"] = files
+        manifest = {"version": MANIFEST_VERSION, **asdict(self.counts), "tokenizer": asdict(self.tokenizer)}
+        manifest |= {"modalities": modalities, "files": files, "pages": finished[PAGES_SUFFIX].summary()}
         # megatron-core's reader asks for no manifest and takes a .bin with any .idx beside it: .idx is the first of the
         # old files to go, and the last of the new ones but the manifest to come.
         for suffix in (".json", ".idx"):
@@ -278,6 +284,16 @@ class ShardWriter:
             for elements in self._elements(part, dtype):
                 index.write(elements)
         return index
+
+    def _page_checksums(self, files: Sequence["CheckedFile"]) -> "CheckedFile":
+        """Write the checksum of each page of `files` as they are read back. Raises DataError if they differ by then."""
+        sums = CheckedFile(_partial(self.prefix + PAGES_SUFFIX))
+        sums.restore([])
+        for file in files:
+            for block in file.read_back():
+                pages = range(0, len(block), PAGE_BYTES)
+                sums.write(np.asarray([zlib.crc32(block[page : page + PAGE_BYTES]) for page in pages], "<u4"))
+        return sums
 
     def _elements(self, part: str, dtype: np.dtype) -> Iterator[np.ndarray]:
         """Yield what was appended to one of the files that become an index."""
@@ -331,6 +347,18 @@ class CheckedFile:
         self._reported = len(self._blocks)
         self._file.truncate(self.num_bytes)
 
+    def read_back(self) -> Iterator[memoryview]:
+        """Yield the blocks of the file. Raises DataError at the first that is not what was written."""
+        with open(self.path, "rb") as file:
+            for number, crc32 in enumerate(self.summary()["block_crc32"]):
+                block = file.read(BLOCK_BYTES)
+                if zlib.crc32(block) != crc32:
+                    raise DataError(
+                        f"{self.path} does not hold what was written to it (block {number} of {BLOCK_BYTES} bytes "
+                        "differs): the disk is not reliable. Write to another one."
+                    )
+                yield memoryview(block)
+
     def summary(self) -> dict[str, Any]:
         """Return what the manifest says of the file."""
         open_block = [self._crc32] if self.num_bytes % BLOCK_BYTES else []
@@ -338,9 +366,9 @@ class CheckedFile:
 
 
 def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:
-    """Write `prefix`.json: from then on the shards are there."""
+    """Write `prefix`.json with its own hash: from then on the shards are there."""
     with replacing(Path(prefix + ".json")) as file:
-        file.write(json.dumps(manifest, indent=1).encode())
+        file.write(json.dumps(manifest | {"sha256": manifest_hash(manifest)}, indent=1).encode())
 
 
 def _whole_lines(path: str) -> list[bytes]:

@@ -24,6 +24,7 @@ from megatron_mm.data.consumption import LeftOut
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.shards import merge
+from megatron_mm.shards.writer import write_manifest
 from megatron_mm.storage import hash_file
 from megatron_mm.tokenizer import train_tokenizer
 from megatron_mm.training import checkpoints, preflight, processes
@@ -372,7 +373,7 @@ def merge_of(folder: Path, name: str, *parts: str) -> Path:
     """Name `parts` as one set of shards, which `merge` refuses where one of them comes twice."""
     merge(folder / name, [str(folder / part) for part in dict.fromkeys(parts)])
     merged = json.loads((folder / f"{name}.json").read_text())
-    (folder / f"{name}.json").write_text(json.dumps({**merged, "parts": list(parts)}))
+    write_manifest(str(folder / name), {**merged, "parts": list(parts)})
     return folder / name
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small import small_config, write_shards
+from small import seal, small_config, write_shards
 
 from megatron_mm.batch import MediaUnits, MicroBatch, TokenCounts, attention_spans, context_spans
 from megatron_mm.data import prefetch, token_row
@@ -248,6 +248,7 @@ def change_item(prefix: Path, of: str, values: dict[str, int]) -> None:
     start = len(data) - (len(items) - number) * ITEM.itemsize
     data[start : start + ITEM.itemsize] = changed.tobytes()
     Path(f"{prefix}.media.idx").write_bytes(data)
+    seal(prefix)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +302,45 @@ def test_features_that_are_not_the_promised_ones_are_refused() -> None:
     for promised in (190, 392):
         with pytest.raises(DataError, match=rf"rank 3: the image encoder made 196 features of 1 units .* {promised}:"):
             embedding(MediaUnits((image,), promised, 392, rows, rows))
+
+
+def test_a_damaged_item_is_left_blank_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prefix = write_shards(tmp_path)
+    whole = loader_of(prefix)
+    samples = range(whole.num_samples)
+    expected, item = whole.micro_batch(samples), whole.shards[0]._items[0]
+    data = bytearray(Path(f"{prefix}.media.bin").read_bytes())
+    data[int(item["offset"]) + int(item["num_bytes"]) - 1] ^= 1  # where a decoder would not notice
+    Path(f"{prefix}.media.bin").write_bytes(data)
+    damaged = loader_of(prefix)
+    found = damaged.micro_batch(samples)
+    assert f"{prefix}.media.bin: the item at byte {item['offset']} does not match its checksum" in caplog.text
+    assert "It is left blank." in caplog.text
+    assert torch.equal(found.tokens, expected.tokens)
+    differing = [not torch.equal(*pair) for pair in zip(found.media["image"].inputs, expected.media["image"].inputs)]
+    assert sum(differing) == 1
+    blank = found.media["image"].inputs[differing.index(True)]
+    assert torch.equal(blank, damaged.decoders["image"].blank(int(item["num_tokens"]))[0])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".media.idx"])
+def test_a_damaged_token_or_index_is_refused_with_and_without_the_extension(
+    version: int, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = write_shards(tmp_path)
+    seal(prefix, version=version)
+    loaders = [loader_of(prefix), loader_of(prefix)]
+    data = bytearray(Path(f"{prefix}{suffix}").read_bytes())
+    data[len(data) // 2] ^= 4
+    Path(f"{prefix}{suffix}").write_bytes(data)
+    message = rf"{prefix}{suffix}: bytes \d+ to \d+ differ from what was written"
+    for loader, extension in zip(loaders, (token_row._index, None)):
+        monkeypatch.setattr(token_row, "_index", extension)
+        for own in loader.shards[0]._checksums._passed.values():
+            own[:] = bytes(len(own))  # as if opening had not looked at these pages
+        with pytest.raises(DataError, match=message):
+            loader.micro_batch(range(loader.num_samples))
 
 
 def test_later_stages_read_no_media(shards: Path) -> None:
@@ -425,6 +465,7 @@ def test_shards_of_a_version_that_recorded_nothing_are_of_the_defaults(tmp_path:
     manifest = json.loads(Path(f"{prefix}.json").read_text())
     assert manifest.pop("modalities")["audio"] == {"chunk_samples": 16_000}
     Path(f"{prefix}.json").write_text(json.dumps(manifest))
+    seal(prefix, version=1)
     assert loader_of(prefix).num_samples
     with pytest.raises(DataError, match=r"image\.patch_size=16, and the model has image\.patch_size=14"):
         loader_of(prefix, "image.patch_size=14", "image.image_size=224")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from small import documents, save_tokenizer
+from small import documents, save_tokenizer, seal
 
 from megatron_mm.data.packing import plan_packing
 from megatron_mm.errors import DataError
@@ -104,7 +104,12 @@ def test_no_documents_are_valid_shards(tmp_path: Path, encoded) -> None:
 DAMAGE = {
     "the manifest is missing": lambda p: Path(f"{p}.json").unlink(),
     "the manifest is cut": lambda p: Path(f"{p}.json").write_text(Path(f"{p}.json").read_text()[:50]),
-    "the manifest is of another version": lambda p: edit(p, lambda manifest: manifest.update(version=2)),
+    "the manifest is of another version": lambda p: edit(p, lambda manifest: manifest.update(version=9)),
+    "the manifest says another modality's setting": lambda p: edit(
+        p, lambda manifest: manifest["modalities"]["image"].update(tiles=3)
+    ),
+    "the manifest has lost its hash": lambda p: edit(p, lambda manifest: manifest.pop("sha256")),
+    "checksums are missing": lambda p: Path(f"{p}.crc").unlink(),
     "tokens are cut": lambda p: os.truncate(f"{p}.bin", os.path.getsize(f"{p}.bin") - 2),
     "tokens are appended": lambda p: Path(f"{p}.bin").write_bytes(Path(f"{p}.bin").read_bytes() + b"xx"),
     "media are cut": lambda p: os.truncate(f"{p}.media.bin", 10),
@@ -157,6 +162,44 @@ def test_verify_finds(damage, tmp_path: Path, encoded) -> None:
     damage(prefix)
     with pytest.raises(DataError, match="differ from what was written"):
         ShardReader(prefix).verify()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_is_read_is_what_was_written(version: int, tmp_path: Path, encoded) -> None:
+    prefix = write(tmp_path / "p", encoded)
+    seal(prefix, version=version)
+    poke(f"{prefix}.bin", 9_000, b"\xff")
+    reader = ShardReader(prefix)
+    starts = np.cumsum([0, *reader.lengths()]) * 2
+    found = []
+    for number in range(reader.num_documents):
+        try:
+            np.testing.assert_array_equal(reader.tokens(number), encoded[1][number].tokens)
+        except DataError as error:
+            assert "differ from what was written" in str(error)
+            found.append(number)
+    page = range(8192, 12288) if version == 2 else range(starts[-1])
+    assert found == [n for n in range(len(starts) - 1) if starts[n] < page.stop and starts[n + 1] > page.start]
+
+
+def test_damaged_checksums_are_told_from_damaged_tokens(tmp_path: Path, encoded) -> None:
+    prefix = write(tmp_path / "p", encoded)
+    poke(f"{prefix}.crc", 1, b"\xff")
+    reader = ShardReader(prefix)
+    with pytest.raises(DataError, match=r"p\.crc is damaged: what it says of .*p\.bin from byte 0 on"):
+        reader.tokens(0)
+    with pytest.raises(DataError, match=r"p\.crc: bytes 0 to \d+ differ"):
+        reader.verify()
+
+
+def test_verify_covers_the_tokenizer(tmp_path: Path, encoded) -> None:
+    tokenizer, made = encoded
+    with ShardWriter(tmp_path / "p", tokenizer=tokenizer.info, tokenizer_content=tokenizer.content) as writer:
+        writer.add(made[0])
+    ShardReader(tmp_path / "p").verify()
+    poke(str(tmp_path / "p.tokenizer"), 100, b"#")
+    with pytest.raises(DataError, match="p.tokenizer is not the tokenizer that"):
+        ShardReader(tmp_path / "p").verify()
 
 
 def test_damaged_media_are_not_read(tmp_path: Path, encoded) -> None:
@@ -259,6 +302,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_shards_or_none(tmp_path: Pat
 def test_damage_that_opening_passes_over_is_found_when_it_is_read(tmp_path: Path, encoded, monkeypatch) -> None:
     prefix = write(tmp_path / "p", encoded)
     poke(f"{prefix}.idx", 34 + 4 * 40, b"\x07\0\0\0")
+    seal(prefix)
     monkeypatch.setattr("megatron_mm.shards.reader.CHECKED_DOCUMENTS", 20)
     reader = ShardReader(prefix)
     reader.tokens(39), reader.tokens(41)
