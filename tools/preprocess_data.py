@@ -9,7 +9,6 @@ Over many machines, as a SLURM array: each task reads its share of the same inpu
 """
 
 import argparse
-import logging
 import sys
 
 from megatron_mm import config as configs
@@ -17,6 +16,7 @@ from megatron_mm import endings
 from megatron_mm.environment import read_number
 from megatron_mm.errors import ConfigError
 from megatron_mm.ingest.pipeline import Options, Report, Share, preprocess
+from megatron_mm.printable import line
 
 PRESET = "mm_88b"
 
@@ -37,6 +37,12 @@ def main() -> int:
     )
     parser.add_argument(
         "--trust-content", action="store_true", help="read mislabelled files as what they are instead of rejecting them"
+    )
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read files that links in a folder of --input lead to outside of it, as in the cache of Hugging Face; "
+        "otherwise they are bad input",
     )
     parser.add_argument(
         "--max-audio-seconds",
@@ -89,7 +95,6 @@ def main() -> int:
         help="shares that the inputs are cut into (default: the tasks of a SLURM array, or 1)",
     )
     arguments = parser.parse_args()
-    logging.basicConfig(format="%(message)s")
     return endings.run(lambda: _run(arguments), memory="Use fewer --workers.")
 
 
@@ -118,6 +123,7 @@ def _run(arguments: argparse.Namespace) -> None:
             ),
             engine=arguments.tokenizer_engine,
             share=share,
+            follow_links=arguments.follow_links,
         )
     print(_summary(report, share.prefix(arguments.output_prefix)))
 
@@ -138,11 +144,11 @@ def _summary(report: Report, prefix: str) -> str:
         f"{counts.rejected} rejected",
         "documents by source: " + ", ".join(f"{name} {number}" for name, number in sorted(counts.by_source.items())),
         "media items: " + (", ".join(f"{name} {number}" for name, number in sorted(counts.media.items())) or "none"),
-        f"shards: {prefix}.*",
+        f"shards: {line(prefix)}.*",
     ]
-    lines += [f"  rejected {rejection.path}: {rejection.reason}" for rejection in report.rejections[:10]]
+    lines += [f"  rejected {line(rejection.path)}: {line(rejection.reason)}" for rejection in report.rejections[:10]]
     if counts.rejected > 10:
-        lines.append(f"  ... and {counts.rejected - 10} more in {prefix}.rejected.jsonl")
+        lines.append(f"  ... and {counts.rejected - 10} more in {line(prefix)}.rejected.jsonl")
     return "\n".join(lines)
 
 

@@ -14,6 +14,8 @@ from megatron_mm.modalities.audio.spec import SAMPLE_RATE, audio_frames, encode_
 
 MISSING_FRACTION = 0.02
 """A recording that is shorter than its header says by more than this is taken to be cut off."""
+ALONE = {"protocol_whitelist": ""}
+"""Lets FFmpeg open nothing but what it is given: a playlist would have it open files and addresses that it names."""
 STREAMED_RIFF_BYTES = 0xFFFFFF00
 """Writers that do not know the length yet leave about this much in a WAV header."""
 
@@ -43,7 +45,7 @@ def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:
     parts: list[np.ndarray] = []
     rate, declared = SAMPLE_RATE, None
     try:
-        with av.open(file) as container:
+        with av.open(file, options=ALONE) as container:
             if not container.streams.audio:
                 raise DataError("it holds no audio")
             stream = container.streams.audio[0]

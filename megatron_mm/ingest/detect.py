@@ -22,6 +22,8 @@ def detect(path: Path, *, trust_content: bool = False) -> Kind:
 
     Raises DataError if it is empty or, unless `trust_content`, named as a kind that its content is not.
     """
+    if not path.is_file():
+        raise DataError("it is not a plain file" if path.exists() else "it does not exist")
     if path.stat().st_size == 0:
         raise DataError("the file is empty")
     mime = mime_of(path)

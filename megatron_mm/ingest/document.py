@@ -1,5 +1,7 @@
 """What a file becomes before it is tokenized: an ordered list of text and media."""
 
+import os.path
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -59,6 +61,12 @@ class Rejection:
     def is_filtered(self) -> bool:
         """Whether it could be read, and a filter left it out: that ends no run."""
         return self.reason.startswith("filter ")
+
+
+def unexpected(error: Exception) -> str:
+    """Return what to say of a file whose reader raised what it should not: libraries do, of files that are damaged."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"reading it raised {type(error).__name__} at {os.path.basename(frame.filename)}:{frame.lineno}: {error}"
 
 
 Reading = tuple[list[Document], list[Rejection]]

@@ -33,6 +33,8 @@ def read_image(data: bytes) -> ImageSegment:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
+                if image.format == "EPS":  # Pillow starts Ghostscript for it
+                    raise DataError("it is PostScript, a program, which is not run")
                 _check_size(image)
                 # Pillow shows 8 bits of a 16-bit RGB PNG, other decoders all 16. Loading forgets the tiles.
                 is_deep = any(";16" in str(tile.args) for tile in image.tile)

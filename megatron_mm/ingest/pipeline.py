@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import kinds, work_items
+from megatron_mm.ingest.beside import refuse_found
 from megatron_mm.ingest.captions import pair_captions
 from megatron_mm.ingest.document import Rejection, TextSegment
 from megatron_mm.ingest.filters import check_languages
@@ -27,6 +28,7 @@ from megatron_mm.ingest.work_items import (
     read_work,
 )
 from megatron_mm.ingest.workers import Cut, Failure, Workers
+from megatron_mm.printable import line
 from megatron_mm.shards import Counts, EncodedBatch, ShardWriter
 from megatron_mm.tokenizer import EncodingMismatch, Engine, TextTokenizer
 
@@ -69,6 +71,7 @@ def preprocess(
     options: Options = DEFAULTS,
     engine: Engine = "auto",
     share: Share = EVERYTHING,
+    follow_links: bool = False,
 ) -> Report:
     """Read every file under `inputs` and write one set of shards; the result does not depend on `workers`.
 
@@ -78,7 +81,7 @@ def preprocess(
     nothing is left to write.
     """
     check_languages(options.languages)
-    plan = WorkPlan(find_files(inputs), share)
+    plan = WorkPlan(find_files(inputs, follow_links=follow_links), share)
     make_task = functools.partial(_make_task, tokenizer_path, engine, options)
     with Workers(workers, make_task, split=cut_work) as pool:  # started first: they load their tokenizers meanwhile
         tokenizer = TextTokenizer(tokenizer_path, engine=engine)
@@ -126,23 +129,40 @@ def read_texts(inputs: Sequence[str]) -> Iterator[str]:
     for item in WorkPlan(find_files(inputs), EVERYTHING).work():
         for documents, rejections in read_all(item, DEFAULTS):
             if rejections:
-                raise DataError(f"{rejections[0].path}: {rejections[0].reason}")
+                raise DataError(f"{line(rejections[0].path)}: {line(rejections[0].reason)}")
             for document in documents:
                 yield from (segment.text for segment in document.segments if isinstance(segment, TextSegment))
 
 
-def find_files(inputs: Sequence[str]) -> list[Path]:
-    """Return the files under `inputs` in a fixed order; hidden ones are left out.
+@dataclass(frozen=True)
+class Found:
+    """A file under an input, or something else that nobody reads."""
 
-    Raises DataError if an input does not exist or nothing is found.
+    path: Path
+    refusal: str = ""
+    """Why it is not opened."""
+
+
+def find_files(inputs: Sequence[str], *, follow_links: bool = False) -> list[Found]:
+    """Return what there is under `inputs` in a fixed order; hidden files, and what is in hidden folders, are left out.
+
+    What an input names is read, whatever it is a link to. Below a folder, links that lead out of it are refused, unless
+    `follow_links` has those to files read. Raises DataError if an input does not exist or nothing is found.
     """
-    files: list[Path] = []
+    files: list[Found] = []
     for text in inputs:
         path = Path(text)
         if not path.exists():
             raise DataError(f"{path} does not exist: --input takes files and folders.")
-        found = [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file())
-        files += [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        if path.is_file():
+            files.append(Found(path))
+            continue
+        if not path.is_dir():
+            raise DataError(f"{path} is a pipe, a socket or a device: --input takes files and folders.")
+        for inner in sorted(path.rglob("*")):
+            refusal = refuse_found(inner, path, follow_links=follow_links)
+            if (refusal or inner.is_file()) and not any(part.startswith(".") for part in inner.relative_to(path).parts):
+                files.append(Found(inner, refusal))
     if not files:
         raise DataError(f"there are no files under {', '.join(inputs)}. Give --input files, or folders that hold some.")
     return files
@@ -161,7 +181,7 @@ class _Started:
 class WorkPlan:
     """The work of one run in its order, and how far it has come. A caption goes with its image or recording."""
 
-    files: Sequence[Path]
+    found: Sequence[Found]
     share: Share
     num_done: int = 0
     done_bytes: int = 0
@@ -169,10 +189,10 @@ class WorkPlan:
     _started: deque[_Started] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self._captions = pair_captions(self.files)
+        self._captions = pair_captions(one.path for one in self.found if not one.refusal)
         shown = set(self._captions.values())
-        self.files = [file for file in self.files if file not in shown]
-        self.sizes = [file.stat().st_size for file in self.files]
+        self.files = [one for one in self.found if one.path not in shown]
+        self.sizes = [0 if one.refusal else one.path.stat().st_size for one in self.files]
         total = sum(self.sizes)
         self._from = total * self.share.task // self.share.tasks
         self._until = total * (self.share.task + 1) // self.share.tasks
@@ -182,17 +202,22 @@ class WorkPlan:
         """Yield what is not done yet, file after file: files are cut as they are reached."""
         first_file, first_piece = self._next
         before = 0
-        for number, (path, size) in enumerate(zip(self.files, self.sizes)):
+        for number, (found, size) in enumerate(zip(self.files, self.sizes)):
             # A file of no bytes begins where the next one does, so the last share takes what begins at its end.
             is_last = self.share.task + 1 == self.share.tasks
             if number >= first_file and before <= self._until and before + size >= self._from:
-                for piece, item in enumerate(cut_file(path, caption=self._captions.get(path))):
+                for piece, item in enumerate(self._cut(found)):
                     begins = before + item.start
                     is_own = self._from <= begins and (begins < self._until or is_last)
                     if is_own and (number, piece) >= (first_file, first_piece):
                         self._started.append(_Started(number, piece, item))
                         yield item
             before += size
+
+    def _cut(self, found: Found) -> Iterable[WorkItem]:
+        if found.refusal:
+            return [WorkItem(found.path, refusal=found.refusal, size=0)]
+        return cut_file(found.path, caption=self._captions.get(found.path))
 
     def finish(self, item: WorkItem) -> bool:
         """Note that `item`, a piece of work or the next part of one, is done; return whether the piece is."""
@@ -217,7 +242,9 @@ class WorkPlan:
 
 def _resume_key(plan: WorkPlan, tokenizer: TextTokenizer, skip_bad: bool, options: Options) -> str:
     """Return what is the same for two runs only if they write the same bytes."""
-    files = [(str(path), size, path.stat().st_mtime_ns) for path, size in zip(plan.files, plan.sizes)]
+    files = [
+        (str(one.path), size, one.refusal or one.path.stat().st_mtime_ns) for one, size in zip(plan.files, plan.sizes)
+    ]
     settings = [
         asdict(tokenizer.info),
         tokenizer.engine,
@@ -255,5 +282,5 @@ def _make_task(
 def _first_bad(rejections: Sequence[Rejection]) -> str:
     if not rejections:
         return ""
-    first = rejections[0]
-    return f"{first.path}: {first.reason.rstrip('.')}. Mend it, or leave out what cannot be read with --bad-input skip."
+    path, reason = line(rejections[0].path), line(rejections[0].reason)
+    return f"{path}: {reason.rstrip('.')}. Mend it, or leave out what cannot be read with --bad-input skip."

@@ -11,7 +11,7 @@ from megatron_mm.ingest import kinds
 from megatron_mm.ingest.archive import MAX_DEPTH, decompress, unpack
 from megatron_mm.ingest.captions import is_captioned, pair_captions
 from megatron_mm.ingest.detect import detect, mime_of
-from megatron_mm.ingest.document import Document, Reading, Rejection, Segment, TextSegment
+from megatron_mm.ingest.document import Document, Reading, Rejection, Segment, TextSegment, unexpected
 from megatron_mm.ingest.kinds import Parts
 from megatron_mm.ingest.mail import read_mail
 from megatron_mm.ingest.records import TEXT_FIELDS, read_lines, read_rows
@@ -51,6 +51,10 @@ def read_file(path: Path, *, caption: Path | None = None, trust_content: bool = 
         return [], [Rejection(str(path), str(error))]
     except RecursionError:
         return [], [Rejection(str(path), "it is nested too deeply")]
+    except MemoryError:
+        raise
+    except Exception as error:  # libraries raise what they like of a damaged file
+        return [], [Rejection(str(path), unexpected(error))]
     return [Document(segments, kind.source)], rejections
 
 

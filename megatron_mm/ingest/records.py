@@ -10,7 +10,8 @@ import pyarrow.parquet
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.audio import read_audio
-from megatron_mm.ingest.document import Document, Reading, Rejection, Segment, TextSegment
+from megatron_mm.ingest.beside import file_beside
+from megatron_mm.ingest.document import Document, Reading, Rejection, Segment, TextSegment, unexpected
 from megatron_mm.ingest.image import read_image
 from megatron_mm.ingest.text import decode_text
 from megatron_mm.source import Source
@@ -37,8 +38,10 @@ def read_lines(path: Path, *, start: int = 0, stop: int | None = None, first_lin
             continue
         try:
             documents.append(_read_line(line, path.parent))
-        except (DataError, OSError) as error:
-            rejections.append(Rejection(f"{path}:{number}", str(error)))
+        except MemoryError:
+            raise
+        except Exception as error:  # of a damaged file, libraries raise what they like
+            rejections.append(Rejection(f"{path}:{number}", _reason(error)))
     if not documents and not rejections:
         rejections.append(Rejection(str(path), "it has no lines"))
     return documents, rejections
@@ -62,8 +65,10 @@ def read_rows(path: Path, *, start: int = 0, stop: int | None = None) -> Reading
                 for number, record in enumerate(_records(table), start=first):
                     try:
                         documents.append(read_record(record, path.parent))
-                    except (DataError, OSError) as error:
-                        rejections.append(Rejection(f"{path}:{number + 1}", str(error)))
+                    except MemoryError:
+                        raise
+                    except Exception as error:  # the same
+                        rejections.append(Rejection(f"{path}:{number + 1}", _reason(error)))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"the Parquet file is damaged: {error}") from error
     return documents, rejections
@@ -94,6 +99,10 @@ def _row_groups(
 def _records(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
     for batch in table.to_batches(max_chunksize=64):
         yield from batch.to_pylist()
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, DataError | OSError) else unexpected(error)
 
 
 def _read_line(line: bytes, folder: Path) -> Document:
@@ -142,7 +151,9 @@ def _media_bytes(value: Any, field: str, folder: Path) -> bytes:
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
         return value
-    target = (folder / str(value)).resolve()
-    if not target.is_relative_to(folder.resolve()):
+    if not isinstance(value, str):
+        raise DataError(f"it is {type(value).__name__}, neither the name of a file nor its bytes")
+    target = file_beside(folder, value)
+    if target is None:
         raise DataError(f"it is outside the folder of the {field}'s record")
     return target.read_bytes()

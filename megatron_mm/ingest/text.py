@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 from lxml import etree, html
 
 from megatron_mm.errors import DataError
+from megatron_mm.ingest.beside import file_beside
 from megatron_mm.ingest.document import Rejection, Segment, TextSegment
 from megatron_mm.ingest.image import read_image
 
@@ -101,11 +102,10 @@ def read_page(data: bytes, *, name: str, fetch: Fetch) -> tuple[list[Segment], l
 
 def _beside(path: Path, address: str) -> bytes | None:
     parts = urlsplit(address)
-    folder = path.resolve().parent
-    target = (folder / unquote(parts.path)).resolve()
-    if parts.scheme or parts.netloc or not parts.path or not target.is_relative_to(folder):
+    if parts.scheme or parts.netloc or not parts.path:
         return None
-    return target.read_bytes()
+    target = file_beside(path.resolve().parent, unquote(parts.path))
+    return None if target is None else target.read_bytes()
 
 
 class _PageReader:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.audio import decode_mono
+from megatron_mm.ingest.audio import ALONE, decode_mono
 from megatron_mm.ingest.document import AudioSegment, ImageSegment, Rejection, Segment
 from megatron_mm.ingest.image import MAX_PIXELS, encode_pixels
 from megatron_mm.modalities.audio.spec import SAMPLE_RATE, audio_frames, encode_flac
@@ -26,7 +26,7 @@ MAX_SIDE = 2 * ImageGeometry().image_size
 def has_pictures(path: Path) -> bool:
     """Tell whether a media file shows moving pictures: cover art is none. Raises DataError if it is damaged."""
     try:
-        with av.open(str(path)) as container:
+        with path.open("rb") as file, av.open(file, options=ALONE) as container:
             return _stream(container) is not None
     except (av.error.FFmpegError, ValueError) as error:
         raise DataError(f"the media file is damaged: {error}") from error
@@ -43,7 +43,7 @@ def read_video(
     seconds: list[list[Segment]] = []
     has_audio = False
     try:
-        with av.open(str(path)) as container:
+        with path.open("rb") as file, av.open(file, options=ALONE) as container:
             has_audio = bool(container.streams.audio)
             for tick, frame in _frames(container, frames_per_second):
                 second = tick // frames_per_second

@@ -44,6 +44,8 @@ class WorkItem:
     """Bytes that this work reads, for the progress bar; None: those of the file."""
     ends: bool = True
     """Whether it is the last part of what it was cut from; true of what was not cut."""
+    refusal: str = ""
+    """Why it is not opened at all."""
 
     @property
     def num_bytes(self) -> int:
@@ -100,6 +102,8 @@ def read_work(work: WorkItem, options: Options) -> Reading | Cut[WorkItem]:
 
     Never raises for what is in the file.
     """
+    if work.refusal:
+        return [], [Rejection(str(work.path), work.refusal)]
     # The readers of media take half a second to load, which runs over plain text are spared.
     import tarfile
 

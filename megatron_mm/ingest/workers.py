@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_mm import endings
+from megatron_mm.ingest.document import unexpected
 
 AHEAD_PER_WORKER = 4
 """Work items under way or done and waiting for their turn, for each worker: few enough to bound memory."""
@@ -271,9 +272,7 @@ def _attempt(task: Callable[[Any], Any], item: Any, limits: Limits) -> _Message:
     except MemoryError:
         return _Message(spoilt=f"reading it took more than {limits.memory_gib:g} GiB of memory")
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-        return _Message(Failure(f"reading it raised {type(error).__name__} at {place}: {error}"))
+        return _Message(Failure(unexpected(error)))
 
 
 def _leave_with_parent() -> None:
