@@ -29,7 +29,7 @@ def _run(run_dir: Path) -> None:
     try:
         report = write_report(run_dir)
         plot_losses(run_dir)
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise DataError(f"{file} holds records that no run has written ({error!r}). Restore it.") from error
     print(report)
 

@@ -15,9 +15,13 @@ import socket
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from pydantic import ConfigDict, Field
 
 from megatron_mm.errors import DataError, RunStopped
+from megatron_mm.outside import file_name, parse_json
+from megatron_mm.settings import NonNegativeInt
 from megatron_mm.storage import give_name, hash_file, make_folder, publish_folder, replacing
 
 log = logging.getLogger(__name__)
@@ -29,6 +33,20 @@ REMOVED = "removed.partial"
 """Follows the name of what is no checkpoint any more, while its files go."""
 TOKENIZER = "tokenizer.json"
 """That of the run's shards, beside the tensors: without it nobody can tell whether ids mean the same."""
+
+
+class Facts(TypedDict):
+    """What the manifest of a checkpoint says: its files, and what of the run stands in none of them."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    step: NonNegativeInt
+    bytes: dict[str, NonNegativeInt]
+    sha256: dict[str, str]
+    run: NotRequired[str]
+    batch_sizes: NotRequired[list[Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]]
+    left_out: NotRequired[list[Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)]]]
+    changes: NotRequired[list[dict[str, Any]]]
+    inputs: NotRequired[dict[str, Any] | None]
 
 
 class TakenOver(RunStopped):
@@ -87,12 +105,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint. Raises DataError if it is damaged, or not the one that was committed."""
     try:
         data = (path / MANIFEST).read_bytes()
-        manifest = json.loads(data)
+        manifest = parse_json(data, Facts, where=MANIFEST)
         committed = (path / COMMITTED).read_text().strip()
     except (OSError, ValueError) as error:
         raise DataError(f"{path / MANIFEST} or {COMMITTED} cannot be read ({type(error).__name__}: {error})") from error
     if _sha256(data) != committed:
         raise DataError(f"{path / MANIFEST} is not the manifest that was committed: it is stale or damaged")
+    for name in manifest["bytes"]:
+        file_name(name, where=path / MANIFEST)
+        if name not in manifest["sha256"]:
+            raise DataError(f"{path / MANIFEST} has no sha256 of {name}")
     if manifest["step"] != step_of(path):
         raise DataError(f"{path / MANIFEST} is of step {manifest['step']}")
     return manifest
@@ -157,13 +179,13 @@ class Fence:
     def holds(self, folder: Path) -> bool:
         """Return whether the checkpoints in `folder`, as this node sees it, are this job's."""
         try:
-            return (folder / OWNER).read_text().strip() == self.token
+            return (folder / OWNER).read_text(errors="replace").strip() == self.token
         except OSError:
             return False
 
     def check(self) -> None:
         """Pass if this job still owns the run; raise TakenOver if not."""
-        owner = self._path.read_text().strip() if self._path.exists() else "nobody"
+        owner = self._path.read_text(errors="replace").strip() if self._path.exists() else "nobody"
         if owner != self.token:
             raise TakenOver(
                 f"{self._path} names {owner}, this job is {self.token}: another job goes on with this run, so this one "

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_mm.checkpoint.verify import check_sizes
 from megatron_mm.errors import DataError
+from megatron_mm.outside import file_name
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types of weights, as settings and commands call them."""
@@ -103,12 +104,15 @@ class CheckpointReader:
         self.tensors: dict[str, TensorInfo] = {}
         self._chunks: dict[str, list[Chunk]] = {}
         metadata = read_index(self.path / ".metadata")
-        stored = {(key.fqn, tuple(key.offset or ())): value for key, value in metadata.storage_data.items()}
-        for key, value in metadata.state_dict_metadata.items():
-            if hasattr(value, "chunks") and not key.startswith("optimizer."):
-                self.keys.add(key)
-                self._add(key, value, stored)
-        self._join_halves()
+        try:
+            stored = {(key.fqn, tuple(key.offset or ())): value for key, value in metadata.storage_data.items()}
+            for key, value in metadata.state_dict_metadata.items():
+                if hasattr(value, "chunks") and not key.startswith("optimizer."):
+                    self.keys.add(key)
+                    self._add(key, value, stored)
+            self._join_halves()
+        except (TypeError, AttributeError, LookupError, AssertionError) as error:
+            raise DataError(f"{self.path / '.metadata'} is damaged: {type(error).__name__}: {error}") from error
 
     def _add(self, key: str, value: Any, stored: dict[tuple[str, tuple[int, ...]], Any]) -> None:
         """List tensor `key`, or each layer of a stacked one."""
@@ -263,7 +267,12 @@ def read_index(path: Path) -> Any:
     """Return the index of a checkpoint. Raises DataError if it is damaged or names what no index needs."""
     try:
         with path.open("rb") as file:
-            return IndexUnpickler(file).load()
+            metadata = IndexUnpickler(file).load()
+        for place in metadata.storage_data.values():
+            file_name(place.relative_path, where="it")
+            if not all(type(number) is int and 0 <= number < 2**63 for number in (place.offset, place.length)):
+                raise DataError(f"its part of {place.relative_path} lies nowhere.")
+        return metadata
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle may raise anything

@@ -1,16 +1,28 @@
 """What is wrong with a checkpoint on disk, by its manifest; needs neither torch nor a process group."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
+
+from pydantic import ConfigDict
 
 from megatron_mm.checkpoint.format import MANIFEST, read_manifest
 from megatron_mm.errors import DataError
+from megatron_mm.outside import file_name, read_json
+from megatron_mm.settings import NonNegativeInt
 from megatron_mm.storage import hash_file
 
 EDGE_BYTES = 1 << 20
 """How many bytes at the beginning and the end of each file of an import its fingerprint counts."""
+
+
+class Listed(TypedDict):
+    """What the manifest says of any checkpoint, one that was imported too."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    step: NonNegativeInt
+    bytes: dict[str, NonNegativeInt]
 
 
 def find_damage(path: Path, *, share: int = 0, of: int = 1, names: Sequence[str] | None = None) -> list[str]:
@@ -41,9 +53,9 @@ def find_damage(path: Path, *, share: int = 0, of: int = 1, names: Sequence[str]
 def check_sizes(path: Path) -> int:
     """Return the step of a checkpoint. Raises DataError if it is not one, or a file has another size than it should."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        sizes, step = dict(manifest["bytes"]), int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = read_json(path / MANIFEST, Listed)
+        sizes, step = manifest["bytes"], manifest["step"]
+    except (OSError, DataError) as error:
         inside = sorted(str(file.parent) for file in path.glob(f"**/step_*/{MANIFEST}"))
         hint = f" Did you mean {inside[-1]}?" if inside else ""
         reason = f"{MANIFEST}: {error.strerror}" if isinstance(error, OSError) else f"{MANIFEST} is damaged: {error}"
@@ -52,6 +64,7 @@ def check_sizes(path: Path) -> int:
             f"RUN_DIR/checkpoints/step_N.{hint}"
         ) from error
     for name, size in sizes.items():
+        file_name(name, where=path / MANIFEST)
         found = (path / name).stat().st_size if (path / name).exists() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"

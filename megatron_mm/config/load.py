@@ -22,6 +22,9 @@ from megatron_mm.storage import make_folder, replacing
 
 log = logging.getLogger(__name__)
 
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What PyYAML raises of text that is not YAML, or has values that are not of their types: dates, numbers, tags."""
+
 PRESET_DIR = Path(__file__).parent / "presets"
 RENAMED = {"vision": "image"}
 """Sections as files of earlier versions name them, and as they are called now."""
@@ -213,7 +216,7 @@ def _read(preset: str, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(
             f"{path}{place} cannot be read as YAML: {error.problem}. Mend it there, or a little before."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise ConfigError(f"{path} is not YAML ({type(error).__name__}: {error}). Give a text file.") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}. Give a file that can.") from error
@@ -297,7 +300,7 @@ def _apply(settings: dict[str, Any], overrides: Sequence[str]) -> list[str]:
             continue
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except NOT_YAML:
             problems.append(f"{override!r}: the value is not YAML; quote it.")
             continue
         if isinstance(value, str) and _is_number(value):  # YAML 1.1 reads 2e-4 as a string

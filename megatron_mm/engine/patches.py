@@ -189,7 +189,7 @@ def _plain_load_bytes(original: Any, path: Path, unpickler: type[pickle.Unpickle
         name = item.dest_index.fqn
         try:
             loaded = torch.load(value, weights_only=True)
-        except pickle.UnpicklingError as error:
+        except Exception as error:  # a damaged pickle may raise anything
             raise DataError(f"{path}: {name} is not plain data, so it is not opened: {error}") from error
         if planner.flatten_state_dict:
             set_element(planner.original_state_dict, planner.mappings[name], loaded)

@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+from pydantic import ConfigDict
 from tqdm import tqdm
 
 from megatron_mm import config as configs
@@ -28,6 +29,7 @@ from megatron_mm.hf.stream import (
 )
 from megatron_mm.hf.weight_map import Target
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
+from megatron_mm.outside import file_name, read_json
 from megatron_mm.settings import divisors
 from megatron_mm.storage import (
     PARTIAL,
@@ -165,14 +167,28 @@ def _kinds(config: Config, asked: tuple[str, ...] | None) -> tuple[str, ...]:
     return asked or tuple(kind for kind in KINDS if kind not in refused)
 
 
+class Sums(TypedDict):
+    """What the manifest of an export must say."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    sha256: dict[str, str]
+
+
+class Progress(TypedDict):
+    """What an export that is under way has done."""
+
+    begun: str
+    done: dict[str, str]
+
+
 def verify(folder: Path) -> int:
     """Pass if every file of an export is as it was written, and return how many there are. Raises DataError if not."""
     try:
-        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+        sums = read_json(folder / MANIFEST, Sums)["sha256"]
+    except (OSError, DataError) as error:
         raise DataError(f"{folder} is not a finished export: {MANIFEST} cannot be read ({error}).") from error
     for name, expected in tqdm(sums.items(), desc="verify", unit="file"):
-        check_sha256(folder / name, expected)
+        check_sha256(folder / file_name(name, where=folder / MANIFEST), expected)
     return len(sums)
 
 
@@ -257,7 +273,7 @@ def _begin(partial: Path, begun: str) -> dict[str, str]:
         if any(file.is_file() for file in partial.rglob("*.safetensors")):
             raise ConfigError(f"{partial} holds shards that are not accounted for: remove it.")
         return {}
-    found = json.loads(progress.read_text())
+    found = read_json(progress, Progress, hint=f"Remove {partial}.")
     if found["begun"] != begun:
         raise ConfigError(f"{partial} was begun from another checkpoint, or with other options: remove it.")
     return found["done"]

@@ -6,16 +6,17 @@ sampling that are kept by others. Prompts are read, tokenized and decoded by the
 through.
 """
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -25,12 +26,17 @@ from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf import files
 from megatron_mm.hf.export import Options, export
 from megatron_mm.hf.load import PARTS
+from megatron_mm.hf.tensors import safetensors_files
 from megatron_mm.ingest.document import Document
 from megatron_mm.ingest.encode import encode_document
 from megatron_mm.modalities import BY_NAME, EncoderSection, Geometries, default_geometries
+from megatron_mm.outside import read_json
 from megatron_mm.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
+
+FOREIGN = (OSError, SafetensorError, StrictDataclassError, ValueError, TypeError, LookupError, AttributeError)
+"""What transformers and its libraries raise of a folder whose files are damaged, or say what no model is."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,13 @@ def opened(path: Path, *, tokenizer_path: Path | None = None, dtype: torch.dtype
         yield load_export(out / "full", dtype)
 
 
+class Described(TypedDict):
+    """What the config.json of an export says."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    model_type: NotRequired[str]
+
+
 def load_export(folder: Path, dtype: torch.dtype | None = None) -> Speaker:
     """Return the export in `folder`, on this process's device. Raises DataError if its tensors are not its model's."""
     import transformers
@@ -102,19 +115,19 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> Speaker:
     # The package's own copy of the code that a full export carries: nothing in the folder is executed.
     from megatron_mm.hf.code.modeling_megatron_mm import MegatronMMForConditionalGeneration
 
-    try:
-        description = dict(json.loads((folder / "config.json").read_text()))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{folder / 'config.json'} is damaged ({error}). Write the export again.") from error
+    description = read_json(folder / "config.json", Described, hint="Write the export again.")
+    safetensors_files(folder)  # for its error: transformers would open whatever the index names
     kind = description.get("model_type")
-    model_class = transformers.AutoModelForCausalLM
+    model_class, only_ours = transformers.AutoModelForCausalLM, {"trust_remote_code": False}
     if kind == "megatron_mm":
-        model_class = MegatronMMForConditionalGeneration
+        model_class, only_ours = MegatronMMForConditionalGeneration, {}
     elif kind in PARTS:
         model_class = getattr(transformers, files.EXPORTS[PARTS[kind][0]].stock.auto_class)
     try:
-        model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
-    except (OSError, SafetensorError) as error:
+        settings = {name: files.EXPORTS[name].settings(description) for name in PARTS.get(kind, ())}
+        sections = {name: BY_NAME[name].section(**own) for name, own in settings.items()}
+        model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **only_ours)
+    except FOREIGN as error:
         raise DataError(
             f"{folder} is damaged or not whole ({error}). `tools/convert_checkpoint.py verify` names the files."
         ) from error
@@ -122,8 +135,6 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> Speaker:
     if wrong:
         raise DataError(f"{folder}: its tensors are not those of its config.json: {wrong}.")
     model = model.eval().to(device.current())
-    settings = {name: files.EXPORTS[name].settings(description) for name in PARTS.get(kind, ())}
-    sections = {name: BY_NAME[name].section(**own) for name, own in settings.items()}
     return Speaker(model, TextTokenizer(folder / "tokenizer.json"), sections)
 
 

@@ -1,11 +1,12 @@
 """A Hugging Face folder as the start of a run: a checkpoint of weights that training loads in any layout."""
 
-import json
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
+from pydantic import ConfigDict
 
 from megatron_mm import config as configs
 from megatron_mm.checkpoint.format import TOKENIZER
@@ -18,6 +19,8 @@ from megatron_mm.hf.stream import blocks, check_complete, explained, info_of
 from megatron_mm.hf.tensors import SafetensorsReader
 from megatron_mm.hf.weight_map import Target, whole
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
+from megatron_mm.outside import checked, read_json
+from megatron_mm.settings import PositiveInt
 
 TEXT_MODELS = ("llama", "mistral", "qwen3")
 """Model types whose layers are ours: RMSNorm, SwiGLU, rotary halves, no biases."""
@@ -26,6 +29,24 @@ PARTS["megatron_mm"] = tuple(files.EXPORTS)
 """Model types that hold encoders and projectors as well, as our exports do."""
 DEFAULTS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
 """What our decoder has, and what a configuration that does not say otherwise means."""
+
+
+class Decoder(TypedDict):
+    """What config.json says of the decoder."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    num_attention_heads: PositiveInt
+    num_hidden_layers: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    vocab_size: PositiveInt
+    num_key_value_heads: NotRequired[PositiveInt | None]
+    head_dim: NotRequired[PositiveInt | None]
+    rms_norm_eps: NotRequired[float]
+    rope_theta: NotRequired[float | None]
+    rope_parameters: NotRequired[dict[str, Any] | None]
+    rope_scaling: NotRequired[dict[str, Any] | None]
+    use_sliding_window: NotRequired[bool]
 
 
 def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[str] = ()) -> Config:
@@ -39,7 +60,7 @@ def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[s
     """
     if out.exists():
         raise ConfigError(f"{out} exists: name a folder that does not, or remove it.")
-    description = _read_json(folder / "config.json")
+    description = read_description(folder)
     found = decoder_settings(description) | encoder_settings(description)
     settings = [f"{key}={value}" for key, value in found.items()]
     settings += [f"{part}.pretrained=null" for part in PARTS.get(description["model_type"], ())]
@@ -68,8 +89,13 @@ def decoder_settings(description: dict[str, Any]) -> dict[str, Any]:
     """Return our model.* settings of a Hugging Face configuration. Raises ConfigError if it is no decoder of ours."""
     text = description.get("text_config", description)
     kind = description.get("model_type")
-    if kind not in (*TEXT_MODELS, *PARTS) or text.get("model_type", kind) not in TEXT_MODELS:
+    if not isinstance(text, dict):
+        raise DataError(
+            f"config.json has a text_config that describes no decoder: {text!r:.80}. Copy the folder again."
+        )
+    if kind not in [*TEXT_MODELS, *PARTS] or text.get("model_type", kind) not in TEXT_MODELS:
         raise ConfigError(f"model_type={kind} is not imported: {', '.join((*TEXT_MODELS, *PARTS))} are.")
+    checked(text, Decoder, where="config.json", hint="Copy the folder again.")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     found = {key: text.get(key, value) for key, value in DEFAULTS.items()}
     found["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
@@ -96,19 +122,34 @@ def decoder_settings(description: dict[str, Any]) -> dict[str, Any]:
 def encoder_settings(description: dict[str, Any]) -> dict[str, Any]:
     """Return our settings of the encoders that a Hugging Face configuration has, as image.* and so on.
 
-    Raises ConfigError if it says nothing of one that its model type has.
+    Raises ConfigError if it says nothing of one that its model type has, DataError if what it says is of other types.
     """
-    return {
-        f"{part}.{key}": value
-        for part in PARTS.get(description["model_type"], ())
-        for key, value in files.EXPORTS[part].settings(description).items()
-    }
+    found = {}
+    for part in PARTS.get(description["model_type"], ()):
+        with _describing(part):
+            found |= {f"{part}.{key}": value for key, value in files.EXPORTS[part].settings(description).items()}
+    return found
+
+
+@contextlib.contextmanager
+def _describing(part: str) -> Iterator[None]:
+    """Raise DataError for what config.json says of an encoder with values of other types than it has."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise DataError(
+            f"what config.json says of the {part} encoder is not what it should be ({type(error).__name__}: {error}). "
+            "Copy the folder again."
+        ) from error
 
 
 def _check_encoders(description: dict[str, Any], config: Config) -> None:
     """Raise ConfigError with all that the folder says of its encoders and that ours have otherwise."""
     parts = PARTS.get(description["model_type"], ())
-    wrong = [line for part in parts for line in files.EXPORTS[part].unlike(description, config.encoders[part])]
+    wrong = []
+    for part in parts:
+        with _describing(part):
+            wrong += files.EXPORTS[part].unlike(description, config.encoders[part])
     if parts:
         pairs = files.FULL_PROJECTORS.items()
         wrong += [f"{k}={description[k]}, ours has {v}" for k, v in pairs if description.get(k, v) != v]
@@ -127,10 +168,12 @@ def _check_shapes(
         raise DataError(f"{where} is not the model that its config.json describes:\n  " + "\n  ".join(wrong))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return what the config.json of a Hugging Face folder says. Raises DataError if it is damaged or not there."""
+    path = folder / "config.json"
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return read_json(path, dict[str, Any])
+    except (OSError, DataError) as error:
         raise DataError(f"{path} cannot be read ({error}): a Hugging Face folder has one. Copy it again.") from error
 
 

@@ -3,22 +3,40 @@
 Nothing here holds a whole tensor, or executes what a file says.
 """
 
-import json
 import math
 import os
 import struct
 from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from megatron_mm.checkpoint.index import TensorInfo, read_into
 from megatron_mm.errors import DataError
+from megatron_mm.outside import checked, file_name, parse_json, read_json
+from megatron_mm.settings import NonNegativeInt
 
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 MAX_HEADER_BYTES = 100 << 20
 """The most bytes of a safetensors file's header, as its specification has it."""
+
+
+class Index(TypedDict):
+    """What the index of a Hugging Face folder must say: the file of each tensor."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    weight_map: dict[str, str]
+
+
+class Entry(TypedDict):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: str
+    shape: list[NonNegativeInt]
+    data_offsets: Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]
 
 
 class SafetensorsReader:
@@ -27,7 +45,7 @@ class SafetensorsReader:
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[int, int, Path]] = {}
-        for file in _safetensors_files(Path(folder)):
+        for file in safetensors_files(Path(folder)):
             descriptor = os.open(file, os.O_RDONLY)
             for name, (info, offset) in read_header(file).items():
                 self.tensors[name], self._places[name] = info, (descriptor, offset, file)
@@ -41,16 +59,19 @@ class SafetensorsReader:
         return block.view(info.dtype).view(stop - start, *info.shape[1:])
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
+def safetensors_files(folder: Path) -> list[Path]:
+    """Return the files of weights in a folder. Raises DataError if its index names others, or one is not there."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         if not (folder / "model.safetensors").exists():
             raise DataError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
         return [folder / "model.safetensors"]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        names = sorted(set(read_json(index, Index)["weight_map"].values()))
+    except DataError as error:
         raise DataError(f"{index} is not an index of safetensors: {error}") from error
+    for name in names:
+        file_name(name, where=index, hint="Copy the folder again.")
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)}, which {index.name} lists: copy the folder again.")
@@ -69,15 +90,14 @@ def read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
         if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
             raise DataError(f"{file} is not a safetensors file, or is cut short: it has {size} bytes.")
         try:
-            header = json.loads(opened.read(length))
+            header = parse_json(opened.read(length), dict[str, Any], where="its header")
             header.pop("__metadata__", None)
-            found = {
-                name: (value["dtype"], tuple(value["shape"]), value["data_offsets"]) for name, value in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found = checked(header, dict[str, Entry], where="its header")
+        except DataError as error:
             raise DataError(f"{file} is not a safetensors file: {error}") from error
     tensors = {}
-    for name, (dtype, shape, (first, last)) in found.items():
+    for name, entry in found.items():
+        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if dtype not in DTYPES:
             raise DataError(f"{file}: {name} is {dtype}; weights of {', '.join(DTYPES)} are read.")
         info = TensorInfo(shape, DTYPES[dtype])

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from megatron_mm.errors import ConfigError
+from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.modalities.family import Family
 from megatron_mm.modalities.modality import Modality
 
@@ -71,6 +71,8 @@ class Exports(ABC):
         own, name = description.get(self.describes), self.modality.name
         if own is None:
             raise ConfigError(f"the folder's config.json has no {self.describes}: its {name} encoder is not described.")
+        if not isinstance(own, dict) or not isinstance(own.get("model_type", ""), str):
+            raise DataError(f"the folder's config.json has a {self.describes} that describes no encoder: {own!r:.80}.")
         families = [self.modality.family_of(encoder) for encoder in self.modality.encoders()]
         usual = self.modality.family_of(self.modality.section.model_fields["encoder"].default)
         kind = own.get("model_type", usual.model_type)

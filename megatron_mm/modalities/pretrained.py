@@ -117,7 +117,7 @@ def _check_meaning(tower: nn.Module, path: Path, family: Family, *, section: str
         return
     try:
         description = family.described(dict(json.loads(file.read_text())))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     own = {key: getattr(tower.config, key) for key in family.meaning}
     own = {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}

@@ -5,10 +5,12 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
+from megatron_mm.settings import NonNegativeInt
 from megatron_mm.source import Source
 
 TOKEN_MAGIC, TOKEN_VERSION = b"MMIDIDX\x00\x00", 1
@@ -33,6 +35,8 @@ ITEM = np.dtype(
 )
 TOKENIZER_SUFFIX = ".tokenizer"
 """The suffix of the tokenizer.json that the ids come from; not .json, which stands for manifests in patterns."""
+SUFFIXES = (".bin", ".idx", ".media.bin", ".media.idx")
+"""The files of every set of shards."""
 BLOCK_BYTES = 16 * 2**20
 """Bytes that one checksum of the manifest covers."""
 PAGE_BYTES = 4096
@@ -42,6 +46,44 @@ PAGED = (".bin", ".idx", ".media.idx")
 """The files that P.crc covers, in its order; items of P.media.bin have their own checksums in P.media.idx."""
 MANIFEST_VERSION = 2
 """1 had neither P.crc nor a hash of the manifest itself."""
+
+
+class ManifestTokenizer(TypedDict):
+    """What a manifest says of the tokenizer."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    sha256: str
+    vocab_size: NonNegativeInt
+    special_ids: dict[str, NonNegativeInt]
+
+
+class ManifestFile(TypedDict):
+    """What a manifest says of a file: its size, and the checksum of each BLOCK_BYTES of it."""
+
+    bytes: NonNegativeInt
+    block_crc32: list[NonNegativeInt]
+
+
+class Manifest(TypedDict):
+    """What the manifest of a set of shards must say."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    tokenizer: ManifestTokenizer
+    files: dict[Literal[".bin", ".idx", ".media.bin", ".media.idx", ".tokenizer"], ManifestFile]
+    media: dict[str, NonNegativeInt]
+    modalities: NotRequired[dict[str, dict[str, Any]]]
+
+
+class MergedManifest(TypedDict):
+    """What the manifest of several sets of shards must say: the parts lie where its writer had them."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    tokenizer: ManifestTokenizer
+    parts: Annotated[list[str], Field(min_length=1)]
 
 
 @dataclass(frozen=True)

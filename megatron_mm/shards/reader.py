@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from megatron_mm.errors import DataError
 from megatron_mm.modalities import BY_KIND, BY_NAME, Geometries
+from megatron_mm.outside import checked
 from megatron_mm.shards.checksums import Checksums, differs, map_file
 from megatron_mm.shards.format import (
     BLOCK_BYTES,
@@ -27,13 +28,16 @@ from megatron_mm.shards.format import (
     MEDIA_MAGIC,
     MEDIA_VERSION,
     PAGES_SUFFIX,
+    SUFFIXES,
     TOKEN_DTYPES,
     TOKEN_HEADER,
     TOKEN_MAGIC,
     TOKEN_VERSION,
     TOKENIZER_SUFFIX,
     EncodedDocument,
+    Manifest,
     MediaItem,
+    MergedManifest,
     TokenizerInfo,
     manifest_hash,
 )
@@ -426,7 +430,7 @@ def _read_manifest(prefix: str) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. Give shards that can.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}). Preprocess the inputs again.") from error
     if not isinstance(manifest, dict) or manifest.get("version") not in range(1, MANIFEST_VERSION + 1):
         version = manifest.get("version") if isinstance(manifest, dict) else None
@@ -444,6 +448,12 @@ def _read_manifest(prefix: str) -> dict[str, Any]:
     needed = {"documents", "tokens", "tokenizer"}
     if not (needed <= manifest.keys() and manifest.keys() & {"files", "parts"}):
         raise DataError(f"{path} lacks what a manifest of shards says. Preprocess the inputs again.")
+    kind = MergedManifest if "parts" in manifest else Manifest
+    checked(manifest, kind, where=path, hint="Preprocess the inputs again.")
+    for suffix in SUFFIXES if kind is Manifest else ():
+        file = manifest["files"].get(suffix)
+        if file is None or len(file["block_crc32"]) != -(-file["bytes"] // BLOCK_BYTES):
+            raise DataError(f"{path} lacks {suffix}, or checksums of it. Preprocess the inputs again.")
     return manifest
 
 

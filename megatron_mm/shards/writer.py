@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import numpy as np
 
 from megatron_mm.errors import DataError
 from megatron_mm.modalities import BY_NAME, MODALITIES, Geometries, default_geometries
+from megatron_mm.outside import parse_json
+from megatron_mm.settings import NonNegativeInt
 from megatron_mm.shards.format import (
     BLOCK_BYTES,
     DOCUMENT,
@@ -50,6 +52,23 @@ COMMIT_SECONDS = 10.0
 """A commit is due after so much: what a run that is killed has to do again."""
 COPY_ELEMENTS = 2**20
 """Documents of which the index is made at a time."""
+
+
+class FileState(TypedDict):
+    """What a line of a journal says of a file that is being written."""
+
+    bytes: NonNegativeInt
+    crc32: NonNegativeInt
+    blocks: list[NonNegativeInt]
+
+
+class Journal(TypedDict):
+    """What a line of a journal says: how far the writing had come."""
+
+    progress: Any
+    items: NonNegativeInt
+    counts: dict[str, Any]
+    files: dict[str, FileState]
 
 
 class ShardWriter:
@@ -185,7 +204,7 @@ class ShardWriter:
             lines = _whole_lines(path)
             start = json.dumps({"key": self.resume_key}).encode() + b"\n"
             if lines[:1] == [start]:
-                states = [json.loads(line) for line in lines[1:]]
+                states = [parse_json(line, Journal, where=path, hint="Remove it.") for line in lines[1:]]
             while states and not all(
                 os.path.getsize(self._files[p].path) >= states[-1]["files"][p]["bytes"] for p in PARTS
             ):

@@ -277,7 +277,7 @@ def _read_left_out(config: Config, *, run: str) -> list[LeftOut] | None:
     try:
         content = json.loads(path.read_text())
         owner, left_out = content["run"], [LeftOut(*map(int, part)) for part in content["left_out"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"{path}, which says what the run has left out, cannot be read ({type(error).__name__}: {error}). Restore "
             "it; without it (move it away) the run leaves out what its checkpoint says, which may be less."

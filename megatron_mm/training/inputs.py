@@ -10,7 +10,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NotRequired, Self, TypedDict
+
+from pydantic import ConfigDict
 
 from megatron_mm.checkpoint.format import MANIFEST, TOKENIZER
 from megatron_mm.checkpoint.verify import fingerprint
@@ -18,6 +20,7 @@ from megatron_mm.config import Config, anchor_prefix, flat
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.modalities import BY_NAME
 from megatron_mm.modalities.pretrained import find_weights
+from megatron_mm.outside import checked
 from megatron_mm.shards import ShardReader, fingerprints, stored_tokenizer
 from megatron_mm.storage import hash_file
 
@@ -31,6 +34,31 @@ READ_BYTES = 64 << 20
 """How many bytes of shards a rank compares with their checksums at a start."""
 SHORT = 12
 """Digits of a hash that messages show."""
+
+
+class Recorded(TypedDict):
+    """What the manifest of a checkpoint says of the inputs of its run."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    datasets: dict[str, list[str]]
+    validation: dict[str, list[str]]
+    tokenizer: str
+    files: dict[str, str]
+
+
+class AddedToken(TypedDict):
+    """What tokenizer.json says of a token beside its vocabulary."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    id: int
+    content: str
+
+
+class TokenizerFile(TypedDict):
+    """What of a tokenizer.json tells whether it extends another."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    added_tokens: NotRequired[list[AddedToken] | None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +77,7 @@ class Inputs:
     @classmethod
     def of(cls, facts: Mapping[str, Any] | None) -> Self | None:
         """Return the inputs that a checkpoint's manifest records, None if it is older than this record."""
-        return None if facts is None else cls(**facts)
+        return None if facts is None else cls(**checked(facts, Recorded, where="the record of a checkpoint's inputs"))
 
     def as_json(self) -> dict[str, Any]:
         """Return what a manifest records: with absolute names, as the config.yaml beside it has them."""
@@ -217,7 +245,11 @@ def check_stored_tokenizer(path: Path, shards: ShardReader, *, what: str, is_ran
         log.warning(
             "whether ids mean the same in %s and %s cannot be told: %s has no tokenizer", path, shards.prefix, lacking
         )
-    if stored.exists() and content is not None and not _extends(json.loads(content), json.loads(stored.read_bytes())):
+    if (
+        stored.exists()
+        and content is not None
+        and not _extends(_tokenizer_of(content, shards.prefix), _tokenizer_of(stored.read_bytes(), str(stored)))
+    ):
         raise ConfigError(
             f"{what}: {path} was trained with another tokenizer ({hash_file(stored)[:SHORT]}) than the shards "
             f"{shards.prefix} come from ({shards.tokenizer.sha256[:SHORT]}): the same id means other text. Preprocess "
@@ -246,11 +278,19 @@ def check_bytes(shards: Sequence[ShardReader], *, share: int, of: int) -> None:
         left -= num_bytes
 
 
+def _tokenizer_of(content: bytes, where: str) -> Mapping[str, Any]:
+    """Return what a tokenizer.json says. Raises DataError if it is none."""
+    try:
+        return checked(json.loads(content), TokenizerFile, where=f"the tokenizer.json of {where}")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the tokenizer.json of {where} is damaged ({error}). Restore it.") from error
+
+
 def _extends(tokenizer: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
     """Return whether a tokenizer.json is `base`, or `base` with more added tokens."""
     parts = ("model", "normalizer", "pre_tokenizer")
-    ids = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
-    same = all(ids.get(token["id"]) == token["content"] for token in base.get("added_tokens", []))
+    ids = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or []}
+    same = all(ids.get(token["id"]) == token["content"] for token in base.get("added_tokens") or [])
     return same and all(tokenizer.get(part) == base.get(part) for part in parts)
 
 

@@ -265,8 +265,8 @@ def _forget_after(path: Path, step: int) -> _Kept:
     for line, record in _records(path) if path.exists() else ():
         if record["step"] <= step:
             kept.append(line + "\n")
-            last = record if all(key in record for key in keys) else last
-        elif "grad_norm" in record:
+            last = record if all(type(record.get(key)) is int for key in keys) else last
+        elif "grad_norm" in record and isinstance(record.get("step_seconds"), int | float):
             lost_seconds.append(record["step_seconds"])
     if path.exists():
         with replacing(path) as file:
@@ -286,7 +286,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             record = json.loads(line)
             if type(record["step"]) is not int:
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number < len(lines):
                 log.warning("line %d of metrics.jsonl holds no record, and is passed over: %.60r", number, line)
             continue

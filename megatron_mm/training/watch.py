@@ -18,15 +18,19 @@ from collections.abc import Collection
 from pathlib import Path
 from statistics import median_low
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
 import torch.distributed as dist
+from pydantic import ConfigDict, Field
 from torch._C import _distributed_c10d as c10d
 
 from megatron_mm.config.schema import GuardConfig
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
+from megatron_mm.errors import DataError
+from megatron_mm.outside import read_json
+from megatron_mm.settings import NonNegativeInt
 from megatron_mm.training import processes
 
 log = logging.getLogger(__name__)
@@ -186,6 +190,22 @@ class Watch:
                 return records, sorted(silent)
 
 
+class Heartbeat(TypedDict):
+    """What a rank writes of itself, as far as others ask for it."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    rank: NonNegativeInt
+    host: str
+    pid: int
+    process_started: NotRequired[float]
+    period: NotRequired[Annotated[float, Field(ge=0, le=86_400)]]
+    step: int
+    phase: str
+    time: float
+    waits_in: str | None
+    at: str | None
+
+
 def forget_heartbeats(run_dir: str | Path) -> None:
     """Remove what the ranks of an earlier life have written: a run of fewer ranks would wait for the others."""
     for path in (Path(run_dir) / "health").glob("*"):
@@ -194,15 +214,13 @@ def forget_heartbeats(run_dir: str | Path) -> None:
 
 
 def read_health(folder: Path) -> list[dict[str, Any]]:
-    """Return the newest heartbeat of each rank; one that is just being written may be left out."""
+    """Return the newest heartbeat of each rank; what is no heartbeat, or just being written, is passed over."""
     found = []
     for path in sorted(folder.glob("rank_*.json")):
         try:
-            record = json.loads(path.read_text())
-        except (OSError, ValueError):
+            found.append(read_json(path, Heartbeat))
+        except (OSError, DataError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("rank"), int):
-            found.append(record)
     return found
 
 

@@ -49,6 +49,7 @@ WRITES_BY_ITSELF = {
     "megatron_mm/shards/writer.py": "parts that are synced before give_name, and a journal that is appended to",
     "megatron_mm/training/metrics.py": "lines that are appended",
     "megatron_mm/training/report.py": "into a file that replacing has opened",
+    "megatron_mm/environment.py": "a cache of compiled code",
     "megatron_mm/training/watch.py": "hang.txt, for people",
     "megatron_mm/planning/pictures.py": "pictures, for people",
     "megatron_mm/ingest/archive.py": "unpacked into a temporary folder",
