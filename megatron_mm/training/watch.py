@@ -201,7 +201,7 @@ class Heartbeat(TypedDict):
     period: NotRequired[Annotated[float, Field(ge=0, le=86_400)]]
     step: int
     phase: str
-    time: float
+    beat: NotRequired[int]
     waits_in: str | None
     at: str | None
 
