@@ -1,11 +1,18 @@
 """How a command of this package ends: what it says, and its exit status. One place decides, for training and tools.
 
-0     it is done
-2     the user mends it: a setting, a file, a machine with too little memory. `error: ...` says what, and how
-1     the run or the world stopped it: a disk, another rank, a run that would do harm; another try may go better. Also a
-      defect of this package, the one thing that shows a traceback
+0     it is done, or stopped early as it was asked to
+2     the user mends it: a setting, a path, more memory than there is. `error: ...` says what, and how
+3     a file mends it: it is damaged, or not what it should be. `error: ...` names it
+4     another job has taken the run over, and goes on with it
+75    the world stopped it (EX_TEMPFAIL): storage, network, another rank, a run that would do harm; another try may go
+      better
+1     a defect of this package, the one thing that shows a traceback
+86    nothing moved any more (training/watch.py)
 130   Ctrl-C
 141   nobody reads what it prints (`| head`)
+
+Where MEGATRON_MM_STATUS_DIR names a folder, a rank that ends leaves there a file rank_N with its status and, on the
+lines after it, what it said: a launcher sees of many ranks only the largest status, of killed ones too.
 """
 
 import argparse
@@ -21,19 +28,19 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from multiprocessing import resource_tracker
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from megatron_mm import printable
-from megatron_mm.errors import ConfigError, DataError, RunStopped
+from megatron_mm.errors import ConfigError, DataError, RunStopped, TakenOver, is_passing, of_system
 
-MENDABLE, STOPPED, INTERRUPTED, UNREAD = 2, 1, 130, 141
+DEFECT, MENDABLE, DAMAGED, TAKEN_OVER, INTERRUPTED, UNREAD = 1, 2, 3, 4, 130, 141
+STOPPED = os.EX_TEMPFAIL
 GRACE_SECONDS = 10.0
 """What a command may take to end after Ctrl-C: its main thread may wait for a rank that has left, and never see it."""
 AGAIN_SECONDS = 0.5
 """Ctrl-C that comes again sooner is the same one: a launcher sends on to its ranks what the terminal has sent them."""
-THE_WORLD = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENFILE, errno.EAGAIN)
-"""What a disk, a network or a full table says: no path or setting is wrong."""
 CPU_MEMORY = (
     *("can't allocate memory", "Cannot allocate memory", "bad_alloc", "not enough memory"),
     *("Storage size calculation overflowed", "numel: integer multiplication overflow"),
@@ -41,6 +48,13 @@ CPU_MEMORY = (
 """How torch, and the libraries under it, say of a CPU that its memory is full, in a RuntimeError."""
 LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "gloo")
 """How gloo says, in a RuntimeError, that another rank is gone."""
+STATUSES: dict[type[Exception], int] = {
+    ConfigError: MENDABLE,
+    DataError: DAMAGED,
+    TakenOver: TAKEN_OVER,
+    RunStopped: STOPPED,
+}
+"""The exit status of each kind of error; the first that fits."""
 SMALLER = "Close other programs, or take a machine with more memory."
 
 
@@ -54,6 +68,7 @@ class Parser(argparse.ArgumentParser):
         near = [match for one in wrong for match in difflib.get_close_matches(one, options, n=1)]
         hint = f" Did you mean {near[0]}?" if near else ""
         said = printable.message(f"error: {message}.{hint} `{self.prog} --help` explains all arguments.")
+        leave_status(MENDABLE, said)
         self.exit(MENDABLE, f"{said}\n")
 
 
@@ -73,9 +88,22 @@ def run(command: Callable[[], object], *, memory: str = SMALLER) -> int:
                 raise
             status, message = explain(error, memory=memory)
             _say(message)
+            leave_status(status, message)
             _give_up_output()
             return status
+    leave_status(0, "")
     return 0
+
+
+def leave_status(status: int, message: str) -> None:
+    """Leave how this rank ends, and what it said, for whoever has started it and named a folder for that."""
+    if folder := os.environ.get("MEGATRON_MM_STATUS_DIR"):
+        path = Path(folder, f"rank_{_rank()}")
+        with contextlib.suppress(OSError):  # it has been said, and nothing else can be done
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.partial")
+            partial.write_text(f"{status}\n{printable.message(message)}\n" if message else f"{status}\n")
+            os.replace(partial, path)
 
 
 @contextlib.contextmanager
@@ -117,63 +145,48 @@ def explain(error: BaseException, *, memory: str = SMALLER) -> tuple[int, str]:
     notes = "; ".join(getattr(error, "__notes__", []))
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, f"stopped by Ctrl-C: {notes or 'the same command starts anew'}."
-    if isinstance(error, ConfigError | DataError):
-        return MENDABLE, f"error: {error}"
-    if isinstance(error, RunStopped):
-        return STOPPED, f"{type(error).__name__}: {error}"
+    for kind, status in STATUSES.items():
+        if isinstance(error, kind):
+            return status, f"error: {error}" if status in (MENDABLE, DAMAGED) else f"{type(error).__name__}: {error}"
     if (asked := _memory_asked(error)) is not None:
-        return MENDABLE, f"error: out of memory{f' {notes}' if notes else ''}: {asked} {memory}"
+        status, text = asked
+        return status, f"error: out of memory{f' {notes}' if notes else ''}: {text} {memory}"
     if isinstance(error, BrokenPipeError) and error.filename is None:
         return UNREAD, ""
-    if isinstance(error, OSError) and (error.filename is not None or error.errno in THE_WORLD):
-        return _explain_file(error, notes)
+    if isinstance(error, OSError) and (error.filename is not None or is_passing(error)):
+        return explain(of_system(error, where=notes))
     if _is_lost_rank(error):
         first = str(error).strip().splitlines()[0]
         return STOPPED, f"{type(error).__name__}: another rank has ended, or the network failed ({first}). See its log."
     report = f"This is a defect of megatron_mm, not a mistake of yours. Please report it: {_versions()}."
-    return STOPPED, printable.Shown(f"{printable.traced(error)}\n{report}")
+    return DEFECT, printable.Shown(f"{printable.traced(error)}\n{report}")
 
 
-def _explain_file(error: OSError, notes: str) -> tuple[int, str]:
-    """Return the status and what to say of a file or disk that the system refused."""
-    name = error.filename.decode(errors="replace") if isinstance(error.filename, bytes) else error.filename
-    what = "writing failed" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else "the system refused"
-    where = f"{what}{f' ({notes})' if notes else ''}" if name is None else f"{name}"
-    if error.errno in THE_WORLD:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        todo = "Make room on its disk, and start again." if full else "Look at the storage, and start again."
-        return STOPPED, f"OSError: {where}: {error.strerror}. {todo}"
-    todo = {
-        errno.EACCES: "Give a path that this user may use, or change its permissions.",
-        errno.EPERM: "Give a path that this user may use, or change its permissions.",
-        errno.EROFS: "Give a path on a disk that can be written.",
-        errno.EISDIR: "It is a folder: give a file.",
-        errno.ENOTDIR: "A part of the path is a file: give folders.",
-        errno.EEXIST: "Remove it, or give another path.",
-        errno.ENOTEMPTY: "Remove it, or give another path.",
-    }.get(error.errno or 0, "Give a path that exists.")
-    return MENDABLE, f"error: {where}: {error.strerror}. {todo}"
+def _memory_asked(error: BaseException) -> tuple[int, str] | None:
+    """Return the status of what lacks memory, and how much was asked for and is there; None if it is something else.
 
-
-def _memory_asked(error: BaseException) -> str | None:
-    """Return how much memory was asked for and what there is, None if that is not what is wrong."""
+    A CPU's memory is shared with others, who may need less at the next try; no try gets more than there is in all.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):  # its message goes on for ten lines
         facts = re.search(r"Tried to allocate.*?memory in use\.", str(error), re.DOTALL)
-        return " ".join(facts[0].split()) if facts else " ".join(str(error).split())[:300]
+        return MENDABLE, " ".join(facts[0].split()) if facts else " ".join(str(error).split())[:300]
     by_torch = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_MEMORY)
     by_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
     if not (isinstance(error, MemoryError) or by_torch or by_system):
         return None
+    wanted, asked = 0.0, "more"
     if amount := re.search(r"allocate (\d+) bytes", str(error)):
-        asked = _gib(int(amount[1]))
-    else:
-        amount = re.search(r"allocate ([\d.]+ [KMGTPE]?i?B)", str(error))
-        asked = amount[1] if amount else "more"
+        wanted, asked = float(amount[1]), _gib(int(amount[1]))
+    elif amount := re.search(r"allocate ([\d.]+) ([KMGTPE]?)i?B", str(error)):
+        wanted = float(amount[1]) * 1024.0 ** " KMGTPE".index(amount[2] or " ")
+        asked = f"{amount[1]} {amount[0].split()[-1]}"
     import psutil  # a library of the system's figures, that only this path needs
 
-    held, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
-    return f"it asked for {asked} of the CPU's memory; this process holds {_gib(held)}, and {_gib(free)} are free."
+    held, there = psutil.Process().memory_info().rss, psutil.virtual_memory()
+    hopeless = wanted > there.total or "integer multiplication overflow" in str(error) or "size calcul" in str(error)
+    text = f"it asked for {asked} of the CPU's memory; this process holds {_gib(held)}, and {_gib(there.available)} are"
+    return MENDABLE if hopeless else STOPPED, f"{text} free."
 
 
 def _gib(num_bytes: int) -> str:
@@ -249,6 +262,11 @@ def gently(ask: Callable[[], None]) -> Iterator[None]:
         _interrupts.gently = None
 
 
+def _rank() -> str:
+    rank = os.environ.get("RANK", "0")
+    return rank if rank.isdecimal() else "0"
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Let Ctrl-C raise KeyboardInterrupt once, and pass when it comes again: a launcher sends it again and again.
@@ -293,7 +311,9 @@ def _see_interrupts(reading: int, interrupts: _Interrupts) -> None:
                 interrupts.arrive()
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # its handler may have come before this thread
     threading.Event().wait(GRACE_SECONDS)
-    _say("stopped by Ctrl-C: what it waited for did not end. Checkpoints are as they were.")
+    message = "stopped by Ctrl-C: what it waited for did not end. Checkpoints are as they were."
+    _say(message)
+    leave_status(INTERRUPTED, message)
     os._exit(INTERRUPTED)
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from pydantic import ConfigDict, Field
 
-from megatron_mm.errors import DataError, RunStopped
+from megatron_mm.errors import DataError, TakenOver
 from megatron_mm.outside import file_name, parse_json
 from megatron_mm.settings import NonNegativeInt
 from megatron_mm.storage import give_name, hash_file, make_folder, publish_folder, replacing
@@ -47,10 +47,6 @@ class Facts(TypedDict):
     left_out: NotRequired[list[Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)]]]
     changes: NotRequired[list[dict[str, Any]]]
     inputs: NotRequired[dict[str, Any] | None]
-
-
-class TakenOver(RunStopped):
-    """Another job has started to write this run: this one must not."""
 
 
 def whole_ones(folder: Path) -> list[Path]:

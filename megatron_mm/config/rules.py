@@ -219,6 +219,14 @@ def _guard(config: Config) -> Iterator[str]:
             "be found. Use 2 or more, or 0 to look for none."
         )
 
+    retried, hang = 60 * config.guard.retry_minutes, config.guard.hang_seconds
+    if hang and retried >= hang:
+        yield (
+            f"guard.retry_minutes={config.guard.retry_minutes:g} tries storage again for {retried:g} s, and "
+            f"guard.hang_seconds={hang:g} takes such a rank for hung before. Use guard.retry_minutes="
+            f"{hang / 90:.2g} or less, or a longer guard.hang_seconds."
+        )
+
 
 def _never_comes(config: Config) -> Iterator[str]:
     """Name what would come at a step that the run never reaches, or from data that it has not."""

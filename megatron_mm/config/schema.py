@@ -215,6 +215,9 @@ class GuardConfig(Section):
     hang_seconds: NonNegativeFloat = Field(900.0, le=MAX_SECONDS)
     """How long a rank may stand still in one phase before the run names who waits for whom, and ends. 0 waits as long
     as collectives do, and names nobody."""
+    retry_minutes: NonNegativeFloat = Field(10.0, le=MAX_SECONDS / 60)
+    """How long a read or write that storage refuses for now is tried again, before the rank ends for another try; less
+    than guard.hang_seconds. 0 tries once."""
     slow_rank_interval: NonNegativeInt = 100
     """Steps between comparisons of how fast the ranks compute and how long they wait for data; 0 compares never."""
     slow_rank_ratio: float = Field(1.5, gt=1.0)

@@ -293,7 +293,7 @@ def hang_rank_1(state: TrainState, result: StepResult) -> None:
 
 def test_a_hung_rank_is_named_with_the_collective_that_waits_for_it(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):  # no rank returns: they end themselves
-        run_ranks(2, train, run_of(shards, tmp_path, "guard.hang_seconds=12"), hang_rank_1)
+        run_ranks(2, train, run_of(shards, tmp_path, "guard.hang_seconds=12", "guard.retry_minutes=0.1"), hang_rank_1)
     report = (tmp_path / "health" / "hang.txt").read_text()
     assert "rank 1 on" in report
     assert "is in no collective: step 2" in report

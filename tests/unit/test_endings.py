@@ -18,7 +18,7 @@ from small import small_config
 
 from megatron_mm import config as configs
 from megatron_mm import endings
-from megatron_mm.errors import ConfigError, RunStopped
+from megatron_mm.errors import ConfigError, DataError, RunStopped, TakenOver
 
 ROOT = Path(__file__).parents[2]
 WAIT_SECONDS = 120.0
@@ -153,13 +153,15 @@ def test_nobody_reads_a_report(tmp_path: Path) -> None:
     ("error", "status", "said"),
     [
         (ConfigError("a=1"), 2, "error: a=1"),
-        (RunStopped("enough"), 1, "RunStopped: enough"),
+        (DataError("a.bin is cut short"), 3, "error: a.bin is cut short"),
+        (TakenOver("by job 7"), 4, "TakenOver: by job 7"),
+        (RunStopped("enough"), 75, "RunStopped: enough"),
         (PermissionError(errno.EACCES, "Permission denied", "/data/a"), 2, "error: /data/a: Permission denied."),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "OSError: writing failed: No space left on device."),
-        (OSError(errno.ESTALE, "Stale file handle", "/data/a"), 1, "OSError: /data/a: Stale file handle."),
+        (OSError(errno.ENOSPC, "No space left on device"), 75, "StorageFailed: writing failed: No space left"),
+        (OSError(errno.ESTALE, "Stale file handle", "/data/a"), 75, "StorageFailed: /data/a: Stale file handle."),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
         (MemoryError("Unable to allocate 3.00 TiB for an array"), 2, "error: out of memory: it asked for 3.00 TiB"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes."), 2,
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes."), 75,
          "error: out of memory: it asked for 1.00 GiB"),
         (KeyError("x"), 1, "KeyError: 'x'\nThis is a defect of megatron_mm"),
     ],
@@ -170,9 +172,24 @@ def test_one_place_says_what_an_exception_stands_for(error: BaseException, statu
     assert message.startswith(said)
 
 
+@pytest.mark.parametrize(("error", "status"), [(None, 0), (DataError("a.bin: record 3"), 3), (TakenOver("by 7"), 4)])
+def test_a_rank_leaves_its_status_where_its_launcher_asks(
+    error: Exception | None, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end() -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setenv("MEGATRON_MM_STATUS_DIR", str(tmp_path / "status"))
+    monkeypatch.setenv("RANK", "5")
+    assert endings.run(end) == status
+    said = endings.explain(error)[1].splitlines() if error else []
+    assert (tmp_path / "status" / "rank_5").read_text().splitlines() == [str(status), *said]
+
+
 def test_a_rank_whose_peer_has_gone_says_so() -> None:
     assert run_alone(_explain_lost) == (1, True), "a rank alone has no peer: it is a defect"
-    assert run_ranks(2, _explain_lost) == [(1, False), (1, False)]
+    assert run_ranks(2, _explain_lost) == [(75, False), (75, False)]
 
 
 def _explain_lost() -> tuple[int, bool]:

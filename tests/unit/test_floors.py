@@ -14,9 +14,8 @@ import megatron_mm
 
 ROOT = Path(megatron_mm.__file__).parent
 FLOORS = {
-    **dict.fromkeys(
-        ("errors", "endings", "environment", "noise", "outside", "printable", "settings", "source", "storage"), 0
-    ),
+    **dict.fromkeys(("errors", "endings", "environment", "noise", "outside", "printable", "retry"), 0),
+    **dict.fromkeys(("settings", "source", "storage"), 0),
     **dict.fromkeys(("modalities", "optimizers"), 1),
     **dict.fromkeys(("config", "kernels", "tokenizer", "shards", "batch"), 2),
     **dict.fromkeys(("engine", "ingest"), 2),
@@ -49,6 +48,7 @@ WRITES_BY_ITSELF = {
     "megatron_mm/shards/writer.py": "parts that are synced before give_name, and a journal that is appended to",
     "megatron_mm/training/metrics.py": "lines that are appended",
     "megatron_mm/training/report.py": "into a file that replacing has opened",
+    "megatron_mm/endings.py": "how a rank has ended, for the script of this one try",
     "megatron_mm/environment.py": "a cache of compiled code",
     "megatron_mm/training/watch.py": "hang.txt, for people",
     "megatron_mm/planning/pictures.py": "pictures, for people",

@@ -55,7 +55,7 @@ def _problem(ended: Ended, answer: str) -> str | None:
     lines = answer.splitlines()
     if "Traceback" in ended.stderr or "defect" in answer:
         return "it is no defect of ours"
-    if ended.status not in (0, 1, 2, 130, 141):
+    if ended.status not in (0, 1, 2, 3, 75, 130, 141):
         return f"{ended.status} is no status of ours"
     if ended.status not in (0, 141) and not mistakes.START.match(answer):
         return "it does not begin as an answer does"
