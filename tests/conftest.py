@@ -1,6 +1,10 @@
 """Fixtures that every test may use, and the count of skipped tests."""
 
+import os
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import launch  # noqa: F401  # before a test imports megatron-core
@@ -24,6 +28,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def heldout(shards: Path) -> Path:
     """Other documents, with the same tokenizer."""
     return small.write_shards(shards.parent, "heldout", seed=1)
+
+
+@pytest.fixture(scope="module")
+def memory_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in memory where there is one, for tests that sync files hundreds of times."""
+    folder = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else tmp_path_factory.mktemp("memory"))
+    yield Path(folder)
+    shutil.rmtree(folder)
 
 
 def pytest_configure(config: pytest.Config) -> None:
