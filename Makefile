@@ -8,7 +8,7 @@ SHARDS := build/sample_data
 SAMPLE := examples/sample_data
 SOURCES := pyproject.toml setup.py requirements.txt requirements-dev.txt $(wildcard csrc/*/*)
 
-.PHONY: setup demo test test-gpu test-layouts test-slurm lint clean
+.PHONY: setup demo test test-gpu test-layouts test-slurm test-root lint clean
 
 setup: $(INSTALLED) $(ENGINE)/.installed $(SHARDS)/train.json $(SHARDS)/heldout.json
 
@@ -29,6 +29,10 @@ test-layouts: setup
 # Jobs on a virtual SLURM cluster that are killed in every way: root and slurm-wlm, munge, iproute2; half an hour.
 test-slurm: setup
 	$(BIN)/python -m pytest tests/slurm
+
+# Power cuts on an ext4 in an image: root, /dev/loop and mkfs.ext4; a minute.
+test-root: setup
+	$(BIN)/python -m pytest tests/root
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
