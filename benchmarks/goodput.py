@@ -7,7 +7,8 @@ waiting: its node checks, tries, requeues, exclusions and the end of each life a
 and chosen by the package `checkpoint`: fence, commit, verification, retention. What is assumed is in ASSUMED.
 
 Faults: table 5 of "The Llama 3 Herd of Models" (2024), 419 unexpected interruptions of 16,384 GPUs in 54 days, scaled
-to 1,024 GPUs by rate; its 47 planned ones are taken whole. docs/cluster.md discusses the result.
+to 1,024 GPUs by rate; its 47 planned ones are taken whole. What storage, clocks and hands do beside them has rates that
+are assumed. docs/cluster.md discusses the result.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +33,7 @@ DAYS = 54
 POOL, NODES, TRAIN_NODES = 136, 130, 128
 """Nodes of the cluster, of the job (two are spare), and that train."""
 SEED = 0
+CHECK_SECONDS = 300
 PRESETS = {"bf16": "mm_88b", "fp8": "mm_88b_fp8"}
 STEP_SECONDS = {"bf16": 4.70, "fp8": 3.22}
 """Of a step by the plans of these presets on 1,024 H100 (examples/plans); no more while a save is written beside it."""
@@ -46,26 +49,45 @@ ASSUMED = {
     "life_seconds": 86_400.0,  # --time of the script, which saves 900 s before
     "margin_seconds": 900.0,
     "planned_seconds": 120.0,  # a planned interruption is asked for by signal, and the job queues again
+    "full_storages": 3,  # in 54 days; somebody fills the file system, and its watch needs some minutes to make room
+    "full_seconds": 300.0,
+    "passing_read_errors": 0.05,  # of all resumes: 1,024 clients that begin to read at once overload a server
+    "read_retry_seconds": 60.0,  # back-off until the read succeeds
+    "slow_prologs": 0.05,  # of all lives: an image is unpacked anew, or a name service is slow, on all nodes
+    "prolog_seconds": 400.0,  # longer than the check of the nodes waits (CHECK_SECONDS)
+    "second_jobs": 2,  # in 54 days; a colleague's habit
+    "clock_steps": 4,  # in 54 days: a node's clock is hours off after a reboot
 }
 KINDS = {
     # what happens: (of 419, does the node leave, seconds until the step has ended)
     "a GPU, its memory or its board fails": (148 + 72 + 19 + 17 + 6, True, 60.0),  # the process sees an error and ends
-    "a host fails": (32 + 3 + 3 + 2 + 2 + 2 + 2, True, 195.0),  # no heartbeat for 180 s, looked at every 15 s
-    "the network fails": (35 + 7 + 7, True, 920.0),  # nothing moves: guard.hang_seconds and the reports
+    "a host fails": (32 + 3 + 3 + 2 + 2 + 2 + 2, True, 210.0),  # no heartbeat for 180 s, looked at every 15 s, twice
+    "the network fails": (35 + 7 + 7, True, 930.0),  # nothing moves: guard.hang_seconds and the reports
     "software fails": (54 + 2, False, 60.0),
     "data are corrupted in silence": (6, True, 60.0),  # replicas differ: the last checkpoint may hold it already
 }
+FULL = "run_dir is full, and a rank dies of it"
+SECOND, STEP = "a second job is submitted by mistake", "a node's clock steps"
 
 
-ENCODERS = ("VISION_PRETRAINED", "AUDIO_PRETRAINED")
+ENCODERS = ("IMAGE_PRETRAINED", "AUDIO_PRETRAINED")
 """What the script asks a site for; empty files here."""
 STAND_INS = {
-    "python": "exit 0\n",  # the check before a start: it finds nothing
+    # The check before a start: it finds nothing, but another job that is at work in the same run_dir.
+    "python": '[ "$SLURM_JOB_ID" = 1 ] || {{ echo "error: being written by job 1"; exit 2; }}\n',
     "srun": 'exec {python} -S {own} --srun {at} "$@"\n',
     "squeue": 'case "$*" in *%N*) echo nodes;; esac\n',
     "scontrol": 'case "$*" in *hostnames*) cat {at}/nodes;; requeue*) touch {at}/requeued;; esac\n',
+    "sinfo": "for n in $(seq {pool}); do echo node$n mix; done\n",
     "scancel": "exit 0\n",
-    "sleep": 'case "$1" in 15) exec /bin/sleep 15;; esac\n',  # the watchdog's: it is ended with its step
+    # 15 s are the watchdog's, which is ended with its step; with the first 2 s after a requeue SLURM ends the script.
+    "sleep": """\
+case "$1" in
+  15) exec /bin/sleep 15 ;;
+  2) [ ! -e {at}/requeued ] || kill -9 $PPID ;;
+  *) exec {python} -S {own} --sleep {at} "$1" ;;
+esac
+""",
 }
 
 
@@ -80,6 +102,11 @@ class World:
         """Write everything back."""
         kept = {key: value for key, value in self.__dict__.items() if key != "path"}
         self.path.write_text(json.dumps(kept))
+        (self.path.parent / "uptime").write_text(f"{self.clock:.0f} 0\n")
+
+    def count(self, kind: str) -> None:
+        """Note that something has happened."""
+        self.seen[kind] = self.seen.get(kind, 0) + 1
 
     def fit(self, names: list[str]) -> list[str]:
         """Return those of `names` that are not being repaired."""
@@ -97,6 +124,11 @@ def trace() -> list[dict]:
         events.append({"at": now, "kind": kind, "place": chance.randrange(TRAIN_NODES)})
         now += chance.expovariate(rate)
     events += [{"at": (number + 0.5) * end / 47, "kind": "planned", "place": 0} for number in range(47)]
+    for kind, name in ((FULL, "full_storages"), (SECOND, "second_jobs"), (STEP, "clock_steps")):
+        events += [
+            {"at": chance.uniform(0.0, end), "kind": kind, "place": chance.randrange(TRAIN_NODES)}
+            for _ in range(ASSUMED[name])
+        ]
     return sorted(events, key=lambda event: event["at"])
 
 
@@ -125,6 +157,11 @@ def train(world: World, run_dir: Path) -> int:
     fence = Fence.take(checkpoints)
     step = resume_step(checkpoints)
     world.clock += ASSUMED["start_seconds"] + ASSUMED["load_seconds"]
+    if random.Random(f"{SEED} read {world.tries}").random() < ASSUMED["passing_read_errors"]:
+        world.count("a read error that passes at a resume")
+        world.clock += ASSUMED["read_retry_seconds"]
+    while world.events and world.events[0]["kind"] in (SECOND, STEP):
+        pass_over(world, world.events.pop(0), run_dir)
     per_save = world.interval * world.step_seconds + ASSUMED["save_stall_seconds"]
     warning = world.life_began + ASSUMED["life_seconds"] - ASSUMED["margin_seconds"]
     event = world.events[0] if world.events else {"at": DAYS * 86_400.0, "kind": "end", "place": 0}
@@ -154,7 +191,9 @@ def train(world: World, run_dir: Path) -> int:
             world.events.pop(0)
         return 0
     world.events.pop(0)
-    _, leaves, seconds = KINDS[event["kind"]]
+    if event["kind"] == FULL:
+        world.full_until = world.clock + ASSUMED["full_seconds"]
+    _, leaves, seconds = KINDS.get(event["kind"], (0, False, 60.0))
     (checkpoints / f"step_{done:08d}.{fence.token}.partial").mkdir()  # it dies in the middle of a save, every time
     if event["kind"].startswith("data"):  # found at the next check: the newest checkpoint cannot be trusted
         newest = whole_ones(checkpoints)[-1]
@@ -164,8 +203,27 @@ def train(world: World, run_dir: Path) -> int:
         node = world.fit((run_dir.parent / "nodes").read_text().split())[event["place"]]
         world.repaired[node] = world.clock + ASSUMED["repair_seconds"]
     world.clock += seconds
-    world.seen[event["kind"]] = world.seen.get(event["kind"], 0) + 1
+    world.count(event["kind"])
+    for rank in range(8):  # of the node where it happened; those that srun kills leave nothing
+        (Path(os.environ["MEGATRON_MM_STATUS_DIR"]) / f"rank_{rank}").write_text(f"75\n{event['kind']}\n")
     return 137
+
+
+def pass_over(world: World, event: dict, run_dir: Path) -> None:
+    """Let happen what costs the run nothing."""
+    world.count(event["kind"])
+    if event["kind"] == STEP:
+        world.off = (run_dir.parent / "nodes").read_text().split()[event["place"]]
+    else:
+        owner = (run_dir / "checkpoints" / "OWNER").read_text()
+        second = subprocess.run(
+            ["bash", str(ROOT / "examples" / "pretrain_88b.sh")],
+            env={**os.environ, "SLURM_JOB_ID": "2", "SLURM_RESTART_COUNT": "0"},
+            capture_output=True,
+            text=True,
+        )
+        assert second.returncode == 1 and "trying again will not help" in second.stdout, second.stdout
+        assert owner == (run_dir / "checkpoints" / "OWNER").read_text()
 
 
 def srun(arguments: list[str], folder: Path) -> int:
@@ -175,11 +233,36 @@ def srun(arguments: list[str], folder: Path) -> int:
         world.tries += 1
         status = train(world, folder / "run")
     else:
-        for node in world.fit((folder / "nodes").read_text().split()):
-            (Path(arguments[-2]) / f"{node}.ok").touch()
-        world.clock += ASSUMED["check_seconds"]
+        slow = random.Random(f"{SEED} prolog {world.lives}").random() < ASSUMED["slow_prologs"]
+        if slow and world.lives not in world.slow_lives:
+            world.slow_lives.append(world.lives)
+            world.count("a slow prolog on all nodes")
+            world.clock += CHECK_SECONDS  # then the check is ended; the prolog is over when it comes again
+            world.ready = world.clock - CHECK_SECONDS + ASSUMED["prolog_seconds"]
+            status = 124
+        else:
+            world.clock = max(world.clock, world.ready) + ASSUMED["check_seconds"]
+            check_nodes(world, (folder / "nodes").read_text().split())
     world.save()
     return status
+
+
+def check_nodes(world: World, nodes: list[str]) -> None:
+    """Say of each node what examples/check_node.sh would."""
+    fit, full = set(world.fit(nodes)), world.clock < world.full_until
+    for node in nodes:
+        print(node, "clock", int(time.time()) - (7_200 if node == world.off else 0))
+        print(
+            node, "unfit storage run_dir cannot be written" if full else "fit" if node in fit else "unfit gpus 7 of 8"
+        )
+
+
+def pause(seconds: float, folder: Path) -> int:
+    """Be sleep."""
+    world = World(folder)
+    world.clock += seconds
+    world.save()
+    return 0
 
 
 def main() -> int:
@@ -194,12 +277,14 @@ def main() -> int:
             (folder / name).touch()
         for name, text in STAND_INS.items():
             path = folder / name
-            path.write_text("#!/bin/sh\n" + text.format(python=sys.executable, own=Path(__file__).resolve(), at=folder))
+            names = {"python": sys.executable, "own": Path(__file__).resolve(), "at": folder, "pool": POOL}
+            path.write_text("#!/bin/sh\n" + text.format(**names))
             path.chmod(0o755)
         world = World(folder)
         start = {"clock": 0.0, "events": trace(), "repaired": {}, "life_began": 0.0, "tries": 0, "stalls": 0.0}
         world.__dict__.update({"preset": preset, "step_seconds": step_seconds, "interval": interval})
         world.__dict__.update({**start, "lost": 0.0, "kept_steps": 0, "script": 0, "seen": {}, "lives": 0})
+        world.__dict__.update({"full_until": 0.0, "ready": 0.0, "off": "", "slow_lives": []})
         planned = len(world.events)
         world.save()
         while not (folder / "run" / "DONE").exists():
@@ -252,6 +337,8 @@ def live(folder: Path) -> int:
             "TRAIN_DATA": "[data]",
             "PYTHON": str(folder / "python"),
             "PRESET": world.preset,
+            "UPTIME_FILE": str(folder / "uptime"),
+            "CHECK_SECONDS": str(CHECK_SECONDS),
         },
         **{name: str(folder / name) for name in ENCODERS},
     }
@@ -267,4 +354,6 @@ def live(folder: Path) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--srun"]:
         raise SystemExit(srun(sys.argv[3:], Path(sys.argv[2])))
+    if sys.argv[1:2] == ["--sleep"]:
+        raise SystemExit(pause(float(sys.argv[3]), Path(sys.argv[2])))
     raise SystemExit(main())

@@ -141,7 +141,8 @@ read_endings() { # sets final if trying again will not help. srun's status is th
   # so each rank leaves a file with its status and what it has to say; one that was killed has left none.
   local file code text; local -A said=() first=(); final=
   for file in "$try_logs"/status/rank_*; do
-    [[ $file =~ /rank_[0-9]+$ ]] && { read -r code; IFS= read -r -d '' -n 2000 text; } <"$file" || [ -n "${code:-}" ] || continue
+    [[ $file =~ /rank_[0-9]+$ ]] || continue
+    code= text=; { read -r code; IFS= read -r -d '' -n 2000 text; } <"$file"
     [[ $code =~ ^[1-9][0-9]*$ ]] || continue
     text=${text%$'\n'} said["$code: $text"]=$((${said["$code: $text"]:-0} + 1)) first[$code]=${first[$code]:-${text#error: }}
   done

@@ -19,6 +19,7 @@ PROGRAMS = {
     "munged": "munge",
     "ip": "iproute2",
 }
+DISK_MB = 300
 SETTINGS = """\
 ClusterName=virtual
 SlurmctldHost=localhost({net}.0.1)
@@ -46,6 +47,8 @@ GresTypes=gpu
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 MailProg=/bin/true
+# What a node does before its first step of a job: nothing, or as long as the file says.
+Prolog={root}/prolog.sh
 JobCompType=jobcomp/filetxt
 JobCompLoc={root}/log/jobcomp.txt
 ReturnToService=2
@@ -90,6 +93,10 @@ class Cluster:
 
     def __init__(self, root: Path, nodes: int, *, gpus: int = 8) -> None:
         self.root, self.gpus = root, gpus
+        self.prolog = root / "prolog_seconds"
+        """Holds how long nodes take to begin with a job; without it they begin at once."""
+        self.disk = root / "disk"
+        """A small disk of its own, which all nodes share."""
         self.names = [f"node{number}" for number in range(1, nodes + 1)]
         number = 100 + int(secrets.token_hex(2), 16) % 100
         self._net, self._bridge = f"10.{number}", f"vslurm{number}"
@@ -103,6 +110,9 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         self._write_configuration()
         try:
+            self.disk.mkdir()
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "disk", str(self.disk)]  # before nodes are made
+            subprocess.run(mount, env=self.environment, check=True)
             self._start_daemons()
             for name in self.names:
                 self.start_node(name)
@@ -121,6 +131,7 @@ class Cluster:
             if pid.exists():
                 _end(int(pid.read_text()), str(self.root))
         subprocess.run(["ip", "link", "del", self._bridge], env=self.environment, check=False)
+        subprocess.run(["umount", "--lazy", str(self.disk)], env=self.environment, check=False)
 
     def run(self, *command: str, check: bool = True) -> str:
         """Return what a command of SLURM prints."""
@@ -226,6 +237,8 @@ class Cluster:
         (self.root / "etc" / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
         (self.root / "etc" / "resolv.conf").write_text("")
         (self.root / "node.sh").write_text(NODE)
+        (self.root / "prolog.sh").write_text(f"#!/bin/sh\n[ ! -e {self.prolog} ] || sleep $(cat {self.prolog})\n")
+        (self.root / "prolog.sh").chmod(0o755)
 
     def _start_daemons(self) -> None:
         munge = self.root / "munge"

@@ -1,11 +1,12 @@
 """examples/pretrain_tiny.sh on a real SLURM of five virtual nodes: whatever ends it, it goes on to the same bits.
 
-`make test-slurm` runs these; they need root and SLURM, and take about ten minutes on two cores.
+`make test-slurm` runs these; they need root and SLURM, and take about half an hour on two busy cores.
 """
 
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from megatron_mm.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
-START = 240
+START = 480
 """Seconds that a busy machine may take to start four ranks and do the first steps."""
 TIMES = ("step_seconds", "tokens_per_second", "peak_gib", "time")
 
@@ -43,10 +44,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Job:
     """A run of pretrain_tiny.sh with the small model."""
 
-    def __init__(self, cluster: Cluster, folder: Path, shards: Path, *options: str, **environment: str) -> None:
-        self.cluster, self.folder, self.run_dir = cluster, folder, folder / "run"
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        shards: Path,
+        *options: str,
+        run_dir: Path | None = None,
+        steps: int = STEPS,
+        **environment: str,
+    ) -> None:
+        self.cluster, self.folder, self.run_dir = cluster, folder, run_dir or folder / "run"
         folder.mkdir(parents=True, exist_ok=True)
-        cheap = ("training.global_batch_size=2", f"training.steps={STEPS}", "checkpoint.interval=3")
+        cheap = ("training.global_batch_size=2", f"training.steps={steps}", "checkpoint.interval=3")
         config = small_config(shards, self.run_dir, *cheap, "guard.heartbeat_seconds=1")
         (folder / "small.yaml").write_text(configs.to_yaml(config))
         settings = {"PRESET": str(folder / "small.yaml"), "RUN_DIR": str(self.run_dir), "POLL_SECONDS": "1"}
@@ -70,6 +80,11 @@ class Job:
     def output(self) -> str:
         path = self.folder / "out.txt"
         return path.read_text() if path.exists() else "no output"
+
+    def fail(self) -> None:
+        """Wait until the job has failed for good."""
+        self.cluster.wait_for(self.id, "COMPLETED", "FAILED", "CANCELLED", "GONE", seconds=START)
+        assert self.cluster.state(self.id) == "FAILED", self.output()
 
     def finish(self) -> None:
         """Wait until the job is done; nobody touches it."""
@@ -234,3 +249,67 @@ def test_a_wrong_setting_fails_at_once(cluster, shards, tmp_path) -> None:
     assert "trying again will not help" in job.output()
     assert "error: " in job.output()
     assert "try 2" not in job.output()
+
+
+def test_a_chain_of_jobs_over_damaged_checkpoints_is_refused_each_time(cluster, shards, undisturbed, tmp_path) -> None:
+    run_dir = tmp_path / "damaged" / "run"
+    shutil.copytree(undisturbed.run_dir / "checkpoints", run_dir / "checkpoints")
+    shutil.copy(undisturbed.run_dir / "metrics.jsonl", run_dir)
+    for path in run_dir.glob("checkpoints/step_*/config.yaml"):
+        path.write_bytes(b"")
+    job = Job(cluster, tmp_path / "damaged", shards)
+    job.fail()
+    job.id = job.submit()
+    job.fail()
+    assert job.output().count("trying again will not help: no checkpoint of") == 2
+    assert not list(run_dir.glob("logs/*/try*"))
+    assert read_metrics(run_dir) == read_metrics(undisturbed.run_dir)
+
+
+def test_a_run_dir_that_is_full_for_a_while_ends_nothing(cluster, shards, undisturbed, tmp_path) -> None:
+    """Longer than a rank may be silent, with a rank killed meanwhile; the logs are on it too."""
+    job = Job(cluster, tmp_path / "full", shards, run_dir=cluster.disk / "run")
+    job.wait_for_step(6)
+    filling = cluster.disk / "filling"
+    with contextlib.suppress(OSError), filling.open("wb", buffering=0) as file:
+        while file.write(bytes(1 << 16)):
+            pass
+    for pid in job.rank_pids()[-1:]:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(60)
+    filling.unlink()
+    job.finish()
+    assert "excluding nobody" in job.output() and "no heartbeat" not in job.output().replace("nobody is blamed", "")
+    assert "queued again" not in job.output()
+    assert_same(job, undisturbed)
+
+
+def test_a_cause_that_all_nodes_share_excludes_none(cluster, shards, undisturbed, tmp_path) -> None:
+    """A slow prolog is no skew of clocks, and a full /dev/shm on all nodes is waited for."""
+    cluster.prolog.write_text("15")
+    for name in cluster.names:
+        cluster.inside(name, "mount", "-o", "remount,size=4k", "/dev/shm")
+    try:
+        job = Job(cluster, tmp_path / "common", shards, SKEW_SECONDS="5")
+        cluster.wait_until(lambda: "excluding nobody, looking again" in job.output(), START, "it does not wait")
+    finally:
+        cluster.prolog.unlink()
+        for name in cluster.names:
+            cluster.inside(name, "mount", "-o", "remount,size=1G", "/dev/shm")
+    job.finish()
+    assert "the clock of" not in job.output() and "queued again" not in job.output()
+    assert_same(job, undisturbed)
+
+
+def test_two_jobs_in_one_run_dir_have_one_owner(cluster, shards, tmp_path) -> None:
+    first = Job(cluster, tmp_path / "first", shards, run_dir=tmp_path / "run", steps=4_000)
+    first.wait_for_step(3)
+    ranks = first.rank_pids()
+    second = Job(cluster, tmp_path / "second", shards, run_dir=tmp_path / "run", steps=4_000)
+    second.fail()
+    assert f"is being written by another run (job {first.id})" in second.output()
+    assert not list(first.run_dir.glob(f"logs/{second.id}.*/try*")) and set(ranks) & set(first.rank_pids())
+    (first.run_dir / "checkpoints" / "OWNER").write_text("999.0.elsewhere.abc")  # a job that has not seen the first
+    first.fail()
+    assert "another job has taken this run over, so this one ends for good" in first.output()
+    assert "try 2" not in first.output()

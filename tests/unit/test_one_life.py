@@ -114,7 +114,7 @@ def ends_with(**ranks: str) -> str:
         ({"rank_1": "2\\nerror: x", "rank_3": "4\\nTakenOver: job 9"}, 1, "this one ends for good: TakenOver: job 9"),
         ({"rank_1": "75\\nOSError: gone", "rank_2": "75\\nOSError: gone"}, 3, "2 ranks ended with 75: OSError: gone"),
         ({"rank_1": "1\\nTraceback\\nerror: in it"}, 3, "3 tries in a row have saved nothing new"),
-        ({"rank_1": "86\\nnothing has moved", "rank_2.partial": "2\\n"}, 3, "3 tries in a row have saved nothing new"),
+        ({"rank_1": "86\\nnothing has moved", "rank_2.partial": "2\\n"}, 3, "1 ranks ended with 86: nothing has moved"),
         ({}, 3, "3 tries in a row have saved nothing new"),
     ],
     ids=str,
