@@ -61,7 +61,7 @@ compare_clock() { # NODE SECONDS BEGAN: through one round trip, so a slow start 
   (($2 >= $3)) || skew=$(($2 - $3)); (($2 <= at)) || skew=$(($2 - at))
   ((${skew#-} < ${SKEW_SECONDS:-120})) || say "warning: the clock of $1 is off by $skew s; its logs have wrong times, nothing else depends on it"; }
 check_nodes() { # sets good and bad, and common if more fail the same check than can be their own fault
-  local all node what reason check began few line; local -A said=() failing=()
+  local all node what reason check began few line; local -A said=() failing=() example=()
   mapfile -t all < <(live_nodes); [ -n "${all[0]:-}" ] || exit 1
   printf -v began '%(%s)T' -1
   while read -r line; do
@@ -78,12 +78,14 @@ check_nodes() { # sets good and bad, and common if more fail the same check than
   for node in "${all[@]}"; do
     if [ "${said[$node]:-}" = fit ]; then good+=("$node"); continue; fi
     bad+=("$node") said[$node]=${said[$node]:-silence it says nothing} check=${said[$node]%% *} check=${check//[!a-z]/}
-    failing[$check]=$((${failing[$check]:-0} + 1))
-    ((failing[$check] > few)) || say "$node is unfit: ${said[$node]#* }"
+    failing[$check]=$((${failing[$check]:-0} + 1)) example[$check]=${said[$node]#* } said[$node]=$check:${example[$check]}
   done
   for check in "${!failing[@]}"; do
     ((failing[$check] > few || ! ${#good[@]})) || { [ "$check" = storage ] && ! storage_is_writable; } || continue
-    common=$check; say "${failing[$check]} of ${#all[@]} nodes fail the same check ($check): the cause is common, not theirs"
+    common+=" $check"; say "${failing[$check]} of ${#all[@]} nodes fail the same check, which is no fault of theirs: ${example[$check]}"
+  done
+  for node in "${bad[@]}"; do
+    [[ " $common " == *" ${said[$node]%%:*} "* ]] || say "$node is unfit: ${said[$node]#*:}"
   done; }
 
 beats() { (cd "$RUN_DIR/health" 2>/dev/null && cksum rank_*.json 2>/dev/null); }
