@@ -5,9 +5,8 @@
 Builds synthetic shards (lognormal lengths, mean 1,000 tokens; the token file is a hole of 100 GB that takes no disk,
 the indexes 2 GB). Each contestant starts in a process of its own: seconds and the growth of its peak memory, mapped
 pages included, from before to after; then random samples of 8,192 tokens are fetched, ours as the micro-batch that
-training takes. Rounds are interleaved, medians taken. The cost at 1e9 documents is measured on a dataset of twenty
-such shards. Ours compares all that it reads with checksums, as in training. GPTDataset builds its index anew in an
-empty cache each time.
+training takes, and compared with checksums as in training. Rounds are interleaved, medians taken. The cost at 1e9
+documents is measured on a dataset of twenty such shards. GPTDataset builds its index anew in an empty cache each time.
 """
 
 import argparse

@@ -1,8 +1,12 @@
 """Load exports with stock transformers: caption an image, continue a text. Nothing of megatron_mm is imported.
 
+What is loaded is compared first with the sha256 of every file that the export lists.
+
 python examples/use_export.py EXPORTS IMAGE [TEXT]
 """
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +17,16 @@ CAPTION = "A photograph of"
 exports, image = Path(sys.argv[1]), Path(sys.argv[2])
 text = sys.argv[3] if len(sys.argv) > 3 else "It was"
 
+
+def check(folder: Path) -> None:
+    """Raise OSError if a file of an export is not what was written."""
+    for name, expected in json.loads((folder / "conversion_manifest.json").read_text())["sha256"].items():
+        with open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise OSError(f"{folder / name} is damaged: copy the export again")
+
+
+check(exports / "image"), check(exports / "text")
 processor = AutoProcessor.from_pretrained(exports / "image")
 model = AutoModelForImageTextToText.from_pretrained(exports / "image")
 inputs = processor(images=[Image.open(image).convert("RGB")], text=[f"<|image|>{CAPTION}"], return_tensors="pt")

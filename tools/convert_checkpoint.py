@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compare each export's logits with the training model's, in FP32 on the run's shards or those of prefix "
         "P, and fail if they differ; both models must fit this process's memory",
     )
+    to_hf.add_argument("--no-verify", action="store_true", help="do not hash the checkpoint's files first")
     to_hf.set_defaults(run=_to_hf)
     from_hf = commands.add_parser("from-hf", help="write a checkpoint to start from")
     from_hf.add_argument("folder", type=Path, metavar="FOLDER", help="a Llama-family folder, or an export of ours")
@@ -69,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         "--preset", required=True, metavar="P", help="preset or YAML file of the run that will start from it"
     )
     from_hf.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from both")
+    from_hf.add_argument(
+        "--no-verify", action="store_true", help="do not compare the files of an export with its manifest first"
+    )
     from_hf.set_defaults(run=_from_hf)
     check = commands.add_parser("verify", help="compare every file of an export with its manifest")
     check.add_argument("export", type=Path, metavar="EXPORT", help="OUT/text, OUT/image or OUT/full")
@@ -85,7 +89,8 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--shard-gb {arguments.shard_gb} holds nothing: give a number above 0.")
     kept = f"what is whole is kept in {arguments.out}.partial, and the same command goes on behind it"
     with endings.note(stop=lambda: kept, disk=f"OUT={arguments.out}"):
-        export(arguments.checkpoint, arguments.out, tokenizer_path=tokenizer, options=options, gate=gate)
+        check = not arguments.no_verify
+        export(arguments.checkpoint, arguments.out, tokenizer_path=tokenizer, options=options, gate=gate, check=check)
     for kind in KINDS:
         if (arguments.out / kind).exists():
             print(line(arguments.out / kind))
@@ -108,7 +113,8 @@ def _gate(arguments: argparse.Namespace) -> Callable[[Path], dict[str, str]] | N
 
 
 def _from_hf(arguments: argparse.Namespace) -> None:
-    import_folder(arguments.folder, arguments.out, preset=arguments.preset, overrides=arguments.overrides)
+    settings, check = arguments.overrides, not arguments.no_verify
+    import_folder(arguments.folder, arguments.out, preset=arguments.preset, overrides=settings, check=check)
     out = line(arguments.out)
     print(f"{out}: start from it with python -m megatron_mm.train {out}/config.yaml run_dir=...")
 

@@ -36,7 +36,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--batch-size {arguments.batch_size} cannot be: give 1 or more.")
     prompts = _prompts(arguments)
     dtype = PRECISIONS[arguments.dtype] if arguments.dtype else None
-    with opened(arguments.model, tokenizer_path=arguments.tokenizer, dtype=dtype) as speaker:
+    model, check = arguments.model, not arguments.no_verify
+    with opened(model, tokenizer_path=arguments.tokenizer, dtype=dtype, check=check) as speaker:
         for start in range(0, len(prompts), arguments.batch_size):
             batch = prompts[start : start + arguments.batch_size]
             alone = len(prompts) == 1
@@ -105,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=Sampling.seed, metavar="S")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="prompts of --jsonl at a time")
     parser.add_argument("--dtype", choices=PRECISIONS, help="of the weights (default: as they are)")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare the model's files with their manifest first"
+    )
     return parser
 
 

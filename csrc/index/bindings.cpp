@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <string_view>
 #include <vector>
 
 #include "checksums.h"
@@ -175,6 +176,11 @@ int64_t lay(const TokenIndex& index, const int64_t* documents, const int64_t* st
   return count;
 }
 
+uint32_t crc32(const py::bytes& data) {
+  const auto view = static_cast<std::string_view>(data);
+  return megatron_mm::crc32(reinterpret_cast<const uint8_t*>(view.data()), static_cast<int64_t>(view.size()));
+}
+
 template <typename scalar_t>
 using InPlace = py::array_t<scalar_t, py::array::c_style>;
 
@@ -225,6 +231,7 @@ PYBIND11_MODULE(_index, module) {
   module.def("pack_sample", &pack_sample, py::arg("tokens"), py::arg("capacity"), py::arg("cut_documents"),
              py::arg("cut_first"), py::arg("cut_lengths"), py::arg("sample"),
              "Pack the documents of one window; return (0, document, start, length) of each piece of one sample.");
+  module.def("crc32", &crc32, py::arg("data"), "Return the checksum of bytes, as zlib.crc32 does.");
   // noconvert: a copy of a row would be filled instead of the row, and a copy of the index is large.
   module.def("lay_pieces", &lay_pieces, py::arg("file"), py::arg("token_bytes"), py::arg("num_tokens"),
              py::arg("token_sums").noconvert(), py::arg("num_documents"), py::arg("index_bytes").noconvert(),

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
 namespace megatron_mm {
 
 // Table k of the polynomial takes a byte that k bytes follow ("slicing by 8"): eight bytes are taken in one step.
@@ -29,9 +33,50 @@ inline const std::array<std::array<uint32_t, 256>, 8>& crc32_tables() {
   return tables;
 }
 
+#if defined(__x86_64__) && defined(__GNUC__)
+// The state after at least 64 bytes, a multiple of 16: carry-less products fold 64 at a time (Gopal et al. 2009, "Fast
+// CRC computation for generic polynomials using PCLMULQDQ"; the constants are the paper's for this polynomial).
+__attribute__((target("pclmul,sse4.1"))) inline uint32_t fold_crc32(uint32_t crc, const uint8_t* data,
+                                                                   int64_t num_bytes) {
+  const auto load = [](const uint8_t* from) __attribute__((target("pclmul,sse4.1"))) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  };
+  const auto fold = [](__m128i value, __m128i by, __m128i next) __attribute__((target("pclmul,sse4.1"))) {
+    const __m128i low = _mm_clmulepi64_si128(value, by, 0x00), high = _mm_clmulepi64_si128(value, by, 0x11);
+    return _mm_xor_si128(_mm_xor_si128(low, high), next);
+  };
+  const __m128i by_64 = _mm_set_epi64x(0x01c6e41596, 0x0154442bd4);
+  const __m128i by_16 = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
+  const __m128i barrett = _mm_set_epi64x(0x01f7011641, 0x01db710641), low_words = _mm_setr_epi32(~0, 0, ~0, 0);
+  __m128i lanes[4] = {load(data), load(data + 16), load(data + 32), load(data + 48)};
+  lanes[0] = _mm_xor_si128(lanes[0], _mm_cvtsi32_si128(static_cast<int>(crc)));
+  for (data += 64, num_bytes -= 64; num_bytes >= 64; data += 64, num_bytes -= 64) {
+    for (int lane = 0; lane < 4; ++lane) lanes[lane] = fold(lanes[lane], by_64, load(data + 16 * lane));
+  }
+  __m128i value = lanes[0];
+  for (int lane = 1; lane < 4; ++lane) value = fold(value, by_16, lanes[lane]);
+  for (; num_bytes >= 16; data += 16, num_bytes -= 16) value = fold(value, by_16, load(data));
+  value = _mm_xor_si128(_mm_srli_si128(value, 8), _mm_clmulepi64_si128(value, by_16, 0x10));  // 64 bits are left
+  const __m128i upper = _mm_srli_si128(value, 4);
+  value = _mm_clmulepi64_si128(_mm_and_si128(value, low_words), _mm_set_epi64x(0, 0x0163cd6124), 0x00);
+  value = _mm_xor_si128(value, upper);
+  __m128i quotient = _mm_clmulepi64_si128(_mm_and_si128(value, low_words), barrett, 0x10);
+  quotient = _mm_clmulepi64_si128(_mm_and_si128(quotient, low_words), barrett, 0x00);
+  return static_cast<uint32_t>(_mm_extract_epi32(_mm_xor_si128(value, quotient), 1));
+}
+#endif
+
 inline uint32_t crc32(const uint8_t* data, int64_t num_bytes) {
   const auto& table = crc32_tables();
   uint32_t crc = ~0u;
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool folds = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
+  if (folds && num_bytes >= 64) {
+    const int64_t taken = num_bytes / 16 * 16;
+    crc = fold_crc32(crc, data, taken);
+    data += taken, num_bytes -= taken;
+  }
+#endif
   for (; num_bytes >= 8; data += 8, num_bytes -= 8) {
     uint32_t low, high;
     std::memcpy(&low, data, 4);

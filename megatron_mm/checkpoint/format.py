@@ -13,14 +13,14 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from pydantic import ConfigDict, Field
 
 from megatron_mm.errors import DataError, TakenOver
-from megatron_mm.outside import file_name, parse_json
+from megatron_mm.outside import file_name, parse_json, read_json
 from megatron_mm.settings import NonNegativeInt
 from megatron_mm.storage import give_name, hash_file, make_folder, publish_folder, replacing
 
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
+SEAL = "manifest_sha256"
+"""What an import's manifest calls its own hash."""
 OWNER = "OWNER"
 REMOVED = "removed.partial"
 """Follows the name of what is no checkpoint any more, while its files go."""
@@ -47,6 +49,15 @@ class Facts(TypedDict):
     left_out: NotRequired[list[Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)]]]
     changes: NotRequired[list[dict[str, Any]]]
     inputs: NotRequired[dict[str, Any] | None]
+
+
+class Listed(TypedDict):
+    """What the manifest says of any checkpoint, one that was imported too."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    step: NonNegativeInt
+    bytes: dict[str, NonNegativeInt]
+    sha256: NotRequired[dict[str, str]]
 
 
 def whole_ones(folder: Path) -> list[Path]:
@@ -99,6 +110,35 @@ def _sha256(content: bytes) -> str:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint. Raises DataError if it is damaged, or not the one that was committed."""
+    manifest = _read_committed(path)
+    if manifest["step"] != step_of(path):
+        raise DataError(f"{path / MANIFEST} is of step {manifest['step']}")
+    return manifest
+
+
+def read_source_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint that weights are taken from: of any name, a run's or an import.
+
+    Imports are not committed: their manifest holds its own hash, that of older versions none. Raises DataError.
+    """
+    if (path / COMMITTED).exists():
+        return _read_committed(path)
+    try:
+        manifest = read_json(path / MANIFEST, Listed)
+    except OSError as error:
+        raise DataError(f"{path / MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
+    if SEAL in manifest and manifest[SEAL] != seal_of(manifest):
+        raise DataError(f"{path / MANIFEST} does not say what was written: it is damaged")
+    return manifest
+
+
+def seal_of(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of all that a manifest says but its own hash."""
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_committed(path: Path) -> dict[str, Any]:
     try:
         data = (path / MANIFEST).read_bytes()
         manifest = parse_json(data, Facts, where=MANIFEST)
@@ -111,8 +151,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         file_name(name, where=path / MANIFEST)
         if name not in manifest["sha256"]:
             raise DataError(f"{path / MANIFEST} has no sha256 of {name}")
-    if manifest["step"] != step_of(path):
-        raise DataError(f"{path / MANIFEST} is of step {manifest['step']}")
     return manifest
 
 

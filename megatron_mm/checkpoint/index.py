@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_mm.checkpoint.verify import check_sizes
+from megatron_mm.checkpoint.verify import check_outline
 from megatron_mm.errors import DataError
 from megatron_mm.outside import file_name
 
@@ -96,7 +96,7 @@ class CheckpointReader:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self.step = check_sizes(self.path)
+        self.step = check_outline(self.path)
         self._files: dict[str, int] = {}
         self._data: dict[tuple[str, int], int] = {}
         self.keys: set[str] = set()

@@ -15,7 +15,7 @@ from megatron_mm.checkpoint.index import CheckpointReader, TensorInfo
 from megatron_mm.checkpoint.pickles import only_plain_pickles
 from megatron_mm.config import Config
 from megatron_mm.engine.mesh import Mesh
-from megatron_mm.errors import ConfigError
+from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.modalities import BY_NAME
 from megatron_mm.model.multimodal import MultimodalModel
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
@@ -34,10 +34,14 @@ MAY_DIFFER = {
 """Settings among these that say nothing about what the weights mean."""
 
 
-def find_damage_together(mesh: Mesh, path: Path) -> list[str]:
-    """Return what is wrong with a checkpoint; each rank hashes its share of the files. Collective over all ranks."""
+def find_damage_together(mesh: Mesh, path: Path, *, is_source: bool = False) -> list[str]:
+    """Return what is wrong with a checkpoint; each rank hashes its share of the files. Collective over all ranks.
+
+    `is_source` is as `verify.find_damage` has it.
+    """
     everywhere: list[list[str]] = [[]] * mesh.world_size
-    dist.all_gather_object(everywhere, verify.find_damage(path, share=mesh.rank, of=mesh.world_size))
+    own = verify.find_damage(path, share=mesh.rank, of=mesh.world_size, is_source=is_source)
+    dist.all_gather_object(everywhere, own)
     return list(dict.fromkeys(line for lines in everywhere for line in lines))
 
 
@@ -52,10 +56,14 @@ def load_sharded(described: dict[str, Any], path: Path, *, strict: StrictHandlin
 
 
 def load_weights(chunks: Sequence[MultimodalModel], *, config: Config, mesh: Mesh, path: Path) -> None:
-    """Give every chunk the weights at `path`, saved in whatever layout. Collective over all ranks.
+    """Give every chunk the weights at `path`, saved in whatever layout, once all its files are as they were written.
 
-    A modality that the checkpoint lacks is as it was, and rank 0 says so. Raises as `check_model`.
+    Collective over all ranks. A modality that the checkpoint lacks is as it was, and rank 0 says so; so it does where
+    there are no hashes to compare. Raises as `check_model`, and DataError with every file that is damaged.
     """
+    problems = find_damage_together(mesh, path, is_source=True)
+    if problems:
+        raise DataError(f"the checkpoint {path} is damaged:\n  " + "\n  ".join(problems))
     stored = check_model(config, path)
     lacking = lacking_parts(stored)
     metadata = {"singleton_local_shards": False, "dp_cp_group": mesh.dp_cp_group}
@@ -68,7 +76,8 @@ def load_weights(chunks: Sequence[MultimodalModel], *, config: Config, mesh: Mes
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"chunk{number}"], strict=False)
     if mesh.is_rank_0:
-        log.info("weights of %s", path)
+        compared = "" if verify.has_hashes(path) else ", which records no hashes of its files: only sizes were compared"
+        log.info("weights of %s%s", path, compared)
         for part in lacking:
             log.info("%s* is not in it", part)
 

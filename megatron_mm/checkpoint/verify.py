@@ -1,81 +1,101 @@
 """What is wrong with a checkpoint on disk, by its manifest; needs neither torch nor a process group."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypedDict
 
-from pydantic import ConfigDict
-
-from megatron_mm.checkpoint.format import MANIFEST, read_manifest
+from megatron_mm.checkpoint.format import MANIFEST, read_manifest, read_source_manifest
 from megatron_mm.errors import DataError
-from megatron_mm.outside import file_name, read_json
-from megatron_mm.settings import NonNegativeInt
+from megatron_mm.outside import file_name
 from megatron_mm.storage import hash_file
 
+log = logging.getLogger(__name__)
+
+HASHERS = 8
+"""Threads that hash files of one checkpoint, where there are no ranks to share them."""
+OUTLINE = ("config.yaml", ".metadata")
+"""Files that say what a checkpoint holds: they are looked at before any tensor is."""
 EDGE_BYTES = 1 << 20
 """How many bytes at the beginning and the end of each file of an import its fingerprint counts."""
 
 
-class Listed(TypedDict):
-    """What the manifest says of any checkpoint, one that was imported too."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    step: NonNegativeInt
-    bytes: dict[str, NonNegativeInt]
-
-
-def find_damage(path: Path, *, share: int = 0, of: int = 1, names: Sequence[str] | None = None) -> list[str]:
+def find_damage(
+    path: Path, *, share: int = 0, of: int = 1, names: Sequence[str] | None = None, is_source: bool = False
+) -> list[str]:
     """Return what is wrong with a checkpoint, a line for each file; of the files' hashes, check the share-th part.
 
     Each of `of` readers hashes its own files; sizes are checked by the first alone. With `names`, only those files are
-    looked at.
+    looked at. A checkpoint that `is_source` of weights may have any name, and, imported by an older version, no hashes.
     """
     try:
-        manifest = read_manifest(path)
-    except DataError as error:
-        return [str(error)] if share == 0 else []
+        manifest = read_source_manifest(path) if is_source else read_manifest(path)
+        sizes, hashes = dict(manifest["bytes"]), manifest.get("sha256", {})
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        return [str(error) if isinstance(error, DataError) else f"{path / MANIFEST} is damaged"] if share == 0 else []
     problems = []
-    looked_at = {name: size for name, size in manifest["bytes"].items() if names is None or name in names}
+    looked_at = {name: size for name, size in sizes.items() if names is None or name in names}
     for number, (name, size) in enumerate(sorted(looked_at.items())):
         file = path / name
         try:
             found = file.stat().st_size
             if found != size:
                 problems += [f"{file} has {found} bytes, its manifest says {size}"] if share == 0 else []
-            elif number % of == share and hash_file(file) != manifest["sha256"][name]:
+            elif number % of == share and name in hashes and hash_file(file) != hashes[name]:
                 problems.append(f"{file} has other bytes than were written: its SHA-256 is not the manifest's")
         except OSError as error:
             problems += [f"{file} cannot be read: {error.strerror}"] if share == 0 or number % of == share else []
     return problems
 
 
-def check_sizes(path: Path) -> int:
-    """Return the step of a checkpoint. Raises DataError if it is not one, or a file has another size than it should."""
-    try:
-        manifest = read_json(path / MANIFEST, Listed)
-        sizes, step = manifest["bytes"], manifest["step"]
-    except (OSError, DataError) as error:
+def has_hashes(path: Path) -> bool:
+    """Tell whether a checkpoint says which bytes its files hold: imports of older versions say only how many."""
+    return "sha256" in read_source_manifest(path)
+
+
+def check_source(path: Path) -> None:
+    """Pass if every file of a checkpoint that weights are taken from is as it was written. Raises DataError.
+
+    Files are hashed by HASHERS threads; of a checkpoint without hashes, sizes are all that can be compared.
+    """
+    with ThreadPoolExecutor(HASHERS) as pool:
+        shares = pool.map(lambda share: find_damage(path, share=share, of=HASHERS, is_source=True), range(HASHERS))
+        problems = [line for lines in shares for line in lines]
+    if problems:
+        raise DataError(f"{path} is damaged:\n  " + "\n  ".join(problems))
+    if not has_hashes(path):
+        log.warning("%s records no hashes, as older imports do not: only the sizes of its files were compared", path)
+
+
+def check_outline(path: Path) -> int:
+    """Return the step of a checkpoint of any name, whose settings and index are as they were written.
+
+    Raises DataError if it is no checkpoint, a file has another size than it should, or one of these has other bytes.
+    """
+    if not (path / MANIFEST).exists():
         inside = sorted(str(file.parent) for file in path.glob(f"**/step_*/{MANIFEST}"))
         hint = f" Did you mean {inside[-1]}?" if inside else ""
-        reason = f"{MANIFEST}: {error.strerror}" if isinstance(error, OSError) else f"{MANIFEST} is damaged: {error}"
         raise DataError(
-            f"{path} is not a checkpoint of this package ({reason}). A checkpoint is a folder "
+            f"{path} is not a checkpoint of this package (it has no {MANIFEST}). A checkpoint is a folder "
             f"RUN_DIR/checkpoints/step_N.{hint}"
-        ) from error
-    for name, size in sizes.items():
+        )
+    manifest = read_source_manifest(path)
+    for name, size in manifest["bytes"].items():
         file_name(name, where=path / MANIFEST)
         found = (path / name).stat().st_size if (path / name).exists() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"
             raise DataError(f"{path / name} {what}, its manifest says {size}: the checkpoint is damaged.")
-    return step
+    if problems := find_damage(path, names=OUTLINE, is_source=True):
+        raise DataError("\n".join(problems) + ". The checkpoint is damaged.")
+    return manifest["step"]
 
 
 def fingerprint(path: Path) -> str:
     """Return a hash that identifies a checkpoint: of its manifest where that holds the files' own.
 
-    An import's does not: of its files count names, sizes, and the first and last megabyte.
+    An older import's does not: of its files count names, sizes, and the first and last megabyte.
     """
     data = (path / MANIFEST).read_bytes()
     if b'"sha256"' in data:

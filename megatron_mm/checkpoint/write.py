@@ -1,5 +1,6 @@
 """Writing a checkpoint of weights alone, block by block, without a process group: what an import makes."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -23,9 +24,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from tqdm import tqdm
 
-from megatron_mm.checkpoint.format import MANIFEST
+from megatron_mm.checkpoint.format import MANIFEST, SEAL, seal_of
 from megatron_mm.checkpoint.index import TensorInfo, check_archive
-from megatron_mm.storage import PARTIAL, SYNC_BYTES, make_folder, publish_folder, require_space
+from megatron_mm.storage import PARTIAL, SYNC_BYTES, hash_file, make_folder, publish_folder, require_space
 
 FILE_BYTES = 4 << 30
 """The most bytes of one file of the checkpoint."""
@@ -37,24 +38,30 @@ Weight = tuple[str, TensorInfo, Iterable[Tensor]]
 def write_weights(out: Path, weights: Sequence[Weight], *, num_layers: int, files: Mapping[str, bytes]) -> None:
     """Write the checkpoint `out` of step 0 from `weights`, with `files` of those names beside them.
 
-    It has its name only when it is whole and on the disk, and each tensor is compared with its checksum on the way.
+    It has its name only when it is whole and on the disk, and each tensor is compared with its checksum on the way. Its
+    manifest holds the SHA-256 of every file, taken as it was written, and its own.
     Raises DataError if the disk lacks the room or does not hold what was written, OSError if it refuses.
     """
     partial = out.with_name(out.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)  # nothing of it is looked at again
     make_folder(partial)
     require_space(partial, sum(info.shape[0] * info.row_bytes for _, info, _ in weights))
-    _write(partial, weights, num_layers=num_layers)
+    hashes = _write(partial, weights, num_layers=num_layers)
     (partial / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     for name, content in files.items():
         (partial / name).write_bytes(content)
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps({"step": 0, "bytes": sizes}, indent=1))
+    listed = {name: hashes.get(name) or hash_file(partial / name) for name in sizes}
+    manifest = {"step": 0, "bytes": sizes, "sha256": listed}
+    (partial / MANIFEST).write_text(json.dumps(manifest | {SEAL: seal_of(manifest)}, indent=1))
     publish_folder(partial, out)
 
 
-def _write(folder: Path, weights: Sequence[Weight], *, num_layers: int) -> None:
-    """Write tensors as megatron-core lays them out: global ones, equal layers stacked, in blocks of rows."""
+def _write(folder: Path, weights: Sequence[Weight], *, num_layers: int) -> dict[str, str]:
+    """Write tensors as megatron-core lays them out: global ones, equal layers stacked, in blocks of rows.
+
+    Returns the SHA-256 of each file of tensors, by its name.
+    """
     chunks: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
     sizes: dict[str, torch.Size] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -91,6 +98,33 @@ def _write(folder: Path, weights: Sequence[Weight], *, num_layers: int) -> None:
     described["common_state/shard_0_1"] = BytesStorageMetadata()
     with (folder / ".metadata").open("wb") as index:
         pickle.dump(Metadata(described, storage_data=stored), index)
+    return file.hashes
+
+
+class _Hashed:
+    """A file that is appended to, and the SHA-256 of what was."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._digest, self._position = path.open("wb"), hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        """Append `data`."""
+        self._digest.update(data)
+        self._position += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        """Return how many bytes were appended."""
+        return self._position
+
+    def flush(self) -> None:
+        """Let other descriptors see what was appended."""
+        self._file.flush()
+
+    def close(self) -> str:
+        """Close the file and return its hash."""
+        self._file.close()
+        return self._digest.hexdigest()
 
 
 class _Files:
@@ -98,6 +132,8 @@ class _Files:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._number = folder, 0
+        self.hashes: dict[str, str] = {}
+        """Of the files that are whole, by name."""
         self._checker, self._pending = ThreadPoolExecutor(1), None
         self._begin()
 
@@ -127,13 +163,13 @@ class _Files:
 
     def _begin(self) -> None:
         self._path = self._folder / f"__0_{self._number}.distcp"
-        self._file = self._path.open("wb")
+        self._file = _Hashed(self._path)
         self._unchecked: list[tuple[int, int]] = []
 
     def _end(self) -> None:
         self._check()
         self._pending.result()
-        self._file.close()
+        self.hashes[self._path.name] = self._file.close()
 
     def _check(self) -> None:
         self._file.flush()

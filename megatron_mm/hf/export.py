@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from megatron_mm import config as configs
 from megatron_mm.checkpoint.index import CheckpointReader, TensorInfo
+from megatron_mm.checkpoint.verify import check_source
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf import files, weight_map
@@ -49,7 +50,7 @@ KINDS = ("text", *STOCK, "full")
 """Exports: a stock decoder; text and one modality in a stock class; everything, with a little own code."""
 PARTS = {"text": ("text",), **{name: ("language", name) for name in STOCK}, "full": ("language", *files.EXPORTS)}
 """Which parts make up an export; a part that two of them have is one file on the disk."""
-MANIFEST = "conversion_manifest.json"
+MANIFEST = files.MANIFEST
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,13 @@ def export(
     tokenizer_path: Path | None = None,
     options: Options = Options(),
     gate: Callable[[Path], dict[str, str]] | None = None,
+    check: bool = True,
 ) -> None:
     """Write the exports of a checkpoint to OUT/KIND, a folder for each kind, as `options` has it.
 
-    The tokenizer is the checkpoint's, or the one that is named. `gate` is given each folder that has all but its model
-    card and manifest: it raises if the export is wrong, or returns figures for the card.
+    The checkpoint's files are hashed first, unless `check` is false. The tokenizer is its own, or the named one. `gate`
+    is given each folder that has all but its model card and manifest: it raises if the export is wrong, or returns
+    figures for the card.
     Streams blocks of rows from the checkpoint's files, needs neither GPU nor process group, and holds no tensor whole.
     All is written to OUT.partial, read back, and renamed when it is right; the same command goes on behind the shards
     of one that was interrupted. Raises DataError for a damaged or foreign checkpoint and a full disk.
@@ -105,6 +108,8 @@ def export(
     if out.exists():
         raise ConfigError(f"{out} exists: name a folder that does not, or remove it.")
     job = _prepare(checkpoint, tokenizer_path, options)
+    if check:
+        check_source(checkpoint)
     options = job.options
     partial = out.with_name(out.name + PARTIAL)
     begun = _fingerprint(checkpoint, job.tokenizer, options)
@@ -181,12 +186,27 @@ class Progress(TypedDict):
     done: dict[str, str]
 
 
-def verify(folder: Path) -> int:
-    """Pass if every file of an export is as it was written, and return how many there are. Raises DataError if not."""
+def verify_if_listed(folder: Path) -> None:
+    """Pass if an export is as it was written, and say so if the folder, as one of others, cannot tell.
+
+    Its model card may be another: who publishes it adds to it. Raises DataError as `verify`.
+    """
+    if (folder / MANIFEST).exists():
+        verify(folder, without=(files.CARD,))
+    else:
+        log.warning("%s has no %s: whether its files are as they were written cannot be told", folder, MANIFEST)
+
+
+def verify(folder: Path, *, without: Collection[str] = ()) -> int:
+    """Pass if every file of an export, but those `without`, is as it was written, and return how many there are.
+
+    Raises DataError if not.
+    """
     try:
         sums = read_json(folder / MANIFEST, Sums)["sha256"]
     except (OSError, DataError) as error:
         raise DataError(f"{folder} is not a finished export: {MANIFEST} cannot be read ({error}).") from error
+    sums = {name: expected for name, expected in sums.items() if name not in without}
     for name, expected in tqdm(sums.items(), desc="verify", unit="file"):
         check_sha256(folder / file_name(name, where=folder / MANIFEST), expected)
     return len(sums)
@@ -299,7 +319,7 @@ def _finish(
     }
     figures |= gate(folder) if gate is not None else {}
     card = files.model_card(job.config, kind=kind, step=job.source.step, figures=figures)
-    (folder / "README.md").write_text(card)
+    (folder / files.CARD).write_text(card)
     sums = {name: done[path] for name, (_, path) in shards.items()}
     others = sorted(file for file in folder.iterdir() if file.name not in sums and file.name != MANIFEST)
     sums |= {file.name: hash_file(file, keep_cached=False) for file in others}

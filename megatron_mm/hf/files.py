@@ -15,6 +15,9 @@ from megatron_mm.modalities.exports import Exports, Stock
 from megatron_mm.tokenizer import SPECIAL_TOKENS, TextTokenizer
 
 CODE = Path(__file__).parent / "code"
+MANIFEST = "conversion_manifest.json"
+"""Lists the sha256 of every other file of an export."""
+CARD = "README.md"
 EXPORTS: Mapping[str, Exports] = {modality.name: modality.part("hf").EXPORTS for modality in MODALITIES}
 """The part of each modality in Hugging Face folders, by its name."""
 CHAT_TEMPLATE = """\
@@ -211,14 +214,14 @@ def _processor(config: Config, kind: str) -> tuple[dict[str, dict[str, Any]], di
 def model_card(config: Config, *, kind: str, step: int, figures: dict[str, Any]) -> str:
     """Return the README.md of an export: what it is, how it was trained, what was checked, how to load it."""
     loading = {
-        "text": "AutoModelForCausalLM.from_pretrained(FOLDER)",
-        "full": "AutoModelForMultimodalLM.from_pretrained(FOLDER, trust_remote_code=True)",
+        "text": "AutoModelForCausalLM.from_pretrained(folder)",
+        "full": "AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)",
     }
     takes = {"text": "text", "full": ", ".join(["text", *(own.takes for own in EXPORTS.values())]) + " and PDFs"}
     pipelines = {"text": "text-generation", "full": "any-to-any"}
     if kind not in loading:
         stock = EXPORTS[kind].stock
-        loading[kind] = f"{stock.auto_class}.from_pretrained(FOLDER)"
+        loading[kind] = f"{stock.auto_class}.from_pretrained(folder)"
         takes[kind], pipelines[kind] = f"text and {EXPORTS[kind].takes}", stock.pipeline
     what = takes[kind]
     checks = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
@@ -231,7 +234,14 @@ pipeline_tag: {pipelines[kind]}
 A pretrained (not instruction-tuned) decoder that continues {what}, exported from a megatron_mm training checkpoint.
 
 ```python
+import hashlib, json
+from pathlib import Path
 from transformers import *
+
+folder = Path(FOLDER)
+for name, digest in json.loads((folder / "{MANIFEST}").read_text())["sha256"].items():
+    found = hashlib.file_digest(open(folder / name, "rb"), "sha256").hexdigest()
+    assert found == digest or name == "{CARD}", f"{{name}} is damaged"
 model = {loading[kind]}
 ```
 

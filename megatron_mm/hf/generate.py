@@ -24,7 +24,7 @@ from megatron_mm.data.media import reference_decoders
 from megatron_mm.engine import device
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf import files
-from megatron_mm.hf.export import Options, export
+from megatron_mm.hf.export import Options, export, verify_if_listed
 from megatron_mm.hf.load import PARTS
 from megatron_mm.hf.tensors import safetensors_files
 from megatron_mm.ingest.document import Document
@@ -76,14 +76,17 @@ class Speaker:
 
 
 @contextmanager
-def opened(path: Path, *, tokenizer_path: Path | None = None, dtype: torch.dtype | None = None):
+def opened(path: Path, *, tokenizer_path: Path | None = None, dtype: torch.dtype | None = None, check: bool = True):
     """Give a Speaker of the export or checkpoint at `path`; a checkpoint is exported to a temporary folder first.
 
-    Raises ConfigError if it is neither, is an export and a tokenizer is named, or a checkpoint without one and none is.
+    All files are compared with their manifest first, unless `check` is false. Raises DataError if one differs,
+    ConfigError if it is neither, is an export and a tokenizer is named, or a checkpoint without one and none is.
     """
     if (path / "config.json").exists():
         if tokenizer_path is not None:
             raise ConfigError(f"--tokenizer {tokenizer_path}: {path} is an export, which brings its own. Leave it out.")
+        if check:
+            verify_if_listed(path)
         yield load_export(path, dtype)
         return
     if not (path / "manifest.json").exists():
@@ -95,7 +98,7 @@ def opened(path: Path, *, tokenizer_path: Path | None = None, dtype: torch.dtype
         )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "export"
-        export(path, out, tokenizer_path=tokenizer_path, options=Options(kinds=("full",), dtype=dtype))
+        export(path, out, tokenizer_path=tokenizer_path, options=Options(kinds=("full",), dtype=dtype), check=check)
         yield load_export(out / "full", dtype)
 
 
@@ -118,15 +121,15 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> Speaker:
     description = read_json(folder / "config.json", Described, hint="Write the export again.")
     safetensors_files(folder)  # for its error: transformers would open whatever the index names
     kind = description.get("model_type")
-    model_class, only_ours = transformers.AutoModelForCausalLM, {"trust_remote_code": False}
+    model_class, own = transformers.AutoModelForCausalLM, {"trust_remote_code": False}
     if kind == "megatron_mm":
-        model_class, only_ours = MegatronMMForConditionalGeneration, {}
+        model_class, own = MegatronMMForConditionalGeneration, {"verify": False}  # `opened` does, for every kind
     elif kind in PARTS:
         model_class = getattr(transformers, files.EXPORTS[PARTS[kind][0]].stock.auto_class)
     try:
         settings = {name: files.EXPORTS[name].settings(description) for name in PARTS.get(kind, ())}
-        sections = {name: BY_NAME[name].section(**own) for name, own in settings.items()}
-        model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **only_ours)
+        sections = {name: BY_NAME[name].section(**one) for name, one in settings.items()}
+        model, info = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **own)
     except FOREIGN as error:
         raise DataError(
             f"{folder} is damaged or not whole ({error}). `tools/convert_checkpoint.py verify` names the files."

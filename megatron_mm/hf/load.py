@@ -15,6 +15,7 @@ from megatron_mm.checkpoint.write import write_weights
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf import files, weight_map
+from megatron_mm.hf.export import verify_if_listed
 from megatron_mm.hf.stream import blocks, check_complete, explained, info_of
 from megatron_mm.hf.tensors import SafetensorsReader
 from megatron_mm.hf.weight_map import Target, whole
@@ -49,18 +50,21 @@ class Decoder(TypedDict):
     use_sliding_window: NotRequired[bool]
 
 
-def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[str] = ()) -> Config:
+def import_folder(folder: Path, out: Path, *, preset: str, overrides: Sequence[str] = (), check: bool = True) -> Config:
     """Write the weights of a Llama-family folder, or of one of our exports, as a checkpoint; return its configuration.
 
     The run's settings are those of `preset`, with decoder and encoders of the folder, no pretrained file for encoders
     that it has, and `overrides`; they are saved in the checkpoint, with training.start_from naming it. model.vocab_size
     may be larger than the folder's: new rows of embedding and head start as the mean of the others. Streams blocks of
-    rows, like `export`. Raises ConfigError for a decoder or an encoder that is not ours, DataError for a damaged folder
+    rows, like `export`. The files of an export are compared with its manifest first, unless `check` is
+    false. Raises ConfigError for a decoder or an encoder that is not ours, DataError for a damaged folder
     or one with missing or unexpected tensors.
     """
     if out.exists():
         raise ConfigError(f"{out} exists: name a folder that does not, or remove it.")
     description = read_description(folder)
+    if check:
+        verify_if_listed(folder)
     found = decoder_settings(description) | encoder_settings(description)
     settings = [f"{key}={value}" for key, value in found.items()]
     settings += [f"{part}.pretrained=null" for part in PARTS.get(description["model_type"], ())]

@@ -11,6 +11,9 @@ import numpy as np
 from megatron_mm.errors import DataError
 from megatron_mm.shards.format import BLOCK_BYTES, PAGE_BYTES, PAGED, PAGES_SUFFIX
 
+RUN_PAGES = 256
+"""Pages that are read at once where many are compared."""
+
 
 class Checksums:
     """Reads the files of one set of shards by pages that are compared with their checksums.
@@ -50,13 +53,7 @@ class Checksums:
             self.require(suffix, offset, num_bytes)
             return self.read_unchecked(suffix, offset, num_bytes)
         first, stop = offset // PAGE_BYTES, -(-(offset + num_bytes) // PAGE_BYTES)
-        start = first * PAGE_BYTES
-        data = self.read_unchecked(suffix, start, min(stop * PAGE_BYTES, self.size(suffix)) - start)
-        view = memoryview(data)
-        for page in range(first, stop):
-            own = view[page * PAGE_BYTES - start :][:PAGE_BYTES]
-            if zlib.crc32(own) != self.expected[suffix][page]:
-                raise self._error(suffix, page)
+        data, start = self._read_pages(suffix, first, stop), first * PAGE_BYTES
         return data[offset - start : offset - start + num_bytes]
 
     def read_unchecked(self, suffix: str, offset: int, num_bytes: int) -> bytes:
@@ -75,10 +72,12 @@ class Checksums:
         """Pass if the pages that hold some bytes are what was written; each is compared once. Raises DataError."""
         passed, first = self._passed[suffix], offset // self.page_bytes
         stop = min(len(passed), -(-(offset + num_bytes) // self.page_bytes))
-        page = passed.find(0, first, stop)
-        while page >= 0:
-            self._compare(suffix, page)
-            page = passed.find(0, page, stop)
+        first = passed.find(0, first, stop)
+        while first >= 0:
+            end = passed.find(1, first, min(stop, first + RUN_PAGES))
+            end = min(stop, first + RUN_PAGES) if end < 0 else end
+            self._compare(suffix, first, end)
+            first = passed.find(0, end, stop)
 
     def require_each(self, suffix: str, offsets: np.ndarray, num_bytes: int) -> None:
         """As `require`, for `num_bytes` at each of `offsets`: (n,) int64."""
@@ -86,17 +85,21 @@ class Checksums:
         for pages in (offsets // self.page_bytes, (offsets + (num_bytes - 1)) // self.page_bytes):
             if not passed[pages].all():
                 for page in np.unique(pages[passed[pages] == 0]).tolist():
-                    self._compare(suffix, page)
+                    self._compare(suffix, page, page + 1)
 
-    def _compare(self, suffix: str, page: int) -> None:
-        start = page * self.page_bytes
-        if suffix in self._maps:
-            data = self._maps[suffix][start : start + self.page_bytes]
-        else:
-            data = self.read_unchecked(suffix, start, min(self.page_bytes, self.size(suffix) - start))
-        if zlib.crc32(data) != self.expected[suffix][page]:
-            raise self._error(suffix, page)
-        self._passed[suffix][page] = 1
+    def _compare(self, suffix: str, first: int, stop: int) -> None:
+        self._read_pages(suffix, first, stop)
+        self._passed[suffix][first:stop] = b"\1" * (stop - first)
+
+    def _read_pages(self, suffix: str, first: int, stop: int) -> bytes:
+        """Return pages [first, stop), compared. They are read, not mapped: mapped ones count as a process's memory."""
+        start = first * self.page_bytes
+        data = self.read_unchecked(suffix, start, min(stop * self.page_bytes, self.size(suffix)) - start)
+        view, expected = memoryview(data), self.expected[suffix][first:stop].tolist()
+        for number, crc32 in enumerate(expected):
+            if zlib.crc32(view[number * self.page_bytes : (number + 1) * self.page_bytes]) != crc32:
+                raise self._error(suffix, first + number)
+        return data
 
     def _error(self, suffix: str, page: int) -> DataError:
         """Return what to say of a page: that it is damaged, or, if its block is not, that its checksum is."""

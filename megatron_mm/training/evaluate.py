@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_mm.checkpoint.format import COMMITTED, MANIFEST
-from megatron_mm.checkpoint.load import find_damage_together, load_weights
+from megatron_mm.checkpoint.format import MANIFEST
+from megatron_mm.checkpoint.load import load_weights
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import device
 from megatron_mm.engine.agreement import together
 from megatron_mm.engine.mesh import Mesh
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.errors import ConfigError
 from megatron_mm.kernels.select import select
 from megatron_mm.model.loss import by_name
 from megatron_mm.model.multimodal import build_chunks
@@ -57,10 +57,6 @@ def evaluate_checkpoint(config: Config, mesh: Mesh, path: Path) -> dict[str, flo
     """
     select(config.training.kernels, device.current())
     loader = together(lambda: _held_out(config, mesh, path))
-    is_committed = (path / COMMITTED).exists()  # an import is not: its sizes are checked as it is read
-    problems = find_damage_together(mesh, path) if is_committed else []
-    if problems:
-        raise DataError("the checkpoint is damaged:\n  " + "\n  ".join(problems))
     chunks = build_chunks(config, mesh)
     load_weights(chunks, config=config, mesh=mesh, path=path)
     losses = evaluate(ModelState(config, mesh, chunks, in_precision(chunks)), loader)

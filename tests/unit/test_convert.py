@@ -184,6 +184,12 @@ def test_layers_kept_apart_and_halves_read_as_one(imported: Path, tmp_path: Path
         assert torch.equal(apart.read_rows(name, 10, 90), reader.read_rows(name, 10, 90))
 
 
+def without_hashes(folder: Path) -> None:
+    """Make a checkpoint one of those that say no more of their files than sizes: of an older import."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({key: manifest[key] for key in ("step", "bytes")}))
+
+
 def test_nothing_in_an_index_is_executed(imported: Path, tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self):
@@ -192,6 +198,7 @@ def test_nothing_in_an_index_is_executed(imported: Path, tmp_path: Path) -> None
     folder = tmp_path / "checkpoint"
     shutil.copytree(imported / "checkpoint", folder)
     original = (folder / ".metadata").stat().st_size
+    without_hashes(folder)
     evil = pickle.dumps(Evil())
     (folder / ".metadata").write_bytes(evil + b"\0" * (original - len(evil)))
     with pytest.raises(DataError, match=r"posix\.mkdir"):

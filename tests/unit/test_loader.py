@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import threading
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -359,6 +360,12 @@ def test_without_the_extension_rows_are_the_same(shards: Path, monkeypatch: pyte
     for step, micro_batches in enumerate(native):
         for ours, theirs in zip(micro_batches, loader.step(step), strict=True):
             assert_same(ours, theirs)
+
+
+def test_checksums_are_those_of_zlib() -> None:
+    data = np.random.default_rng(0).integers(0, 256, 5000, np.uint8).tobytes()
+    for size in [*range(200), 4095, 4096, 4999]:
+        assert token_row._index.crc32(data[:size]) == zlib.crc32(data[:size]), size
 
 
 def test_rows_that_do_not_fit_are_refused_and_a_short_file_is_said(tmp_path: Path) -> None:

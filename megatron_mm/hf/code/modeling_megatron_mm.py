@@ -1,6 +1,9 @@
 """An exported megatron_mm model: stock towers of transformers, composed. No attention, norm or mask of its own."""
 
+import hashlib
 import inspect
+import json
+import os
 
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
@@ -10,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .configuration_megatron_mm import MegatronMMConfig
 from .modalities_megatron_mm import MODALITIES
 
+MANIFEST = "conversion_manifest.json"
 INPUTS = [name for modality in MODALITIES for name in modality.inputs]
 
 
@@ -37,6 +41,21 @@ class MegatronMMProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(self.layer_norm(features))))
 
 
+def check_files(folder):
+    """Raise OSError if a file of the export in `folder`, but its card, is not what was written."""
+    with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
+        expected = json.load(file)["sha256"]
+    for name in expected.keys() - {"README.md"}:
+        digest = hashlib.sha256()
+        with open(os.path.join(folder, name), "rb") as file:
+            for block in iter(lambda: file.read(1 << 23), b""):
+                digest.update(block)
+        if digest.hexdigest() != expected[name]:
+            raise OSError(
+                f"{name} in {folder} is damaged: its sha256 is not that of {MANIFEST}. Copy the folder again."
+            )
+
+
 class MegatronMMPreTrainedModel(PreTrainedModel):
     """What transformers must know of all classes here."""
 
@@ -51,6 +70,13 @@ class MegatronMMPreTrainedModel(PreTrainedModel):
     ]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, verify=True, **kwargs):
+        """Load a model from a folder whose files are compared with its manifest first, unless `verify` is false."""
+        if verify and os.path.isfile(os.path.join(pretrained_model_name_or_path, MANIFEST)):
+            check_files(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
 def _tower(modality, config):
