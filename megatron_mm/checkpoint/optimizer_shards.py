@@ -36,20 +36,28 @@ def describe_shards(optimizer: ChainedOptimizer, model_state: dict[str, Any]) ->
 
 def _describe(optimizer: DistributedOptimizer, described: dict[int, ShardedTensor]) -> dict[str, Any]:
     """Return what one distributed optimizer adds; `described` are the model's tensors by their id."""
-    optimizer.init_state_fn(optimizer.optimizer)  # what no step has changed yet is zero, and has to be there
     shards = []
-    for buckets in optimizer.gbuf_ranges:
-        for bucket in (one for of_type in buckets.values() for one in of_type):
-            for parameter, ranges in bucket["param_map"].items():
-                states = optimizer._get_main_param_and_optimizer_states(parameter)
-                for name, value in states.items():
-                    assert value.dtype == torch.float32
-                    shards += _blocks_of(described[id(parameter)], name, value, first=ranges["param"].start)
+    for parameter, name, value, first in states_of(optimizer):
+        shards += _blocks_of(described[id(parameter)], name, value, first=first)
     return {
         **optimizer.state_dict(),
         "param_state": dict(enumerate(shards)),
         "param_state_sharding_type": LOADED_AS,
     }
+
+
+def states_of(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, str, Tensor, int]]:
+    """Yield what this rank has of each parameter: the parameter, the state's name, its values and the first's place.
+
+    Values (numel,) are those of the flattened parameter from that place on, the FP32 weights among them.
+    """
+    optimizer.init_state_fn(optimizer.optimizer)  # what no step has changed yet is zero, and has to be there
+    for buckets in optimizer.gbuf_ranges:
+        for bucket in (one for of_type in buckets.values() for one in of_type):
+            for parameter, ranges in bucket["param_map"].items():
+                for name, value in optimizer._get_main_param_and_optimizer_states(parameter).items():
+                    assert value.dtype == torch.float32
+                    yield parameter, name, value, ranges["param"].start
 
 
 def _blocks_of(

@@ -247,6 +247,12 @@ def _never_comes(config: Config) -> Iterator[str]:
             f"checkpoint.keep_every={checkpoint.keep_every} is no multiple of checkpoint.interval="
             f"{checkpoint.interval}: most of the steps that it divides are never saved. Use a multiple."
         )
+    if checkpoint.memory_interval and not 0 < checkpoint.memory_interval < checkpoint.interval:
+        yield (
+            f"checkpoint.memory_interval={checkpoint.memory_interval} is not below checkpoint.interval="
+            f"{checkpoint.interval}: copies in memory are newer than a checkpoint on disk, never instead of one. Use a "
+            "smaller one, or 0 for none."
+        )
 
 
 def _paths(config: Config) -> Iterator[str]:

@@ -191,6 +191,11 @@ class CheckpointConfig(Section):
     """Write while training goes on; false waits for the disk."""
     resume: bool = True
     """Go on from the newest whole checkpoint in run_dir; false refuses a run_dir that has one."""
+    memory_interval: NonNegativeInt = 0
+    """Steps between copies to the memory of two nodes: newer than the newest checkpoint, they survive the loss of one
+    of them, and a start in the same layout goes on from them. 0 copies nothing. Freed when the run ends."""
+    memory_dir: str = "/dev/shm"
+    """Where copies lie on each node, in a folder of this user alone: a file system in memory."""
 
 
 class GuardConfig(Section):

@@ -115,7 +115,7 @@ def begin_save(state: TrainState, saver: Saver) -> Saved | None:
         state.step,
         lambda: _sharded_state(state, metadata),
         metadata=content,
-        facts=_facts(state),
+        facts=facts_of(state),
         texts={
             "config.yaml": configs.to_yaml(configs.anchor(state.config)),
             **(_tokenizer(state.config) if state.mesh.is_rank_0 else {}),
@@ -198,11 +198,11 @@ def load(state: TrainState, path: Path, *, verify: bool = True) -> None:
     for chunk, key in zip(state.chunks, _chunk_keys(state)):
         chunk.load_state_dict(loaded[key])
     load_optimizer(state.optimizer, loaded["optimizer"], described=described["optimizer"])
-    _take_facts(state, path, facts, changed)
+    take_facts(state, path, facts, changed)
     state.scheduler = build_scheduler(state.config, state.optimizer, step=state.step)
 
 
-def _facts(state: TrainState) -> dict[str, Any]:
+def facts_of(state: TrainState) -> dict[str, Any]:
     """Return what a manifest records of a run beside its files."""
     consumption = state.consumption
     return {
@@ -210,17 +210,19 @@ def _facts(state: TrainState) -> dict[str, Any]:
         "batch_sizes": consumption.batch_sizes,
         "left_out": [astuple(part) for part in consumption.left_out],
         "changes": state.changes,
+        "lives": state.lives,
         "inputs": None if state.inputs is None else state.inputs.as_json(),
     }
 
 
-def _take_facts(state: TrainState, path: Path, facts: dict[str, Any], changed: dict[str, str]) -> None:
+def take_facts(state: TrainState, path: Path, facts: dict[str, Any], changed: dict[str, str]) -> None:
     """Let `state` know what the run has done, and record what is different from now on. Collective over all ranks."""
     state.step, state.run = int(facts["step"]), facts.get("run", "")
     consumed = [consumption_of(state.config, path) if state.mesh.is_rank_0 else None]
     dist.broadcast_object_list(consumed, src=0)
     assert consumed[0] is not None
     state.consumption = consumed[0]
+    state.lives = list(dict.fromkeys([*facts.get("lives", []), *state.lives[-1:]]))
     state.changes = [*facts.get("changes", []), *([{"step": state.step, "settings": changed}] if changed else [])]
     if state.mesh.is_rank_0:
         for line in changed.values():

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_mm import config as configs
 from megatron_mm import endings
 from megatron_mm.batch import MicroBatch
+from megatron_mm.checkpoint.copies import Copies
 from megatron_mm.checkpoint.format import step_of
 from megatron_mm.checkpoint.save import Saved, Saver
 from megatron_mm.config import Config
@@ -23,6 +24,7 @@ from megatron_mm.kernels.select import select
 from megatron_mm.model.backend import choose
 from megatron_mm.storage import remove_file, replacing
 from megatron_mm.training import checkpoints
+from megatron_mm.training.copies import begin_copy, make_copies, restore
 from megatron_mm.training.evaluate import evaluate
 from megatron_mm.training.guard import BadSteps, Guard, LossSpike
 from megatron_mm.training.initial_weights import begin_anew, load_initial_weights
@@ -48,6 +50,7 @@ class Run:
     metrics: Metrics
     guard: Guard
     saver: Saver
+    copies: Copies | None
     watch: Watch
     stop: StopRequest
 
@@ -65,9 +68,9 @@ def train(config: Config, mesh: Mesh) -> TrainState:
     fence = checkpoints.take_over(config, mesh)
     with Watch(config.guard, mesh, config.run_dir) as watch, StopRequest(mesh) as stop:
         state = build_state(config, mesh)
-        state.inputs = ready.inputs
-        saver = checkpoints.make_saver(state, fence)
-        _begin(state, ready)
+        state.inputs, state.lives = ready.inputs, [fence.token]
+        saver, copies = checkpoints.make_saver(state, fence), make_copies(state, fence)
+        _begin(state, ready, copies)
         parameters = total_parameters(state)
         chosen = f"{kernels} kernels | {backend.name} layers | {backend.attention} attention"
         _announce(state, ready.loader, chosen, parameters)
@@ -75,15 +78,17 @@ def train(config: Config, mesh: Mesh) -> TrainState:
             changed = [line for one in state.changes if one["step"] == state.step for line in one["settings"].values()]
             where = {"layout": mesh.describe(), "parameters": parameters, "run": state.run}
             metrics.start(step=state.step, **where, changed=changed)
-            run = Run(state, ready.loader, ready.heldout, metrics, Guard(config.guard), saver, watch, stop)
+            run = Run(state, ready.loader, ready.heldout, metrics, Guard(config.guard), saver, copies, watch, stop)
             run.guard.remember(metrics.losses(config.guard.spike_window))
             if state.step == 0 and config.evaluation.interval:
                 _evaluate(run)
             with endings.gently(stop.interrupt):
                 while not _train_on(run):
                     pass
-            if stop.interrupted and state.step < config.last_step:
-                raise KeyboardInterrupt
+        if copies is not None:
+            copies.close()
+        if stop.interrupted and state.step < config.last_step:
+            raise KeyboardInterrupt
     if mesh.is_rank_0:
         _finish(state)
     return state
@@ -133,7 +138,10 @@ def _train_on(run: Run) -> bool:
             watch.beat("save", step=state.step)
             _record(run, checkpoints.begin_save(state, run.saver))
             save_wanted = False
+        elif run.copies is not None and run.guard.healthy and _is_due(state, config.checkpoint.memory_interval):
+            begin_copy(state, run.copies)
         _record(run, run.saver.poll())
+        _record_copy(run)
         if stopping and not save_wanted:
             break
     if (bad := run.guard.unsettled(state.step)) and (save_wanted or not stopping):
@@ -186,6 +194,14 @@ def _record(run: Run, saved: Saved | None) -> None:
         )
 
 
+def _record_copy(run: Run) -> None:
+    """Let a copy in memory that all ranks have written count, and say what it has cost."""
+    copied = None if run.copies is None else run.copies.poll()
+    if copied is not None:
+        values = {"copy_stall_seconds": copied.stall_seconds, "copy_seconds": copied.seconds}
+        run.metrics.event({**values, "copied_step": copied.step}, step=run.state.step)
+
+
 def _go_back(run: Run, bad: BadSteps) -> bool:
     """Bring the run to its last checkpoint, or to its start, and leave out the batches of the bad steps.
 
@@ -195,6 +211,8 @@ def _go_back(run: Run, bad: BadSteps) -> bool:
     run.guard.roll_back(bad)
     left_out = state.consumption.leave_out(range(bad.first - 1, bad.last)).left_out  # as these steps consumed them
     _record(run, run.saver.finish())
+    if run.copies is not None:
+        run.copies.drop()  # they may have learned from what is left out from now on
     path = checkpoints.resume(state)
     if path is None:
         begin_anew(state)
@@ -211,10 +229,11 @@ def _is_due(state: TrainState, interval: int) -> bool:
     return bool(interval) and (state.step % interval == 0 or state.step == state.config.last_step)
 
 
-def _begin(state: TrainState, ready: Ready) -> None:
-    """Go on from the newest whole checkpoint of the run if there is one; otherwise start a new run from nothing."""
+def _begin(state: TrainState, ready: Ready, copies: Copies | None) -> None:
+    """Go on from the newest whole checkpoint of the run, or a newer copy in memory; start a new run if it has none."""
     if ready.goes_on_from is not None:
-        checkpoints.resume(state)
+        if copies is None or not restore(state, copies, newest=ready.goes_on_from):
+            checkpoints.resume(state)
     else:
         names = [uuid.uuid4().hex[:16]]
         dist.broadcast_object_list(names, src=0)

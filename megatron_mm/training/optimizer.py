@@ -220,27 +220,40 @@ def load_optimizer(optimizer: ChainedOptimizer, saved: dict[str, Any], *, descri
 
     `saved` is what was loaded for `described`, as describe_shards has returned it.
     """
-    parts = optimizer.chained_optimizers
-    values, views = ([one] if len(parts) == 1 else list(one.values()) for one in (saved, described))
+    is_one = len(optimizer.chained_optimizers) == 1
+    values, views = ([one] if is_one else list(one.values()) for one in (saved, described))
     steps = {group["step"] for one in values for group in one["optimizer"]["param_groups"] if "step" in group}
     assert len(steps) <= 1, f"parameter groups of one checkpoint have done {steps} steps"
-    for part, value, view in zip(parts, values, views, strict=True):
-        for group in part.optimizer.param_groups:
-            group.pop("step", None)
-            group.update(dict.fromkeys(("step",), *steps) if steps else {})
+    set_steps_done(optimizer, next(iter(steps), None))
+    for value, view in zip(values, views, strict=True):
         for number, shard in view["param_state"].items():
             shard.data.copy_(value["param_state"][number])
 
 
 def reset_optimizer(optimizer: ChainedOptimizer) -> None:
     """Bring state and step count to those of an optimizer that has done no step."""
+    set_steps_done(optimizer, None)
     for part in optimizer.chained_optimizers:
         complete_state(part.optimizer, part.rule)
+        for state in part.optimizer.state.values():
+            for name in part.rule.state:
+                state[name].zero_()
+
+
+def steps_done(optimizer: ChainedOptimizer) -> int | None:
+    """Return how many steps `optimizer` has counted, None if it has counted none."""
+    groups = [
+        group for part in optimizer.chained_optimizers for group in part.state_dict()["optimizer"]["param_groups"]
+    ]
+    return next((group["step"] for group in groups if "step" in group), None)
+
+
+def set_steps_done(optimizer: ChainedOptimizer, steps: int | None) -> None:
+    """Let every group of parameters have done this many steps."""
+    for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             group.pop("step", None)
-            for param in group["params"]:
-                for name in part.rule.state:
-                    part.optimizer.state[param][name].zero_()
+            group.update({} if steps is None else {"step": steps})
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer, *, step: int) -> OptimizerParamScheduler:

@@ -50,6 +50,8 @@ class TrainState(ModelState):
     """Optimizer steps done."""
     run: str = ""
     """Names this run among all that ever had its run_dir: what files of another one say is not about this one."""
+    lives: list[str] = field(default_factory=list)
+    """The jobs that have written the run, this one last: what others wrote under its name is no part of it."""
     inputs: Inputs | None = None
     """What the run is trained on, by content; None where nobody recorded it."""
     changes: list[dict[str, Any]] = field(default_factory=list)
