@@ -257,6 +257,7 @@ def copy_and_come_back(shards: Path, run_dir: Path) -> dict[str, str]:
     with pytest.raises(TakenOver):
         copy(state, copies)
     copies.close()
+    dist.barrier()
     assert not copies.folder.exists()
     return seen
 
