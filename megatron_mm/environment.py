@@ -12,15 +12,20 @@ COMPILED = ("TRITON_CACHE_DIR", INDUCTOR, "TORCH_EXTENSIONS_DIR")
 """Folders that compiled code is loaded from. Unset, torch.compile's is a name in /tmp that anybody can take."""
 
 
-def read_number(name: str, default: int) -> int:
-    """Return the whole number in an environment variable, `default` without it. Raises ConfigError for other text."""
+def read_number(name: str, default: int, *, least: int = 0) -> int:
+    """Return the whole number in an environment variable, `default` without it.
+
+    Raises ConfigError for other text, and for a number below `least` or of more than a computer's word.
+    """
     text = os.environ.get(name) or str(default)
     try:
+        if not least <= int(text) < 2**31:
+            raise ValueError
         return int(text)
     except ValueError:
         raise ConfigError(
-            f"{name}={text} in the environment is not a whole number. torchrun, srun and SLURM set it; unset it to do "
-            "without them."
+            f"{name}={text} in the environment is not a whole number{f' of {least} or more' if least else ''}. "
+            "torchrun, srun and SLURM set it; unset it to do without them."
         ) from None
 
 

@@ -6,6 +6,7 @@ spaces: `message` keeps a line feed before two spaces, which our lists have, and
 """
 
 import contextlib
+import io
 import logging
 import re
 import sys
@@ -74,14 +75,14 @@ def set_up_logging(*, prefix: str = "") -> None:
 
 
 class _Guarded:
-    """A stream that lets no control pass but line ends, tabs, and the return with which a progress bar begins."""
+    """A stream that lets no control pass but line ends, tabs, and the return that begins a progress bar."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, *, has_bars: bool) -> None:
+        self._stream, self._has_bars = stream, has_bars
 
     def write(self, text: str) -> int:
         """Write `text`."""
-        start = len(text) - len(text.lstrip("\r"))
+        start = len(text) - len(text.lstrip("\r")) if self._has_bars else 0
         self._stream.write(text[:start] + content(text[start:]))
         return len(text)
 
@@ -98,7 +99,10 @@ class _Guarded:
 def guarded_streams() -> Iterator[None]:
     """Let whatever is printed while this is open, by whomever, pass `content`: the last guard behind all others."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Guarded(before[0]), _Guarded(before[1])  # type: ignore[assignment]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: of an encoding that has not all characters
+    sys.stdout = _Guarded(before[0], has_bars=False)  # type: ignore[assignment]
+    sys.stderr = _Guarded(before[1], has_bars=True)  # type: ignore[assignment]
     try:
         yield
     finally:

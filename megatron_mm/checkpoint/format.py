@@ -202,7 +202,8 @@ class Fence:
         """Become the owner of the checkpoints in `folder`, and remove what other lives left half-written."""
         job = os.environ.get("SLURM_JOB_ID", "local")
         life = os.environ.get("SLURM_RESTART_COUNT", "0")
-        token = f"{job}.{life}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
+        named = re.sub(r"[^\w.-]+", "_", f"{job}.{life}.{socket.gethostname()}")  # it is a part of names of files
+        token = f"{named}.{uuid.uuid4().hex[:8]}"
         make_folder(folder)
         with replacing(folder / OWNER, aside=f".{token}") as file:  # another job may write it at the same time
             file.write(token.encode())

@@ -230,6 +230,8 @@ def _read(preset: str, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = settings.pop("extends", None)
     if base is None:
         return settings
+    if (path.parent / "manifest.json").exists():
+        raise ConfigError(f"{path} extends {base!r}: the settings of a checkpoint stand alone. Restore the file.")
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends is {base!r}. Write the name of one preset, or the path of one file.")
     return _merged(_read(base, extended_by=(*extended_by, path)), settings)

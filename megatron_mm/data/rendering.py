@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_mm.modalities.decoder import Decoder
+from megatron_mm.printable import line
 from megatron_mm.shards import EncodedDocument, MediaItem, ShardReader
 from megatron_mm.tokenizer import TextTokenizer
 
@@ -93,7 +94,7 @@ def render_page(
     sections = []
     for title, document in documents:
         tokens = "".join(_token(number, run, decoders) for number, run in enumerate(runs(document, tokenizer)))
-        heading = f"<h2>{html.escape(title)}</h2><p>{html.escape(_summary(document))}</p>"
+        heading = f"<h2>{html.escape(line(title))}</h2><p>{html.escape(_summary(document))}</p>"
         sections.append(f'<section>{heading}<div class="tokens">{tokens}</div></section>')
     head = f'<meta charset="utf-8"><title>What the model sees</title><style>{STYLE}</style>'
     return f"<!doctype html><html><head>{head}</head><body>{''.join(sections)}</body></html>\n"

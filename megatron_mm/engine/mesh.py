@@ -72,10 +72,14 @@ class Mesh:
         return f"TP{self.tp_size} PP{self.pp_size}{vpp}{cp} DP{self.dp_size}"
 
 
+MAX_DIGITS = 9
+"""Of the number of ranks: more are no number of machines, and thousands are none that Python reads."""
+
+
 def world_size() -> int:
     """Return the number of ranks that torchrun (or srun) started; 1 without it. Raises ConfigError if it is none."""
     size = os.environ.get("WORLD_SIZE", "1")
-    if not size.isdecimal() or size == "0":
+    if not size.isdecimal() or len(size) > MAX_DIGITS or not int(size):
         raise ConfigError(
             f"WORLD_SIZE={size} is no number of ranks. Start the ranks with torchrun or srun, or unset it."
         )
@@ -90,7 +94,7 @@ def initialize(config: Config) -> Mesh:
     """
     size = world_size()
     check_world(config, size)
-    device.prepare(read_number("LOCAL_RANK", 0), read_number("LOCAL_WORLD_SIZE", 1))
+    device.prepare(read_number("LOCAL_RANK", 0), read_number("LOCAL_WORLD_SIZE", 1, least=1))
     if not dist.is_initialized():
         if size > 1:
             store = rendezvous.meet(size, timeout=TIMEOUT)

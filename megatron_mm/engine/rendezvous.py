@@ -59,9 +59,9 @@ def meet(world_size: int, *, timeout: timedelta) -> Store:
 def own_rank(world_size: int) -> int:
     """Return the rank of this process. Raises ConfigError if RANK or MASTER_PORT is no such number."""
     rank, port = os.environ["RANK"], os.environ["MASTER_PORT"]
-    if not (rank.isdecimal() and int(rank) < world_size):
+    if not (rank.isdecimal() and len(rank) < 10 and int(rank) < world_size):
         raise ConfigError(f"RANK={rank} is none of the ranks 0 to {world_size - 1} of WORLD_SIZE={world_size}.")
-    if not (port.isdecimal() and 0 < int(port) < 65536):
+    if not (port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536):
         raise ConfigError(f"MASTER_PORT={port} is no port: give a number from 1 to 65535.")
     return int(rank)
 

@@ -100,6 +100,8 @@ def read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if dtype not in DTYPES:
             raise DataError(f"{file}: {name} is {dtype}; weights of {', '.join(DTYPES)} are read.")
+        if not shape:
+            raise DataError(f"{file}: {name} is a single number, and no tensor of a model that is read is one.")
         info = TensorInfo(shape, DTYPES[dtype])
         if last - first != math.prod(shape) * info.dtype.itemsize or 8 + length + last > size:
             raise DataError(f"{file} is cut short or damaged: {name} ends at byte {8 + length + last} of {size}.")

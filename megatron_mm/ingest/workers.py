@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_mm import endings
+from megatron_mm import endings, printable
 from megatron_mm.ingest.document import unexpected
 
 AHEAD_PER_WORKER = 4
@@ -239,6 +239,12 @@ class _Worker:
 
 def _serve(connection: Connection, make_task: Callable[[], Callable[[Any], Any]], limits: Limits, folder: str) -> None:
     """Be a worker: do every item that arrives, within the limits that the system keeps."""
+    with printable.guarded_streams():
+        printable.set_up_logging()
+        _work(connection, make_task, limits, folder)
+
+
+def _work(connection: Connection, make_task: Callable[[], Callable[[Any], Any]], limits: Limits, folder: str) -> None:
     tempfile.tempdir = folder
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     try:

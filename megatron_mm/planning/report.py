@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from megatron_mm import printable
 from megatron_mm.config import Config
 from megatron_mm.errors import ConfigError
 from megatron_mm.planning import pictures
@@ -96,6 +97,7 @@ def check_folders(files: Mapping[str, Path | None]) -> None:
 
 
 def _html(title: str, parts: Sequence[str]) -> str:
+    title = printable.line(title)
     head = f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
     return f"{head}<h1>{escape(title)}</h1>{''.join(parts)}\n"
 

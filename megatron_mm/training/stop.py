@@ -4,6 +4,7 @@ SIGTERM ends a rank at once, as it always does: with it SLURM also announces tha
 """
 
 import logging
+import math
 import os
 import signal
 import time
@@ -29,7 +30,9 @@ def _deadline() -> float:
     """Return the time.monotonic() at which the run is to end."""
     text = os.environ.get(DEADLINE) or "inf"
     try:
-        return time.monotonic() + float(text) - time.time()
+        if math.isnan(deadline := float(text)):
+            raise ValueError
+        return time.monotonic() + deadline - time.time()
     except ValueError:
         raise ConfigError(f"{DEADLINE}={text} in the environment is no Unix time. Give one, or unset it.") from None
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from pydantic import ConfigDict, Field
 from torch._C import _distributed_c10d as c10d
 
+from megatron_mm import printable
 from megatron_mm.config.schema import GuardConfig
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
@@ -243,7 +244,7 @@ def explain_hang(records: list[dict[str, Any]], silent: Collection[int], *, worl
     for what, ranks in sorted(waiting.items(), key=lambda item: len(item[1])):
         few = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
         lines.append(f"rank{'s' if len(ranks) > 1 else ''} {few} wait{'' if len(ranks) > 1 else 's'} in {what}")
-    return "\n".join(f"  {line}" for line in lines)
+    return "\n".join(f"  {printable.line(line)}" for line in lines)
 
 
 def current_collective() -> str | None:

@@ -1,17 +1,28 @@
 """Nothing that comes from outside may forge a line of a log, or reach a terminal as an escape."""
 
 import ast
+import html
+import json
 import logging
+import os
 import re
+import runpy
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from small import save_tokenizer
 
 import megatron_mm
 from megatron_mm import endings, printable
+from megatron_mm.data.rendering import render_page
 from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.shards import EncodedDocument
+from megatron_mm.source import Source
+from megatron_mm.tokenizer import TextTokenizer
 
 FORGED = "step 1200 | loss 0.1"
 HOSTILE = (
@@ -82,6 +93,7 @@ def test_whatever_is_printed_holds_no_escape(capsys: pytest.CaptureFixture) -> N
         for value in HOSTILE:
             print(value)
             print(value, file=sys.stderr)
+        print("\rx")
         print("\r50%", end="", file=sys.stderr)  # as a progress bar begins
 
     assert endings.run(command) == 0
@@ -91,9 +103,10 @@ def test_whatever_is_printed_holds_no_escape(capsys: pytest.CaptureFixture) -> N
 
 
 def test_a_name_of_other_bytes_than_utf8_is_printed_in_any_locale() -> None:
-    code = "from megatron_mm import endings; import os; endings.run(lambda: print(os.fsdecode(b'\\xff')))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert done.stdout == b"\\udcff\n" and not done.stderr
+    code = "from megatron_mm import endings; endings.run(lambda: print('\\udcff \\u4e2d'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
+    assert done.stdout == b"\\udcff \\u4e2d\n" and not done.stderr
 
 
 def test_a_warning_of_a_library_forges_no_line() -> None:
@@ -120,3 +133,36 @@ def test_our_own_messages_set_in_what_follows_their_first_line() -> None:
     assert len(texts) > 300
     wrong = [place for place, text in texts if "\n" in text and re.search(r"\n(?!  )", text)]
     assert not [place for place in wrong if not place.startswith("training/watch.py")]  # its report sets itself in
+
+
+def test_preprocessing_lists_hostile_names_without_forging_a_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = [f"a\n{FORGED}.png".encode(), b"\xff\n  x\x1b[2J.png", "\u202e\x85\r.txt".encode(), b"$x^{$.jsonl"]
+    for name in names:
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"no image, \xff no text")
+    with zipfile.ZipFile(folder / "z.zip", "w") as archive:
+        archive.writestr(f"m\n{FORGED}.png", "no image")
+    (folder / "good.txt").write_text("good text")
+    tokenizer = save_tokenizer(tmp_path / "tokenizer.json")
+    tool = runpy.run_path(str(ROOT.parent / "tools/preprocess_data.py"))["main"]
+    command = ["preprocess", "--input", str(folder), "--tokenizer", str(tokenizer), "--output-prefix"]
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "p"), "--bad-input", "skip"])
+    assert tool() == 0
+    printed = capfd.readouterr()
+    assert printed.out.count("  rejected ") == 5 and f"a\\n{FORGED}.png: " in printed.out
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "q")])
+    assert tool() == 2
+    failed = capfd.readouterr()
+    for text in (printed.out, printed.err, failed.out, failed.err):
+        assert not any(line.lstrip().startswith(FORGED) for line in re.split(r"[\r\n]", text))
+        assert not CONTROL.search(re.sub(r"[\r\n]", "", text))
+    records = [json.loads(line) for line in (tmp_path / "p.rejected.jsonl").read_text(encoding="ascii").splitlines()]
+    assert {os.fsencode(one["path"]).removeprefix(os.fsencode(folder) + b"/") for one in records} >= set(names[:3])
+    assert html.escape("\\x1b") in render_page([("\x1b\udcff", no_document())], TextTokenizer(tokenizer), decoders={})
+
+
+def no_document() -> EncodedDocument:
+    return EncodedDocument(np.zeros(0, np.int64), Source.TEXT)

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +16,10 @@ from safetensors.torch import save_file
 from small import save_tokenizer, small_config, write_shards
 
 from megatron_mm import config as configs
+from megatron_mm.batch import TokenCounts
 from megatron_mm.checkpoint import verify
-from megatron_mm.checkpoint.format import COMMITTED, MANIFEST, read_manifest
+from megatron_mm.checkpoint.format import COMMITTED, MANIFEST, Fence, read_manifest
+from megatron_mm.engine import mesh, rendezvous
 from megatron_mm.environment import read_number
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf import export
@@ -27,7 +28,7 @@ from megatron_mm.hf.tensors import SafetensorsReader, read_header
 from megatron_mm.ingest.read import read_file
 from megatron_mm.shards import fingerprints, open_shards
 from megatron_mm.tokenizer import TextTokenizer
-from megatron_mm.training import checkpoints
+from megatron_mm.training import checkpoints, stop
 from megatron_mm.training.inputs import Inputs, _tokenizer_of
 from megatron_mm.training.living import check_nobody_lives
 from megatron_mm.training.metrics import _forget_after, read_metrics, run_of_metrics
@@ -35,7 +36,7 @@ from megatron_mm.training.watch import explain_hang, read_health
 
 WRONG = (None, True, -1, 2**70, 1.5, "x", "../../x", "a\nb\x1b[2J", [], {}, [[1]], {"x": None}, 10**4000)
 """What stands, in turn, in the place of each value."""
-MAX_PLACES = 60
+MAX_PLACES = 40
 DEEP = 100_000
 
 
@@ -310,13 +311,14 @@ def test_the_state_files_of_a_run(tmp_path: Path, shards: Path) -> None:
     record = {"step": 1, "run": "r", "loss": 1.0, "grad_norm": 1.0, "step_seconds": 1.0, "text_tokens": 3}
     metrics.write_text(json.dumps(record))
 
-    def read_lines() -> None:
-        read_metrics(folder), run_of_metrics(folder), _forget_after(metrics, 0)
-
     def write(data: bytes) -> None:
         metrics.write_bytes(data.replace(b"\n", b" ") + b'\n{"step": 2}\n')
 
-    assert not survivors(metrics, read_lines, write=write)
+    assert not survivors(metrics, lambda: (read_metrics(folder), run_of_metrics(folder)), write=write)
+    whole = record | dict.fromkeys((f"{name}_tokens" for name in TokenCounts.names()), 3)
+    for key, wrong in (("text_tokens", "x"), ("text_tokens", None), ("step_seconds", []), ("step", 2**70)):
+        metrics.write_text("".join(json.dumps(one) + "\n" for one in (whole, whole | {"step": 2, key: wrong})))
+        assert _forget_after(metrics, 1).counts.numbers[0] == 3
 
 
 def test_the_report_of_metrics_that_no_run_has_written(tmp_path: Path) -> None:
@@ -426,9 +428,36 @@ def test_an_override_of_another_type(value: str) -> None:
         configs.load("tiny", [f"model.num_layers={value}"])
 
 
-@pytest.mark.parametrize("value", ["x", "1.5", "1" * 5000, "\n1 2", "-", "0x1"])
+@pytest.mark.parametrize("value", ["x", "1.5", "1" * 5000, "\n1 2", "-", "0x1", "-1", "nan", str(2**40)])
 def test_a_number_in_the_environment(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOME_NUMBER", value)
-    with pytest.raises(ConfigError, match="SOME_NUMBER"):
-        read_number("SOME_NUMBER", 0)
-    assert os.environ["SOME_NUMBER"] == value
+    names = {
+        "LOCAL_WORLD_SIZE": lambda: read_number("LOCAL_WORLD_SIZE", 1, least=1),
+        "WORLD_SIZE": mesh.world_size,
+        "RANK": lambda: rendezvous.own_rank(2),
+    }
+    monkeypatch.setenv("MASTER_PORT", "1")
+    for name, read in names.items():
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=f"^{name}="):
+            read()
+
+
+def test_a_deadline_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("nan", "x", "1:00"):
+        monkeypatch.setenv(stop.DEADLINE, value)
+        with pytest.raises(ConfigError, match=r"is no Unix time"):
+            stop._deadline()
+
+
+def test_the_name_of_a_job_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "../../x/y\n1")
+    fence = Fence.take(tmp_path / "run/checkpoints")
+    assert fence.token.startswith(".._.._x_y_1.0.") and fence.holds(tmp_path / "run/checkpoints")
+
+
+def test_the_settings_of_a_checkpoint_extend_no_others(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("extends: tiny\n")
+    assert configs.load_saved(tmp_path / "config.yaml").model == configs.load("tiny").model
+    (tmp_path / MANIFEST).write_text("{}")
+    with pytest.raises(ConfigError, match=r"config.yaml extends 'tiny': the settings of a checkpoint stand alone"):
+        configs.load_saved(tmp_path / "config.yaml")
