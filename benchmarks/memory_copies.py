@@ -47,7 +47,7 @@ def rank_main(rank: int, ranks: int, rounds: int, folder: str, memory: str, resu
     torch.set_num_threads(1)
     host = Path(memory, f"host{rank}")
     host.mkdir()
-    copying._host = lambda: host.name
+    copying.host_name = lambda: host.name
     copied = ["checkpoint.memory_interval=1", f"checkpoint.memory_dir={host}"]
     config = configs.load("tiny", [*SETTINGS, f"run_dir={folder}/run"])
     mesh = meshes.initialize(config)

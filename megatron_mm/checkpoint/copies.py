@@ -5,7 +5,6 @@ forks a process that writes its share there and fetches a second one from a part
 After the loss of a node every share is still on one that lives, and a start in the same layout reads it there.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,7 +14,6 @@ import secrets
 import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -40,18 +38,16 @@ from megatron_mm.checkpoint.format import (
     step_of,
     whole_ones,
 )
+from megatron_mm.checkpoint.nodes import address, host_name, lock_file, memory_folder, partners
+from megatron_mm.checkpoint.shares import name_of_share, pull, serve, write_share
 from megatron_mm.engine import device
 from megatron_mm.engine.agreement import together
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.storage import PARTIAL, READ_BYTES, hash_file
+from megatron_mm.storage import PARTIAL, hash_file
 
 log = logging.getLogger(__name__)
 
-TRANSFER_SECONDS = 120.0
-"""How long a transfer may stand still before it is given up."""
-ALIGNMENT = 64
-"""Bytes that each tensor of a share begins at a multiple of."""
 SMALL_FILES = (MANIFEST, COMMITTED, "config.yaml")
 LOCK = "lock"
 
@@ -91,52 +87,14 @@ class _Pending:
     stall_seconds: float
 
 
-def memory_folder(memory_dir: str, run_dir: str) -> Path:
-    """Return where this node keeps copies of the run of `run_dir`: a folder that is this user's alone, made if missing.
-
-    Raises ConfigError if it is somebody else's, open to others, or cannot be made.
-    """
-    run = hashlib.sha256(os.path.abspath(run_dir).encode()).hexdigest()[:16]
-    own = Path(memory_dir, f"megatron_mm-{os.geteuid()}")
-    for path in (own, own / run):
-        try:
-            path.mkdir(mode=0o700, exist_ok=True)
-            found = path.lstat()
-        except OSError as error:
-            raise ConfigError(
-                f"checkpoint.memory_dir={memory_dir} cannot be written: {type(error).__name__}: {error}. Give a folder "
-                "of a file system in memory, or checkpoint.memory_interval=0."
-            ) from error
-        if path.is_symlink() or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise ConfigError(
-                f"{path}, for copies of the run, is not a folder of this user alone (user {found.st_uid}, mode "
-                f"{found.st_mode & 0o7777:o}). Remove it, or give another checkpoint.memory_dir."
-            )
-    return own / run
-
-
-def partners(hosts: list[str], *, stride: int, dp_size: int) -> list[int]:
-    """Return, of each rank, the rank whose node keeps its share a second time.
-
-    That is the rank half of the data-parallel ranks away, which are `stride` ranks apart, if it is on another host;
-    otherwise the one half of all ranks away, or the first of the next host.
-    """
-    size = len(hosts)
-    along_dp = [rank + ((rank // stride + dp_size // 2) % dp_size - rank // stride % dp_size) * stride
-                for rank in range(size)]  # fmt: skip
-    shifts = [size // 2, hosts.count(hosts[0]) % size]
-    choices = [along_dp, *([(rank + shift) % size for rank in range(size)] for shift in shifts)]
-    return max(choices, key=lambda choice: sum(hosts[one] != hosts[other] for one, other in enumerate(choice)))
-
-
 class Copies:
     """Keeps the newest step of one run in the memory of its nodes. Every method is collective over all ranks."""
 
     def __init__(self, memory_dir: str, run_dir: str, mesh: Mesh, fence: Fence | None) -> None:
         self._mesh, self._fence = mesh, fence
         self.folder = together(lambda: memory_folder(memory_dir, run_dir))
-        everywhere = _gather((_host(), _address()))
-        self._hosts, self._addresses = [host for host, _ in everywhere], [address for _, address in everywhere]
+        everywhere = _gather((host_name(), address()))
+        self._hosts, self._addresses = [host for host, _ in everywhere], [place for _, place in everywhere]
         here = [rank for rank, host in enumerate(self._hosts) if host == self._hosts[mesh.rank]]
         self._here, self._leads = here, here[0] == mesh.rank
         self._partners = partners(self._hosts, stride=mesh.tp_size * mesh.cp_size, dp_size=mesh.dp_size)
@@ -157,8 +115,8 @@ class Copies:
         """Remove what no living process of this user keeps in the memory of this node."""
         for lock in self.folder.parent.glob(f"*/{LOCK}"):
             file = lock.open("r+")
-            if lock.parent != self.folder and _locked(file):
-                log.warning("%s has copies of %s, which no longer runs: removed", _host(), lock.read_text().strip())
+            if lock.parent != self.folder and lock_file(file):
+                log.warning("%s has copies of %s, which no longer runs: removed", host_name(), lock.read_text().strip())
                 shutil.rmtree(lock.parent, ignore_errors=True)
             file.close()
         for path in self.folder.glob(f"*{PARTIAL}"):
@@ -166,7 +124,7 @@ class Copies:
         self._lock = (self.folder / LOCK).open("w")
         self._lock.write(os.path.abspath(run_dir) + "\n")
         self._lock.flush()
-        _locked(self._lock)  # while this process lives; a former one of this run may still be ending
+        lock_file(self._lock)  # while this process lives; a former one of this run may still be ending
 
     def require_room(self, num_bytes: int) -> None:
         """Pass if every node has room for two copies of its ranks' shares and of those it keeps for others.
@@ -182,7 +140,7 @@ class Copies:
             if 2 * kept > free:
                 raise ConfigError(
                     f"checkpoint.memory_interval keeps two copies of {kept / 1e9:.2f} GB in {self.folder} on "
-                    f"{_host()}, where {free / 1e9:.2f} GB are free. Give checkpoint.memory_dir more room, or use 0."
+                    f"{host_name()}, where {free / 1e9:.2f} GB are free. Give it more room, or use 0."
                 )
 
         together(check)
@@ -203,13 +161,13 @@ class Copies:
         token = self._fence.token if self._fence is not None else "alone"
         partial = self.folder / f"{name_of(step)}.{token}{PARTIAL}"
         error = self._make_folder(partial, settings) if self._leads else None
-        listener, key = socket.create_server(("", 0)), secrets.token_hex(16)
+        listener, key = socket.createserver(("", 0)), secrets.token_hex(16)
         everywhere = _gather((listener.getsockname()[1], key, error))
         host_tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         keeps = self._partners.index(self._mesh.rank)  # the rank whose share this one keeps beside its own
         port, its_key, _ = everywhere[keeps]
         source = None if keeps == self._mesh.rank else (keeps, self._addresses[keeps], port, its_key)
-        outcome: BinaryIO = tempfile.TemporaryFile()
+        outcome = os.fdopen(os.memfd_create("outcome"), "w+b")  # needs no disk
         error = next((error for _, _, error in everywhere if error), None)
         process = multiprocessing.get_context("fork").Process(
             target=_write,
@@ -259,7 +217,10 @@ class Copies:
             raise TakenOver(taken)
         problems = [f"rank {rank} on {self._hosts[rank]}: {one['error']}"
                     for rank, one in enumerate(everywhere) if one["error"]]  # fmt: skip
-        hashes = {name: digest for one in everywhere for name, digest in one["hashes"].items()}
+        found = {(name, digest) for one in everywhere for name, digest in one["hashes"].items()}
+        hashes = dict(found)
+        if len(hashes) < len(found):
+            problems.append("a share came to its second node with other bytes than were written")
         if not problems:
             problems = [error for error in _gather(self._commit(pending, hashes) if self._leads else None) if error]
         if problems:
@@ -285,7 +246,7 @@ class Copies:
 
     def _commit(self, pending: _Pending, hashes: Mapping[str, str]) -> str | None:
         """Let the copy count on this node; return what is wrong if that fails."""
-        kept = {_name(rank) for one in self._here for rank in (one, self._partners.index(one))}
+        kept = {name_of_share(rank) for one in self._here for rank in (one, self._partners.index(one))}
         facts = {"step": pending.step, **pending.facts}
         try:
             own = {name: hashes[name] for name in kept}
@@ -362,14 +323,15 @@ class Copies:
             for name in whole:
                 places[name].append(rank)
         reasons += [reason for found in _gather([bad for bad in damage if bad]) for reason in found]
-        missing = [rank for rank in range(self._mesh.world_size) if not places[_name(rank)]]
+        missing = [rank for rank in range(self._mesh.world_size) if not places[name_of_share(rank)]]
         if missing:
             reasons.append(f"the share of rank {', '.join(map(str, missing))} is whole on no node")
             return None
         for reason in reasons if self._mesh.is_rank_0 else []:
             log.warning("step %d in memory: %s; the share's other copy is taken", step, reason)
         sources = [
-            _choose(places[_name(rank)], self._hosts, self._hosts[rank]) for rank in range(self._mesh.world_size)
+            _choose(places[name_of_share(rank)], self._hosts, self._hosts[rank])
+            for rank in range(self._mesh.world_size)
         ]
         away = {rank: one for rank, one in enumerate(sources) if self._hosts[one] != self._hosts[rank]}
         own = self._exchange(path, away)
@@ -390,18 +352,18 @@ class Copies:
 
     def _exchange(self, path: Path, away: Mapping[int, int]) -> Path | str:
         """Return this rank's share: of this node, or fetched from the rank that `away` names; what failed, as text."""
-        rank, listener, key = self._mesh.rank, socket.create_server(("", 0)), secrets.token_hex(16)
+        rank, listener, key = self._mesh.rank, socket.createserver(("", 0)), secrets.token_hex(16)
         everywhere = _gather((listener.getsockname()[1], key))
-        wanted = {_name(one): path / _name(one) for one, other in away.items() if other == rank}
-        server = threading.Thread(target=_serve, args=(listener, key, wanted), daemon=True)
+        wanted = {name_of_share(one): path / name_of_share(one) for one, other in away.items() if other == rank}
+        server = threading.Thread(target=serve, args=(listener, key, wanted), daemon=True)
         server.start()
-        result: Path | str = path / _name(rank)
+        result: Path | str = path / name_of_share(rank)
         if rank in away:
-            result = self._spare(step_of(path)) / _name(rank)
+            result = self._spare(step_of(path)) / name_of_share(rank)
             port, its_key = everywhere[away[rank]]
             try:
                 result.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _pull(result, self._addresses[away[rank]], port, its_key)
+                pull(result, self._addresses[away[rank]], port, its_key)
             except OSError as error:
                 result = f"rank {rank}: {type(error).__name__}: {error}"
         dist.barrier()  # all have what they asked for, or never will
@@ -422,35 +384,6 @@ def _gather(own: Any) -> list[Any]:
     return everywhere
 
 
-def _host() -> str:
-    return socket.gethostname()
-
-
-def _address() -> str:
-    """Return where ranks on other nodes reach this one: its address on the way to rank 0's node."""
-    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((master, 9))  # sends nothing
-            own = probe.getsockname()[0]
-        except OSError:
-            own = "127.0.0.1"
-    return master if own.startswith("127.") else own  # rank 0's node may know itself by a name that only it has
-
-
-def _locked(file: Any) -> bool:
-    """Lock an open file for as long as it is open; return whether that could be had."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _name(rank: int) -> str:
-    return f"rank_{rank:05d}.bin"
-
-
 def _choose(ranks: list[int], hosts: list[str], host: str) -> int:
     """Return which of `ranks`, that can all read a share, gives it to a rank on `host`: one of the same host if any."""
     return next((rank for rank in ranks if hosts[rank] == host), ranks[0])
@@ -462,8 +395,8 @@ def _damage(path: Path, digest: str) -> str | None:
         if hash_file(path) == digest:
             return None
     except OSError as error:
-        return f"{path} on {_host()} cannot be read ({type(error).__name__}: {error})"
-    return f"{path} on {_host()} has other bytes than were written"
+        return f"{path} on {host_name()} cannot be read ({type(error).__name__}: {error})"
+    return f"{path} on {host_name()} has other bytes than were written"
 
 
 def _write(
@@ -483,17 +416,17 @@ def _write(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run decides
     _let_go_of_sockets(listener.fileno())
     done: dict[str, Any] = {"error": None, "hashes": {}}
-    path = folder / _name(rank)
+    path = folder / name_of_share(rank)
     try:
         done["hashes"][path.name] = write_share(path, tensors, own=own)
     except Exception as error:
         done["error"] = f"{type(error).__name__}: {error}"
     if source is not None:
         written = {name: path for name in done["hashes"]}
-        server = threading.Thread(target=_serve, args=(listener, key, written, 1), daemon=True)
+        server = threading.Thread(target=serve, args=(listener, key, written, 1), daemon=True)
         server.start()
         try:
-            done["hashes"][_name(source[0])] = _pull(folder / _name(source[0]), *source[1:])
+            done["hashes"][name_of_share(source[0])] = pull(folder / name_of_share(source[0]), *source[1:])
         except Exception as error:
             done["error"] = done["error"] or f"{type(error).__name__}: {error}"
         server.join()
@@ -522,95 +455,3 @@ def _read_outcome(pending: _Pending) -> dict[str, Any]:
             return json.load(file)
         except ValueError:
             return {"error": f"the process that copied ended with {pending.process.exitcode}", "hashes": {}}
-
-
-def _serve(listener: socket.socket, key: str, files: Mapping[str, Path], count: int = 1 << 30) -> None:
-    """Answer those who know the key and ask for one of `files`, `count` times in all or until nobody comes."""
-    listener.settimeout(TRANSFER_SECONDS)
-    while count:
-        try:
-            connection, _ = listener.accept()
-        except OSError:  # nobody comes any more
-            return
-        with connection:
-            try:
-                connection.settimeout(TRANSFER_SECONDS)
-                asked_key, name = _receive(connection, 32).decode(), _receive(connection, len(_name(0))).decode()
-                if not secrets.compare_digest(asked_key, key):
-                    continue
-                count -= 1
-                if name in files:  # otherwise who asked sees the end
-                    with files[name].open("rb") as file:
-                        connection.sendall(os.fstat(file.fileno()).st_size.to_bytes(8, "big"))
-                        connection.sendfile(file)
-            except (OSError, ValueError):  # who asked says so
-                continue
-
-
-def _pull(path: Path, address: str, port: int, key: str) -> str:
-    """Write the file of the same name of another rank to `path`, and return its SHA-256. Raises OSError."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
-    with socket.create_connection((address, port), timeout=TRANSFER_SECONDS) as connection, path.open("wb") as file:
-        connection.sendall(key.encode() + path.name.encode())
-        left = int.from_bytes(_receive(connection, 8), "big")
-        while left:
-            count = connection.recv_into(buffer[: min(left, READ_BYTES)])
-            if not count:
-                raise ConnectionError(f"{address} closed the connection {left} bytes before the end of {path.name}")
-            digest.update(buffer[:count])
-            file.write(buffer[:count])
-            left -= count
-    return digest.hexdigest()
-
-
-def _receive(connection: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        part = connection.recv(size - len(data))
-        if not part:
-            raise ConnectionError("the other side has closed the connection")
-        data += part
-    return data
-
-
-def write_share(path: Path, tensors: Mapping[str, Tensor], *, own: Any) -> str:
-    """Write tensors of the CPU and `own`, plain data, to a file, and return its SHA-256.
-
-    The file begins with the length of its header (8 bytes) and the header: JSON of each tensor's name, type, shape and
-    place behind the header.
-    """
-    listed, place = [], 0
-    for name, tensor in tensors.items():
-        listed.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), place))
-        place += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    header = json.dumps({"own": own, "tensors": listed}).encode()
-    header += b" " * (-(len(header) + 8) % ALIGNMENT)
-    digest = hashlib.sha256()
-    with path.open("xb") as file:
-        for part in (len(header).to_bytes(8, "big") + header, *map(_bytes_of, tensors.values())):
-            padding = bytes(-len(part) % ALIGNMENT)
-            for piece in (part, padding):
-                file.write(piece)
-                digest.update(piece)
-    return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def read_share(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Return the tensors of a share, which are not to be changed, and what was written beside them.
-
-    They are in the memory of the file. Its bytes are taken to be whole. Raises OSError.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "big")
-        header = json.loads(file.read(length))
-    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)[8 + length :]
-    tensors = {}
-    for name, kind, shape, place in header["tensors"]:
-        dtype = getattr(torch, kind)
-        size = torch.Size(shape).numel() * dtype.itemsize
-        tensors[name] = data[place : place + size].view(dtype).view(shape)
-    return tensors, header["own"]

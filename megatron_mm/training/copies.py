@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mm import config as configs
-from megatron_mm.checkpoint.copies import Copies, Found, read_share
+from megatron_mm.checkpoint.copies import Copies, Found
 from megatron_mm.checkpoint.format import Fence, read_manifest, step_of
 from megatron_mm.checkpoint.optimizer_shards import states_of
+from megatron_mm.checkpoint.shares import read_share
 from megatron_mm.data.consumption import LeftOut
-from megatron_mm.engine.agreement import together
-from megatron_mm.errors import DataError
 from megatron_mm.training import checkpoints
 from megatron_mm.training.optimizer import build_scheduler, set_steps_done, steps_done
 from megatron_mm.training.state import TrainState, settle_parameters
@@ -62,11 +62,20 @@ def restore(state: TrainState, copies: Copies, *, newest: Path) -> int | None:
     found = copies.recover(lambda path: _refuse(path, state, newest))
     if found is None:
         return None
+    own = _read(state, found)
+    everywhere: list[Any] = [None] * state.mesh.world_size
+    dist.all_gather_object(everywhere, own if isinstance(own, str) else None)
+    reasons = [reason for reason in everywhere if reason is not None]
+    if reasons or isinstance(own, str):
+        if state.mesh.is_rank_0:
+            log.warning("the copy of step %d in memory is not used: %s", step_of(found.path), reasons[0])
+        copies.drop()
+        return None
     facts = read_manifest(found.path)
     changed = configs.check_resume(
         configs.load_saved(found.path / "config.yaml"), state.config, step=int(facts["step"]), source=str(found.path)
     )
-    _load(state, found)
+    _load(state, *own)
     checkpoints.take_facts(state, found.path, facts, changed)
     state.scheduler = build_scheduler(state.config, state.optimizer, step=state.step)
     if state.mesh.is_rank_0:
@@ -130,19 +139,25 @@ def _untrained(state: TrainState) -> dict[str, Tensor]:
     return {key: value for key, value in whole.items() if key not in trained and value is not None}
 
 
-def _load(state: TrainState, found: Found) -> None:
+def _read(state: TrainState, found: Found) -> tuple[dict[str, Tensor], dict[str, Any]] | str:
+    """Return what this rank's share holds: tensors and what is beside them; why it does not fit this rank, as text."""
+    described = _tensors(state)
+    try:
+        saved, own = read_share(found.share)
+    except (OSError, ValueError, RuntimeError) as error:
+        return f"{found.share} cannot be read ({type(error).__name__}: {error})"
+    kinds = [
+        {name: None if name.endswith(VARIES) else (value.dtype, value.shape) for name, value in one.items()}
+        for one in (saved, described)
+    ]
+    if kinds[0] != kinds[1]:
+        return f"{found.share} has other tensors than this rank: a setting has changed that says what they are"
+    return saved, own
+
+
+def _load(state: TrainState, saved: dict[str, Tensor], own: dict[str, Any]) -> None:
     """Bring this rank's tensors to those of its share, and the model's weights to the FP32 ones. Collective."""
     described = _tensors(state)
-
-    def read() -> tuple[dict[str, Tensor], Any]:
-        saved, own = read_share(found.share)
-        shapes = [{name: (value.dtype, value.shape) for name, value in one.items() if not name.endswith(VARIES)}
-                  for one in (saved, described)]  # fmt: skip
-        if shapes[0] != shapes[1] or saved.keys() != described.keys():
-            raise DataError(f"{found.share} has other tensors than this rank: remove {found.share.parent}")
-        return saved, own
-
-    saved, own = together(read)
     with torch.no_grad():
         for name, tensor in described.items():
             if name.startswith("optimizer."):

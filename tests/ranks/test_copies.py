@@ -47,7 +47,7 @@ def run_of(shards: Path, run_dir: Path, *overrides: str) -> Config:
 
 def on_host(host: str) -> None:
     """Let this process stand on a host of this name, with memory of its own."""
-    copying._host = lambda: host
+    copying.host_name = lambda: host
     made = copying.memory_folder
     copying.memory_folder = lambda memory_dir, _: made(_memory(memory_dir, host), "run")
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_mm import config as configs
-from megatron_mm.checkpoint.copies import memory_folder, partners, read_share, write_share
+from megatron_mm.checkpoint.nodes import memory_folder, partners
+from megatron_mm.checkpoint.shares import read_share, write_share
 from megatron_mm.errors import ConfigError
 
 
