@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.modalities import MODALITIES
+from megatron_mm.retry import retrying
 from megatron_mm.shards import TokenizerInfo
 
 SPECIAL_TOKENS = {
@@ -83,7 +84,7 @@ class TextTokenizer:
         self.path = Path(path)
         self.engine = engine
         try:
-            content = self.path.read_bytes()
+            content = retrying(self.path.read_bytes, what=self.path)
             self._tokenizer = Tokenizer.from_str(content.decode())
         except FileNotFoundError:
             raise DataError(

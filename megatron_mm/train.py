@@ -11,6 +11,7 @@ from megatron_mm import config as configs
 from megatron_mm import endings, printable
 from megatron_mm.checkpoint.format import whole_ones
 from megatron_mm.environment import read_number, use_private_caches
+from megatron_mm.retry import be_patient
 
 log = logging.getLogger("megatron_mm")
 
@@ -39,6 +40,7 @@ def _run(options: argparse.Namespace) -> None:
         print(json.dumps(_describe(config, options.world_size)))
         return
     configs.check_own_run(options.preset, config)
+    be_patient(config.guard.retry_minutes)
     if options.check:
         _check(config, options.world_size)
     elif options.evaluate:

@@ -5,6 +5,7 @@ manifest.json lists every file with its size and SHA-256; COMMITTED, written las
 the folder is renamed. Only a folder named step_N with COMMITTED in it is a checkpoint, and nothing in it ever changes.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -20,7 +21,8 @@ from typing import Annotated, Any, NotRequired, TypedDict
 from pydantic import ConfigDict, Field
 
 from megatron_mm.errors import DataError, TakenOver
-from megatron_mm.outside import file_name, parse_json, read_json
+from megatron_mm.outside import file_name, parse_json
+from megatron_mm.retry import retrying
 from megatron_mm.settings import NonNegativeInt
 from megatron_mm.storage import give_name, hash_file, make_folder, publish_folder, replacing
 
@@ -62,14 +64,45 @@ class Listed(TypedDict):
 
 def whole_ones(folder: Path) -> list[Path]:
     """Return the committed checkpoints in `folder`, oldest first."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted((path for path in found if (path / COMMITTED).exists()), key=step_of)
+    return [path for path in _listed(folder, r"step_\d+") if _is_there(path / COMMITTED)]
 
 
 def unfinished_ones(folder: Path) -> list[Path]:
     """Return the folders that are called as checkpoints are but were never committed: copies that were cut short."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted((path for path in found if not (path / COMMITTED).exists()), key=step_of)
+    return [path for path in _listed(folder, r"step_\d+") if not _is_there(path / COMMITTED)]
+
+
+def damaged_ones(folder: Path) -> list[Path]:
+    """Return what was set aside as damaged: a run that has lost its checkpoints must not look like a new one."""
+    return _listed(folder, r"step_\d+(\.\d+)?\.damaged")
+
+
+def _listed(folder: Path, pattern: str) -> list[Path]:
+    """Return the paths in `folder` of this name, by their steps; none if there is no folder.
+
+    A folder that is there and cannot be listed is no empty one: Path.glob says nothing of EACCES.
+    """
+
+    def names() -> list[str]:
+        try:
+            return os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    found = retrying(names, what=folder, ours=True)
+    return sorted((folder / name for name in found if re.fullmatch(pattern, name)), key=step_of)
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether there is a file; one that storage does not show for now may be there."""
+
+    def look() -> bool:
+        try:
+            return bool(path.stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    return retrying(look, what=path, ours=True)
 
 
 def name_of(step: int) -> str:
@@ -79,7 +112,7 @@ def name_of(step: int) -> str:
 
 def step_of(path: Path) -> int:
     """Return the step in a checkpoint's name."""
-    return int(path.name.removeprefix("step_"))
+    return int(path.name.removeprefix("step_").split(".")[0])
 
 
 def commit(
@@ -109,7 +142,10 @@ def _sha256(content: bytes) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint. Raises DataError if it is damaged, or not the one that was committed."""
+    """Return the manifest of a checkpoint.
+
+    Raises DataError if it is damaged, or not the one that was committed; StorageFailed if storage does not give it.
+    """
     manifest = _read_committed(path)
     if manifest["step"] != step_of(path):
         raise DataError(f"{path / MANIFEST} is of step {manifest['step']}")
@@ -124,8 +160,8 @@ def read_source_manifest(path: Path) -> dict[str, Any]:
     if (path / COMMITTED).exists():
         return _read_committed(path)
     try:
-        manifest = read_json(path / MANIFEST, Listed)
-    except OSError as error:
+        manifest = parse_json(_read(path / MANIFEST), Listed, where=str(path / MANIFEST))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DataError(f"{path / MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
     if SEAL in manifest and manifest[SEAL] != seal_of(manifest):
         raise DataError(f"{path / MANIFEST} does not say what was written: it is damaged")
@@ -140,10 +176,9 @@ def seal_of(manifest: Mapping[str, Any]) -> str:
 
 def _read_committed(path: Path) -> dict[str, Any]:
     try:
-        data = (path / MANIFEST).read_bytes()
+        data, committed = _read(path / MANIFEST), _read(path / COMMITTED).decode().strip()
         manifest = parse_json(data, Facts, where=MANIFEST)
-        committed = (path / COMMITTED).read_text().strip()
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         raise DataError(f"{path / MANIFEST} or {COMMITTED} cannot be read ({type(error).__name__}: {error})") from error
     if _sha256(data) != committed:
         raise DataError(f"{path / MANIFEST} is not the manifest that was committed: it is stale or damaged")
@@ -154,10 +189,19 @@ def _read_committed(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _read(path: Path) -> bytes:
+    """Return the bytes of a small file of a checkpoint. Raises FileNotFoundError at once, for others to judge."""
+    if not _is_there(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return retrying(path.read_bytes, what=path, ours=True)
+
+
 def set_aside(path: Path, kind: str) -> Path:
-    """Rename a checkpoint so that it is none any more, and return its new name."""
-    aside = path.with_name(f"{path.name}.{kind}")
-    shutil.rmtree(aside, ignore_errors=True)
+    """Rename a checkpoint so that it is none any more, and return its new name: one that nothing has yet."""
+    aside, number = path.with_name(f"{path.name}.{kind}"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.{number}.{kind}")
     give_name(path, aside)
     return aside
 
@@ -203,26 +247,43 @@ class Fence:
         job = os.environ.get("SLURM_JOB_ID", "local")
         life = os.environ.get("SLURM_RESTART_COUNT", "0")
         named = re.sub(r"[^\w.-]+", "_", f"{job}.{life}.{socket.gethostname()}")  # it is a part of names of files
-        token = f"{named}.{uuid.uuid4().hex[:8]}"
-        make_folder(folder)
-        with replacing(folder / OWNER, aside=f".{token}") as file:  # another job may write it at the same time
-            file.write(token.encode())
+        fence = cls(folder, f"{named}.{uuid.uuid4().hex[:8]}")
+        retrying(fence._write, what=folder / OWNER, ours=_may_be_there(folder / OWNER))
         for path in folder.glob("*.partial"):
             shutil.rmtree(path, ignore_errors=True)
-        return cls(folder, token)
+        return fence
+
+    def _write(self) -> None:
+        make_folder(self._path.parent)
+        with replacing(self._path, aside=f".{self.token}") as file:  # another job may write it at the same time
+            file.write(self.token.encode())
 
     def holds(self, folder: Path) -> bool:
-        """Return whether the checkpoints in `folder`, as this node sees it, are this job's."""
+        """Return whether the checkpoints in `folder`, as this node sees it, are this job's. Raises OSError."""
         try:
             return (folder / OWNER).read_text(errors="replace").strip() == self.token
-        except OSError:
+        except FileNotFoundError:
             return False
 
     def check(self) -> None:
-        """Pass if this job still owns the run; raise TakenOver if not."""
-        owner = self._path.read_text(errors="replace").strip() if self._path.exists() else "nobody"
-        if owner != self.token:
+        """Pass if this job still owns the run; raise TakenOver if not, StorageFailed if nobody can tell."""
+        try:
+            owner = _read(self._path).decode(errors="replace").strip()
+        except FileNotFoundError:
+            owner = "nobody"
+        if not owner:
+            log.warning("%s is empty, as no job leaves it: it names this one again", self._path)
+            retrying(self._write, what=self._path, ours=True)
+        elif owner != self.token:
             raise TakenOver(
                 f"{self._path} names {owner}, this job is {self.token}: another job goes on with this run, so this one "
                 "stops and commits nothing."
             )
+
+
+def _may_be_there(path: Path) -> bool:
+    """Return whether a file is there as far as storage says: only a clear answer says that it is not."""
+    try:
+        return bool(path.stat())
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR)

@@ -3,6 +3,7 @@
 Nothing here imports megatron-core, opens a process group, holds a whole tensor, or executes what a file says.
 """
 
+import functools
 import math
 import os
 import pickle
@@ -11,7 +12,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import RawIOBase
+from io import BytesIO, RawIOBase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from megatron_mm.checkpoint.verify import check_outline
-from megatron_mm.errors import DataError
+from megatron_mm.errors import DataError, StorageFailed
 from megatron_mm.outside import file_name
+from megatron_mm.retry import retrying
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types of weights, as settings and commands call them."""
@@ -222,7 +224,7 @@ def read_into(descriptor: int, block: Tensor, offset: int, file: Path) -> None:
     view = memoryview(block.view(-1).numpy())
     start = offset
     while view.nbytes:
-        count = os.preadv(descriptor, [view], offset)
+        count = retrying(functools.partial(os.preadv, descriptor, [view], offset), what=file)
         if not count:
             raise DataError(f"{file} is cut short: byte {offset} is missing.")
         offset, view = offset + count, view[count:]
@@ -248,7 +250,8 @@ class _Window(RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         rest = max(0, self._length - self._position)
-        data = os.pread(self._descriptor, rest if size < 0 else min(size, rest), self._offset + self._position)
+        count, start = rest if size < 0 else min(size, rest), self._offset + self._position
+        data = retrying(lambda: os.pread(self._descriptor, count, start), what="a checkpoint")
         self._position += len(data)
         return data
 
@@ -266,13 +269,14 @@ class IndexUnpickler(pickle.Unpickler):
 def read_index(path: Path) -> Any:
     """Return the index of a checkpoint. Raises DataError if it is damaged or names what no index needs."""
     try:
-        with path.open("rb") as file:
-            metadata = IndexUnpickler(file).load()
+        metadata = IndexUnpickler(BytesIO(retrying(path.read_bytes, what=path))).load()
         for place in metadata.storage_data.values():
             file_name(place.relative_path, where="it")
             if not all(type(number) is int and 0 <= number < 2**63 for number in (place.offset, place.length)):
                 raise DataError(f"its part of {place.relative_path} lies nowhere.")
         return metadata
+    except (StorageFailed, PermissionError):
+        raise
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle may raise anything

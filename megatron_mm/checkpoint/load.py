@@ -1,6 +1,8 @@
 """Loading a checkpoint into a model of any layout, once it is known to be whole and to be that model's."""
 
 import logging
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,19 +10,24 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mm import config as configs
 from megatron_mm.checkpoint import verify
 from megatron_mm.checkpoint.index import CheckpointReader, TensorInfo
 from megatron_mm.checkpoint.pickles import only_plain_pickles
 from megatron_mm.config import Config
+from megatron_mm.engine.agreement import together
 from megatron_mm.engine.mesh import Mesh
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.errors import ConfigError, DataError, StorageFailed
 from megatron_mm.modalities import BY_NAME
 from megatron_mm.model.multimodal import MultimodalModel
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
 
 log = logging.getLogger(__name__)
+
+VISIBLE_SECONDS = 90.0
+"""How long another node may not see a new file: NFS keeps for up to a minute that there was none."""
 
 ENCODERS = {f"embedding.{name}.": name for name in BY_NAME}
 """What a checkpoint may lack as a whole, and whose settings then say what stands there: a text model starts a
@@ -37,22 +44,61 @@ MAY_DIFFER = {
 def find_damage_together(mesh: Mesh, path: Path, *, is_source: bool = False) -> list[str]:
     """Return what is wrong with a checkpoint; each rank hashes its share of the files. Collective over all ranks.
 
-    `is_source` is as `verify.find_damage` has it.
+    `is_source` is as `verify.find_damage` has it. Raises StorageFailed on all ranks, with the file, if storage does not
+    give it to one: that is no damage.
     """
+    await_seen(mesh, path)
     everywhere: list[list[str]] = [[]] * mesh.world_size
-    own = verify.find_damage(path, share=mesh.rank, of=mesh.world_size, is_source=is_source)
+    own = together(lambda: verify.find_damage(path, share=mesh.rank, of=mesh.world_size, is_source=is_source))
     dist.all_gather_object(everywhere, own)
     return list(dict.fromkeys(line for lines in everywhere for line in lines))
+
+
+def await_seen(mesh: Mesh, path: Path) -> None:
+    """Pass once every rank sees the checkpoint at `path` as rank 0 does. Collective over all ranks.
+
+    A network's file system shows a node what a folder held up to a minute ago. Raises StorageFailed with the ranks that
+    do not see it after VISIBLE_SECONDS, ConfigError with those that see another one.
+    """
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while True:
+        everywhere: list[tuple[str, str, bool]] = [("", "", False)] * mesh.world_size
+        is_late = time.monotonic() > deadline
+        dist.all_gather_object(everywhere, (verify.view(path), socket.gethostname(), is_late))
+        views = [seen for seen, _, _ in everywhere]
+        if len(set(views)) == 1:
+            return
+        odd = [f"rank {rank} on {host}" for rank, (seen, host, _) in enumerate(everywhere) if seen != views[0]]
+        named = ", ".join(odd[:8]) + " ..." * (len(odd) > 8)
+        if everywhere[0][2]:
+            where = f"{path.absolute()}, which rank 0 goes on from"
+            if all(seen == verify.NOT_THERE or seen.startswith("unreadable") for seen in views[1:] if seen != views[0]):
+                reasons = "; ".join(sorted(set(views) - {views[0]}))
+                raise StorageFailed(f"{named}: {where}, is {reasons}. Look at the file system of these nodes.")
+            raise ConfigError(
+                f"{named}: {where}, has other files there: it is another folder. Give an absolute run_dir on a file "
+                "system that all nodes share."
+            )
+        if mesh.is_rank_0:
+            log.warning("%s do not see %s as rank 0 does: looking again", named, path)
+        time.sleep(VISIBLE_SECONDS / 90)
 
 
 def load_sharded(described: dict[str, Any], path: Path, *, strict: StrictHandling) -> dict[str, Any]:
     """Return what is described as sharded tensors with the values that the checkpoint at `path` has of it.
 
     Nothing that a file says is executed. Collective over all ranks. Raises what `strict` says for tensors that only one
-    of the two has, DataError for a checkpoint that holds anything but plain data.
+    of the two has, DataError for a checkpoint that holds anything but plain data, StorageFailed if it cannot be read.
     """
-    with only_plain_pickles(path):
-        return dist_checkpointing.load(described, str(path), strict=strict)
+    try:
+        with only_plain_pickles(path):
+            return dist_checkpointing.load(described, str(path), strict=strict)
+    except CheckpointException as error:  # no Exception: torch's own, around what a rank could not do
+        causes = [cause for cause, _ in error.failures.values()]
+        for cause in causes:
+            if isinstance(cause, StorageFailed | DataError):
+                raise cause from error
+        raise
 
 
 def load_weights(chunks: Sequence[MultimodalModel], *, config: Config, mesh: Mesh, path: Path) -> None:

@@ -31,7 +31,7 @@ from megatron_mm.checkpoint.format import Fence, TakenOver, commit, name_of, rem
 from megatron_mm.checkpoint.read_back import Problems, ReadBack, shares
 from megatron_mm.engine import device, patches
 from megatron_mm.engine.mesh import Mesh
-from megatron_mm.errors import RunStopped
+from megatron_mm.errors import RunStopped, StorageFailed
 from megatron_mm.storage import PARTIAL, hash_file, make_folder, sync_file
 
 log = logging.getLogger(__name__)
@@ -288,7 +288,7 @@ class Saver:
                 result = [None, action()]
             except TakenOver as error:
                 result = [error, None]
-            except REFUSALS as error:
+            except (*REFUSALS, StorageFailed) as error:
                 result = [SaveFailed(f"{type(error).__name__}: {error}"), None]
         dist.broadcast_object_list(result, src=0)
         error, value = result

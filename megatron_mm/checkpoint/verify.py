@@ -1,14 +1,17 @@
 """What is wrong with a checkpoint on disk, by its manifest; needs neither torch nor a process group."""
 
 import hashlib
+import json
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_mm.checkpoint.format import MANIFEST, read_manifest, read_source_manifest
+from megatron_mm.checkpoint.format import COMMITTED, MANIFEST, read_manifest, read_source_manifest
 from megatron_mm.errors import DataError
 from megatron_mm.outside import file_name
+from megatron_mm.retry import retrying
 from megatron_mm.storage import hash_file
 
 log = logging.getLogger(__name__)
@@ -17,6 +20,8 @@ HASHERS = 8
 """Threads that hash files of one checkpoint, where there are no ranks to share them."""
 OUTLINE = ("config.yaml", ".metadata")
 """Files that say what a checkpoint holds: they are looked at before any tensor is."""
+NOT_THERE = "not there"
+"""What a rank sees of a checkpoint that others see and it does not."""
 EDGE_BYTES = 1 << 20
 """How many bytes at the beginning and the end of each file of an import its fingerprint counts."""
 
@@ -28,6 +33,9 @@ def find_damage(
 
     Each of `of` readers hashes its own files; sizes are checked by the first alone. With `names`, only those files are
     looked at. A checkpoint that `is_source` of weights may have any name, and, imported by an older version, no hashes.
+    A file that storage does not give is no damaged one: StorageFailed is raised once it has been tried for long,
+    OSError for what no waiting helps. One that is missing counts as damaged: whoever asks has made sure that the ranks
+    see the same files.
     """
     try:
         manifest = read_source_manifest(path) if is_source else read_manifest(path)
@@ -38,15 +46,41 @@ def find_damage(
     looked_at = {name: size for name, size in sizes.items() if names is None or name in names}
     for number, (name, size) in enumerate(sorted(looked_at.items())):
         file = path / name
-        try:
-            found = file.stat().st_size
-            if found != size:
-                problems += [f"{file} has {found} bytes, its manifest says {size}"] if share == 0 else []
-            elif number % of == share and name in hashes and hash_file(file) != hashes[name]:
-                problems.append(f"{file} has other bytes than were written: its SHA-256 is not the manifest's")
-        except OSError as error:
-            problems += [f"{file} cannot be read: {error.strerror}"] if share == 0 or number % of == share else []
+        found = retrying(lambda file=file: _size(file), what=file, ours=True)
+        if found is None:
+            problems += [f"{file} is missing"] if share == 0 else []
+        elif found != size:
+            problems += [f"{file} has {found} bytes, its manifest says {size}"] if share == 0 else []
+        elif number % of == share and name in hashes and _hash(file) != hashes[name]:
+            problems.append(f"{file} has other bytes than were written: its SHA-256 is not the manifest's")
     return problems
+
+
+def _size(file: Path) -> int | None:
+    """Return the bytes of a file, None if there is none."""
+    try:
+        return file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _hash(file: Path) -> str:
+    return retrying(lambda: hash_file(file), what=file, ours=True)
+
+
+def view(path: Path) -> str:
+    """Return what this rank sees of a checkpoint in a few words: the same if it sees the same files and commit.
+
+    It is for ranks to compare: the directory cache of a network's file system shows a node what was there before.
+    """
+    try:
+        sizes = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(path))
+        commit = (path / COMMITTED).read_bytes() if COMMITTED in dict(sizes) else b""
+    except FileNotFoundError:
+        return NOT_THERE
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    return hashlib.sha256(json.dumps(sizes).encode() + commit).hexdigest()
 
 
 def has_hashes(path: Path) -> bool:
@@ -83,7 +117,7 @@ def check_outline(path: Path) -> int:
     manifest = read_source_manifest(path)
     for name, size in manifest["bytes"].items():
         file_name(name, where=path / MANIFEST)
-        found = (path / name).stat().st_size if (path / name).exists() else None
+        found = retrying(lambda file=path / name: _size(file), what=path / name)
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"
             raise DataError(f"{path / name} {what}, its manifest says {size}: the checkpoint is damaged.")
@@ -97,7 +131,7 @@ def fingerprint(path: Path) -> str:
 
     An older import's does not: of its files count names, sizes, and the first and last megabyte.
     """
-    data = (path / MANIFEST).read_bytes()
+    data = retrying((path / MANIFEST).read_bytes, what=path / MANIFEST)
     if b'"sha256"' in data:
         return hashlib.sha256(data).hexdigest()
     digest = hashlib.sha256(data)

@@ -18,6 +18,7 @@ from megatron_mm.config import rules
 from megatron_mm.config.schema import Config, OptimizerConfig
 from megatron_mm.errors import ConfigError
 from megatron_mm.modalities import BY_NAME, MODALITIES, RANDOM, Geometry
+from megatron_mm.retry import retrying
 from megatron_mm.storage import make_folder, replacing
 
 log = logging.getLogger(__name__)
@@ -209,7 +210,7 @@ def _read(preset: str, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         loop = " extends ".join(str(one) for one in (*extended_by[extended_by.index(path) :], path))
         raise ConfigError(f"{loop}: a preset cannot extend itself. Take one `extends` out.")
     try:
-        settings = yaml.load(path.read_text(), _OnceOnly)
+        settings = yaml.load(retrying(path.read_text, what=path), _OnceOnly)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""

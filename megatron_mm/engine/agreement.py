@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.errors import ConfigError, DataError, RunStopped, of_system
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy", "tokenizers", "transformers")
 NUMERICS = ("NVTE_", "TORCH_ALLOW_TF32", "NVIDIA_TF32", "CUBLAS_WORKSPACE", "NCCL_ALGO", "NCCL_PROTO")
@@ -63,14 +63,17 @@ def check_alike(own: Mapping[str, str], *, what: str) -> None:
 def together[T](action: Callable[[], T]) -> T:
     """Return what `action` returns on this rank, if it raises on none; otherwise raise its mistake on all ranks.
 
-    `action` must not communicate. A ConfigError or DataError of any rank is raised everywhere, with the ranks that it
-    came from, so that no rank waits for one that has left. Collective over all ranks.
+    `action` must not communicate. An error of any rank, of whichever of the three kinds, is raised everywhere, with the
+    ranks that it came from, so that no rank waits for one that has left. Collective over all ranks.
     """
     result, own = None, None
     try:
         result = action()
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, RunStopped) as error:
         own = (type(error), str(error), socket.gethostname())
+    except OSError as error:
+        refused = of_system(error)
+        own = (type(refused), str(refused), socket.gethostname())
     everywhere: list[tuple[type[Exception], str, str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, own)
     failed = [(rank, one) for rank, one in enumerate(everywhere) if one is not None]

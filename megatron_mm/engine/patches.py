@@ -26,6 +26,7 @@ from torch.utils._device import _device_constructors
 
 from megatron_mm.engine.gradient_fusion import FusedWeightGradient
 from megatron_mm.errors import DataError
+from megatron_mm.retry import retrying
 
 log = logging.getLogger(__name__)
 
@@ -199,6 +200,13 @@ def _plain_load_bytes(original: Any, path: Path, unpickler: type[pickle.Unpickle
     return load_bytes
 
 
+def _read_again(original: Callable[..., Any], path: Path, unpickler: type[pickle.Unpickler]) -> Callable[..., Any]:
+    def read_data(reader: Any, plan: Any, planner: Any) -> Any:
+        return retrying(lambda: original(reader, plan, planner), what=path, ours=True)
+
+    return read_data
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         {"torch.cuda.current_device": _argument},
@@ -338,6 +346,13 @@ PATCHES: tuple[Patch, ...] = (
         When.LOADING,
         TORCH,
         "https://github.com/pytorch/pytorch/pull/195600 (checkpoints are trusted, by design)",
+    ),
+    Patch(
+        {"torch.distributed.checkpoint.filesystem.FileSystemReader.read_data": _read_again},
+        "a read that storage refuses for now ends the loading",
+        When.LOADING,
+        TORCH,
+        NOT_REPORTED,
     ),
 )
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_mm.errors import DataError
 from megatron_mm.modalities import MODALITIES, RANDOM, EncoderSection, Modality
 from megatron_mm.modalities.family import Family
+from megatron_mm.retry import retrying
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def _check_meaning(tower: nn.Module, path: Path, family: Family, *, section: str
     if not file.is_file():
         return
     try:
-        description = family.described(dict(json.loads(file.read_text())))
+        description = family.described(dict(json.loads(retrying(file.read_text, what=file))))
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     own = {key: getattr(tower.config, key) for key in family.meaning}

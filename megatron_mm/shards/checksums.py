@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mm.errors import DataError
+from megatron_mm.retry import retrying
 from megatron_mm.shards.format import BLOCK_BYTES, PAGE_BYTES, PAGED, PAGES_SUFFIX
 
 RUN_PAGES = 256
@@ -59,8 +60,9 @@ class Checksums:
     def read_unchecked(self, suffix: str, offset: int, num_bytes: int) -> bytes:
         """Return bytes of a file, which have another checksum. Raises DataError if they cannot be read."""
         file = self._descriptors[suffix]
-        data = os.pread(file, num_bytes, offset)
-        while len(data) < num_bytes and (more := os.pread(file, num_bytes - len(data), offset + len(data))):
+        path = self._prefix + suffix
+        data = _pread(file, num_bytes, offset, path)
+        while len(data) < num_bytes and (more := _pread(file, num_bytes - len(data), offset + len(data), path)):
             data += more  # Linux reads at most 2 GiB at a time
         if len(data) != num_bytes:
             raise DataError(
@@ -136,6 +138,10 @@ def differs(path: str, start: int, stop: int) -> DataError:
         f"{path}: bytes {start} to {stop} differ from what was written. Preprocess the inputs again, or restore the "
         "file from a copy."
     )
+
+
+def _pread(file: int, num_bytes: int, offset: int, path: str) -> bytes:
+    return retrying(lambda: os.pread(file, num_bytes, offset), what=path)
 
 
 def map_file(path: str, dtype: np.dtype, offset: int, count: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from megatron_mm.errors import DataError
 from megatron_mm.modalities import BY_KIND, BY_NAME, Geometries
 from megatron_mm.outside import checked
+from megatron_mm.retry import retrying
 from megatron_mm.shards.checksums import Checksums, differs, map_file
 from megatron_mm.shards.format import (
     BLOCK_BYTES,
@@ -247,9 +248,8 @@ class ShardReader:
 
     def check_block(self, suffix: str, block: int) -> None:
         """Pass if a block holds what was written; raise DataError if not."""
-        with open(self.prefix + suffix, "rb") as file:
-            file.seek(block * BLOCK_BYTES)
-            self._compare(suffix, block, zlib.crc32(file.read(BLOCK_BYTES)))
+        path = self.prefix + suffix
+        self._compare(suffix, block, retrying(lambda: _block_checksum(path, block), what=path))
 
     def _compare(self, suffix: str, block: int, crc32: int) -> None:
         own = self._summaries[suffix]
@@ -341,7 +341,9 @@ def open_shards(prefixes: Sequence[str]) -> list[ShardReader]:
 
     Raises DataError if they come from different tokenizers, or their media from different sizes.
     """
-    readers = [ShardReader(part) for prefix in prefixes for part in _parts(str(prefix))]
+    readers = [
+        retrying(lambda part=part: ShardReader(part), what=part) for prefix in prefixes for part in _parts(str(prefix))
+    ]
     check_tokenizers(readers)
     for reader in readers[1:]:
         reader.check_geometries(readers[0].geometries, whose=readers[0].prefix)
@@ -422,7 +424,7 @@ def _parts(prefix: str) -> list[str]:
 def _read_manifest(prefix: str) -> dict[str, Any]:
     path = prefix + ".json"
     try:
-        manifest = json.loads(Path(path).read_text())
+        manifest = json.loads(retrying(Path(path).read_text, what=path))
     except FileNotFoundError:
         raise DataError(
             f"{path} is missing: {prefix} is not a finished set of shards. Make it with "
@@ -468,6 +470,12 @@ def _hint(prefix: str) -> str:
     there = sorted(str(path).removesuffix(".idx") for path in folder.glob("*.idx") if ".media" not in path.name)
     near = there if folder == Path(prefix) else difflib.get_close_matches(prefix, there, n=1)
     return f" Did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def _block_checksum(path: str, block: int) -> int:
+    with open(path, "rb") as file:
+        file.seek(block * BLOCK_BYTES)
+        return zlib.crc32(file.read(BLOCK_BYTES))
 
 
 def _block_checksums(path: str, progress: Callable[[int], None]) -> Iterator[int]:

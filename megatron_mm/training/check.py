@@ -18,7 +18,7 @@ from megatron_mm.optimizers import MAIN_BYTES
 from megatron_mm.shards.format import TOKENIZER_SUFFIX
 from megatron_mm.tokenizer import TextTokenizer
 from megatron_mm.training import checkpoints
-from megatron_mm.training.preflight import Ready, check_run_dir, compare, examine
+from megatron_mm.training.preflight import Ready, check_run_dir, compare, examine, find_past
 
 SHOWN_DOCUMENTS = 3
 SHOWN_CHARACTERS = 300
@@ -41,7 +41,8 @@ def check(config: Config, world_size: int) -> Iterator[str]:
     mesh = meshes.alone(config)
     model = build_whole(config, mesh)
     yield f"model       {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
-    ready = examine(config, mesh)
+    past = find_past(config)
+    ready = examine(config, mesh, past)
     if ready.goes_on_from is not None:
         ready = replace(ready, inputs=compare(ready, config, looks=True))
     samples = ready.loader.samples
@@ -50,7 +51,7 @@ def check(config: Config, world_size: int) -> Iterator[str]:
     yield from (f"contents    {name}: {value}" for name, value in ready.inputs.by_name().items())
     yield _start_line(config, ready)
     yield from _disk_lines(config, model)
-    samples.follow(checkpoints.consumption_of(config, ready.goes_on_from))
+    samples.follow(past.consumption)
     for name, epochs in samples.epochs(config.training.steps).items():
         yield f"epochs      {name}: read {epochs:,.2f} times by step {config.training.steps}"
     yield from _first_batch(samples, step=0 if ready.goes_on_from is None else step_of(ready.goes_on_from))

@@ -8,7 +8,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint import load as loading
 from megatron_mm.checkpoint.format import (
     TOKENIZER,
     Fence,
+    damaged_ones,
     name_of,
     read_manifest,
     set_aside,
@@ -40,7 +42,8 @@ from megatron_mm.config import Config
 from megatron_mm.data.consumption import Consumption, LeftOut
 from megatron_mm.engine.agreement import together
 from megatron_mm.engine.mesh import Mesh
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.errors import ConfigError, DataError, is_passing
+from megatron_mm.retry import retrying
 from megatron_mm.shards import stored_tokenizer
 from megatron_mm.storage import give_name, make_folder, replacing
 from megatron_mm.training.metrics import run_of_metrics
@@ -49,9 +52,6 @@ from megatron_mm.training.state import TrainState, settle_parameters
 from megatron_mm.training.watch import forget_heartbeats
 
 log = logging.getLogger(__name__)
-
-VISIBLE_SECONDS = 90.0
-"""How long another node may not see a new file: NFS keeps for up to a minute that there was none."""
 
 
 def folder(config: Config) -> Path:
@@ -75,26 +75,46 @@ def take_over(config: Config, mesh: Mesh) -> Fence:
 
     Raises ConfigError if the run_dir cannot be written, or is another folder on some ranks.
     """
-    taken: list[Fence | str] = [""]
-    if mesh.is_rank_0:
-        try:
-            taken = [Fence.take(folder(config))]
-            forget_heartbeats(config.run_dir)
-        except OSError as error:
-            taken = [f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(taken, src=0)
-    if isinstance(taken[0], str):
-        raise ConfigError(f"run_dir={config.run_dir} cannot be written: {taken[0]}. Give one that can.")
-    fence = taken[0]
+    fence = from_rank_0(mesh, lambda: _take(config))
     together(lambda: _check_shared(config, fence))
     return fence
 
 
+def _take(config: Config) -> Fence:
+    try:
+        fence = Fence.take(folder(config))
+        forget_heartbeats(config.run_dir)
+    except OSError as error:
+        if is_passing(error):
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"run_dir={config.run_dir} cannot be written: {what}. Give one that can.") from error
+    return fence
+
+
+def from_rank_0[T](mesh: Mesh, action: Callable[[], T]) -> T:
+    """Return on every rank what `action` returns on rank 0, which alone calls it; raise there what it raises.
+
+    Ranks that looked at a run_dir by themselves would see it at different times. Collective over all ranks.
+    """
+    found = [together(lambda: action() if mesh.is_rank_0 else None)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]  # type: ignore[return-value]
+
+
 def _check_shared(config: Config, fence: Fence) -> None:
     """Pass once this rank sees what rank 0 has written to the run_dir; a network's file system may need a while."""
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while not fence.holds(folder(config)):
+    deadline = time.monotonic() + loading.VISIBLE_SECONDS
+    while True:
+        refused: OSError | None = None
+        try:
+            if fence.holds(folder(config)):
+                return
+        except OSError as error:
+            refused = error
         if time.monotonic() > deadline:
+            if refused is not None:
+                raise refused
             raise ConfigError(
                 f"run_dir={config.run_dir}, here {folder(config).parent.absolute()}, is not the folder that rank 0 "
                 "writes to: a checkpoint needs the files of all ranks in one place. Give an absolute path on a file "
@@ -154,29 +174,42 @@ def save(state: TrainState) -> Path:
 def resume(state: TrainState) -> Path | None:
     """Bring `state` to the newest checkpoint that is whole, and return its folder; None if the run has none at all.
 
-    A damaged one is named with what is wrong with it, and set aside. Collective over all ranks.
-    Raises DataError if there are only damaged ones: to start anew instead would lose the run in silence.
+    Rank 0 says which there are. Damaged ones are named with what is wrong with them, and set aside once an older one is
+    known to be whole. Collective over all ranks. Raises DataError, at each try, if there are only damaged ones: to
+    start anew instead would lose the run in silence; StorageFailed if one cannot be read, which is no damage.
     """
-    own = folder(state.config)
-    paths = sorted([*whole_ones(own), *unfinished_ones(own)], key=step_of)
-    dist.barrier()  # all have looked before any may write
+    mesh, own = state.mesh, folder(state.config)
+    paths = from_rank_0(mesh, lambda: sorted([*whole_ones(own), *unfinished_ones(own)], key=step_of))
+    before = from_rank_0(mesh, lambda: damaged_ones(own))
+    damaged: dict[Path, list[str]] = {}
     for path in reversed(paths):
-        problems = find_damage_together(state.mesh, path)
+        problems = find_damage_together(mesh, path)
         if not problems:
+            from_rank_0(mesh, lambda: _set_damaged_aside(damaged))
             load(state, path, verify=False)
             return path
-        if state.mesh.is_rank_0:
-            aside = set_aside(path, "damaged")
-            log.error("%s is damaged and is now %s; going on from the one before:", path.name, aside.name)
-            for problem in problems:
-                log.error("  %s", problem)
-        dist.barrier()
-    if paths:
-        raise DataError(
-            f"no checkpoint of {folder(state.config)} is whole: {', '.join(path.name for path in paths)} are damaged. "
-            "Restore one (its name without .damaged), or give another run_dir to start anew."
-        )
+        damaged[path] = problems
+    if paths or before:
+        raise no_whole_checkpoint(own, damaged, before)
     return None
+
+
+def _set_damaged_aside(damaged: Mapping[Path, Sequence[str]]) -> None:
+    for path, problems in damaged.items():
+        aside = set_aside(path, "damaged")
+        log.error("%s is damaged and is now %s; going on from the one before:", path.name, aside.name)
+        for problem in problems:
+            log.error("  %s", problem)
+
+
+def no_whole_checkpoint(own: Path, damaged: Mapping[Path, Sequence[str]], before: Sequence[Path]) -> DataError:
+    """Return the refusal of a run whose checkpoints are all `damaged`, or were set aside as such `before`."""
+    reasons = "".join(f"\n  {line}" for found in damaged.values() for line in found)
+    names = ", ".join(path.name for path in (*damaged, *before))
+    return DataError(
+        f"no checkpoint of {own} is whole: {names} are damaged.{reasons}\n  Restore one (its name without .damaged), "
+        "or give another run_dir to start anew."
+    )
 
 
 def load(state: TrainState, path: Path, *, verify: bool = True) -> None:
@@ -218,10 +251,7 @@ def facts_of(state: TrainState) -> dict[str, Any]:
 def take_facts(state: TrainState, path: Path, facts: dict[str, Any], changed: dict[str, str]) -> None:
     """Let `state` know what the run has done, and record what is different from now on. Collective over all ranks."""
     state.step, state.run = int(facts["step"]), facts.get("run", "")
-    consumed = [consumption_of(state.config, path) if state.mesh.is_rank_0 else None]
-    dist.broadcast_object_list(consumed, src=0)
-    assert consumed[0] is not None
-    state.consumption = consumed[0]
+    state.consumption = from_rank_0(state.mesh, lambda: consumption_of(state.config, path))
     state.lives = list(dict.fromkeys([*facts.get("lives", []), *state.lives[-1:]]))
     state.changes = [*facts.get("changes", []), *([{"step": state.step, "settings": changed}] if changed else [])]
     if state.mesh.is_rank_0:
@@ -232,7 +262,8 @@ def take_facts(state: TrainState, path: Path, facts: dict[str, Any], changed: di
 def consumption_of(config: Config, path: Path | None) -> Consumption:
     """Return what a run of `config` consumes that goes on from the checkpoint `path`, or starts anew without one.
 
-    Raises DataError if the checkpoint is too old to tell, or left_out.json is damaged.
+    Of a left_out.json that is damaged the checkpoint's own list is in force, with a warning that says what it holds.
+    Raises DataError if the checkpoint is too old to tell.
     """
     if path is None:
         return Consumption(((0, config.training.global_batch_size),))
@@ -244,9 +275,8 @@ def consumption_of(config: Config, path: Path | None) -> Consumption:
         )
     saved = configs.load_saved(path / "config.yaml")
     sizes = facts.get("batch_sizes", [(0, saved.training.global_batch_size)])
-    left_out = _read_left_out(config, run=facts.get("run", ""))
-    if left_out is None:
-        left_out = [LeftOut(*map(int, part)) for part in facts.get("left_out", [])]
+    stored = [LeftOut(*map(int, part)) for part in facts.get("left_out", [])]
+    left_out = _read_left_out(config, run=facts.get("run", ""), stored=stored)
     consumption = Consumption(tuple((int(step), int(size)) for step, size in sizes), tuple(left_out))
     return consumption.resize(config.training.global_batch_size, step=int(facts["step"]))
 
@@ -268,26 +298,45 @@ def _left_out_file(config: Config) -> Path:
     return Path(config.run_dir) / "left_out.json"
 
 
-def _read_left_out(config: Config, *, run: str) -> list[LeftOut] | None:
-    """Return what that file says of the run; None if there is none, or it is another run's.
-
-    Raises DataError if it is damaged.
-    """
+def _read_left_out(config: Config, *, run: str, stored: list[LeftOut]) -> list[LeftOut]:
+    """Return what that file says of the run; what the checkpoint has `stored` if it says nothing, or is damaged."""
     path = _left_out_file(config)
-    if not path.exists():
-        return None
     try:
-        content = json.loads(path.read_text())
-        owner, left_out = content["run"], [LeftOut(*map(int, part)) for part in content["left_out"]]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise DataError(
-            f"{path}, which says what the run has left out, cannot be read ({type(error).__name__}: {error}). Restore "
-            "it; without it (move it away) the run leaves out what its checkpoint says, which may be less."
-        ) from error
+        owner, left_out = _parse_left_out(path)
+    except FileNotFoundError:
+        return stored
+    except DataError as error:
+        parts = ", ".join(str(list(astuple(part))) for part in stored) or "nothing"
+        log.warning("%s: as its checkpoint says, which may be less, the run leaves out %s", error, parts)
+        return stored
     if owner != run:
         log.warning("%s is of another run than the checkpoint, and is not heeded", path)
-        return None
+        return stored
     return left_out
+
+
+def _parse_left_out(path: Path) -> tuple[str, list[LeftOut]]:
+    """Return the run of a left_out.json, and its parts. Raises DataError if it is damaged, FileNotFoundError."""
+    try:
+        content = json.loads(retrying(path.read_bytes, what=path))
+        return str(content["run"]), [LeftOut(*map(int, part)) for part in content["left_out"]]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise DataError(
+            f"{path}, which says what the run has left out, is damaged ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _set_damaged_list_aside(config: Config) -> None:
+    """Rename a left_out.json that is damaged: what the run leaves out from now on is not in it."""
+    path = _left_out_file(config)
+    try:
+        _parse_left_out(path)
+    except FileNotFoundError:
+        return
+    except DataError:
+        aside = path.with_name(f"{path.name}.damaged")
+        give_name(path, aside)
+        log.warning("%s is now %s", path.name, aside.name)
 
 
 def set_former_run_aside(state: TrainState) -> None:
@@ -296,6 +345,8 @@ def set_former_run_aside(state: TrainState) -> None:
     A new run starts from nothing; one that goes on keeps what it wrote itself.
     """
     own = Path(state.config.run_dir)
+    if state.step:
+        _set_damaged_list_aside(state.config)
     aside = own / f"former-{time.strftime('%Y%m%dT%H%M%S')}"
     names = ["metrics.jsonl", "left_out.json", "DONE", "tensorboard", "loss.png"]
     if state.step and run_of_metrics(own) in (None, state.run):

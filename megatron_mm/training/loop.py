@@ -239,8 +239,7 @@ def _begin(state: TrainState, ready: Ready, copies: Copies | None) -> None:
         dist.broadcast_object_list(names, src=0)
         state.run = names[0]
         load_initial_weights(state)
-    if state.mesh.is_rank_0:
-        checkpoints.set_former_run_aside(state)
+    checkpoints.from_rank_0(state.mesh, lambda: checkpoints.set_former_run_aside(state))
     if state.mesh.is_rank_0 and state.step < state.config.last_step:
         remove_file(done_marker(state.config))
 

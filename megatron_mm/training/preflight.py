@@ -2,22 +2,22 @@
 
 import logging
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_mm import config as configs
-from megatron_mm.checkpoint.format import COMMITTED, read_manifest, step_of, unfinished_ones, whole_ones
+from megatron_mm.checkpoint.format import COMMITTED, damaged_ones, read_manifest, step_of, unfinished_ones, whole_ones
+from megatron_mm.checkpoint.load import await_seen
 from megatron_mm.checkpoint.verify import find_damage
 from megatron_mm.config import Config
+from megatron_mm.data.consumption import Consumption
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine.agreement import check_alike, describe_software, together
 from megatron_mm.engine.mesh import Mesh, settings_by_key
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.errors import ConfigError
 from megatron_mm.modalities.pretrained import check_pretrained
+from megatron_mm.retry import be_patient
 from megatron_mm.training import checkpoints
 from megatron_mm.training.initial_weights import check_start_from
 from megatron_mm.training.inputs import (
@@ -32,9 +32,6 @@ from megatron_mm.training.inputs import (
 from megatron_mm.training.living import check_nobody_lives
 
 log = logging.getLogger(__name__)
-
-LISTING_SECONDS = 90.0
-"""How long the ranks may see different checkpoints: longer than an NFS client keeps a folder's contents."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +53,42 @@ def prepare(config: Config, mesh: Mesh, *, computes: Mapping[str, str]) -> Ready
     between ranks or do not fit one another, the model, or the checkpoint that the run goes on from; for a run_dir that
     cannot be written, or in which another run lives.
     """
+    be_patient(config.guard.retry_minutes)
     check_alike({**describe_software(), **computes}, what="software")
     check_alike(settings_by_key(config), what="settings")
     together(lambda: check_run_dir(config) if mesh.is_rank_0 else None)
-    check_alike(_await_same_checkpoints(config, mesh), what="checkpoints")
-    ready = together(lambda: examine(config, mesh))
+    past = checkpoints.from_rank_0(mesh, lambda: find_past(config))
+    if past.path is not None:
+        await_seen(mesh, past.path)
+    ready = together(lambda: examine(config, mesh, past))
     check_alike(ready.inputs.by_name(), what="data and files")
     if ready.goes_on_from is None:
         return ready
     return replace(ready, inputs=together(lambda: compare(ready, config, looks=mesh.is_rank_0)))
 
 
-def examine(config: Config, mesh: Mesh) -> Ready:
+@dataclass(frozen=True)
+class Past:
+    """What one rank, for all, has found of a run that is to go on."""
+
+    path: Path | None
+    """Its newest committed checkpoint, None if it has none."""
+    consumption: Consumption
+
+
+def find_past(config: Config) -> Past:
+    """Return what a run of `config` goes on from. Raises as newest_checkpoint does."""
+    path = newest_checkpoint(config)
+    return Past(path, checkpoints.consumption_of(config, path))
+
+
+def examine(config: Config, mesh: Mesh, past: Past) -> Ready:
     """Open and check on this rank all that a start needs. No communication."""
     configs.check_start(config)
-    path = newest_checkpoint(config)
+    path = past.path
     if path is not None:
         saved = configs.load_saved(path / "config.yaml")
-        left_out = checkpoints.consumption_of(config, path).left_out  # counted with the weights that their steps had
+        left_out = past.consumption.left_out  # counted with the weights that their steps had
         settled = max([step_of(path), *(part.step + 1 for part in left_out)])
         configs.check_resume(saved, config, step=settled, source=str(path))
     else:
@@ -116,43 +131,12 @@ def newest_checkpoint(config: Config) -> Path | None:
     problems = {path: find_damage(path, names=("config.yaml",)) for path in reversed(paths)}
     whole = next((path for path, found in problems.items() if not found), None)
     problems |= {path: [f"{path} has no {COMMITTED}"] for path in unfinished_ones(folder)}
-    damaged = sorted(path.name for path in folder.glob("step_*.damaged"))
+    damaged = damaged_ones(folder)
     if whole is None and (problems or damaged):
-        reasons = "".join(f"\n  {line}" for found in problems.values() for line in found)
-        names = ", ".join([*(path.name for path in problems), *damaged])
-        raise DataError(
-            f"no checkpoint of {folder} is whole: {names} are damaged.{reasons}\n  Restore one (its name without "
-            ".damaged), or give another run_dir to start anew."
-        )
+        raise checkpoints.no_whole_checkpoint(folder, problems, damaged)
+    if whole is not None and (newer := [path.name for path in damaged if step_of(path) > step_of(whole)]):
+        log.warning("%s were set aside as damaged: going on from %s, which is older", ", ".join(newer), whole.name)
     return whole
-
-
-def _await_same_checkpoints(config: Config, mesh: Mesh) -> dict[str, str]:
-    """Return what this rank sees of the run's checkpoints, once all see the same or after LISTING_SECONDS.
-
-    NFS shows a node what a folder held up to a minute ago. Collective over all ranks.
-    """
-    deadline = time.monotonic() + LISTING_SECONDS
-    while True:
-        own = _checkpoints(config)
-        everywhere: list[tuple[dict[str, str], bool]] = [({}, False)] * mesh.world_size
-        dist.all_gather_object(everywhere, (own, time.monotonic() > deadline))
-        if all(seen == own for seen, _ in everywhere) or any(is_late for _, is_late in everywhere):
-            return own
-        if mesh.is_rank_0:
-            log.warning("the ranks see different checkpoints in %s: looking again", checkpoints.folder(config))
-        time.sleep(LISTING_SECONDS / 20)
-
-
-def _checkpoints(config: Config) -> dict[str, str]:
-    """Return the run's committed checkpoints, each by what its manifest is known by."""
-    found = {}
-    for path in whole_ones(checkpoints.folder(config)):
-        try:
-            found[f"run_dir {path.name}"] = (path / COMMITTED).read_text()[:12]
-        except (OSError, ValueError):
-            found[f"run_dir {path.name}"] = "unreadable"
-    return found
 
 
 def compare(ready: Ready, config: Config, *, looks: bool) -> Inputs:

@@ -258,10 +258,10 @@ def flip(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda path: os.truncate(next(path.glob("*.distcp")), 100), "has 100 bytes, its manifest says"),
-        (lambda path: next(path.glob("*.distcp")).unlink(), "cannot be read: No such file"),
+        (lambda path: next(path.glob("*.distcp")).unlink(), "distcp is missing"),
         (lambda path: flip(next(path.glob("*.distcp"))), "other bytes than were written"),
         (lambda path: shutil.copy(path.with_name("step_00000001") / "manifest.json", path), "stale or damaged"),
-        (lambda path: (path / ".metadata").unlink(), "cannot be read: No such file"),
+        (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
         (lambda path: (path / "manifest.json").write_text("{"), "COMMITTED cannot be read"),
     ],
     ids=["cut", "missing", "flipped", "stale-manifest", "no-metadata", "no-manifest"],

@@ -1,5 +1,6 @@
 """What is broken on purpose in a run: each fault is found and named; the run goes on from the right step, or stops."""
 
+import errno
 import functools
 import io
 import json
@@ -12,6 +13,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +26,11 @@ from small import small_config
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_mm import retry
+from megatron_mm.checkpoint import format as layout_of_files
+from megatron_mm.checkpoint import load as loading
 from megatron_mm.checkpoint import save as saving
+from megatron_mm.checkpoint import verify
 from megatron_mm.checkpoint.format import Fence, TakenOver, commit, read_manifest, remove_old, step_of, whole_ones
 from megatron_mm.checkpoint.pickles import only_plain_pickles
 from megatron_mm.checkpoint.save import SaveFailed
@@ -34,7 +40,7 @@ from megatron_mm.data.consumption import LeftOut
 from megatron_mm.data.loader import Loader
 from megatron_mm.engine import mesh as meshes
 from megatron_mm.engine.agreement import check_alike, describe_software
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.errors import ConfigError, DataError, StorageFailed
 from megatron_mm.training import checkpoints, loop, watch
 from megatron_mm.training.metrics import read_metrics
 from megatron_mm.training.state import TrainState, build_state
@@ -117,12 +123,73 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(whole, interrupted: Path
     ]
 
 
+def fail_in_passing(rank: int) -> None:
+    """Let rank 1 see the folder late and old, and read with errors that pass; rank 0's first write of OWNER fails."""
+    retry.FIRST_SECONDS = 1e-3
+    loading.VISIBLE_SECONDS = 9.0  # looks ten times a second
+    times: Counter[str] = Counter()
+
+    def fails(name: str, original: Callable[..., Any], number: int, when: Callable[[Path], bool], often: int) -> Any:
+        def replaced(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if when(Path(path)) and times[name] < often:
+                times[name] += 1
+                raise OSError(number, os.strerror(number), str(path))
+            return original(path, *args, **kwargs)
+
+        return replaced
+
+    newest = lambda path: path.name == "step_00000003"  # noqa: E731
+    if rank == 0:
+        layout_of_files.replacing = fails("own", layout_of_files.replacing, errno.EIO, lambda p: p.name == "OWNER", 1)
+        return
+    verify.hash_file = fails("hash", verify.hash_file, errno.ESTALE, lambda path: True, 3)
+    Path.read_bytes = fails("read", Path.read_bytes, errno.EACCES, lambda path: path.name == "manifest.json", 2)
+    verify.os = SimpleNamespace(scandir=fails("seen", os.scandir, errno.ENOENT, newest, 2))
+    layout_of_files.os = SimpleNamespace(
+        **{**vars(os), "listdir": lambda path: [name for name in os.listdir(path) if not newest(Path(name))]}
+    )
+
+
+def test_ranks_with_passing_errors_and_an_old_listing_go_on_from_the_step_of_rank_0(
+    whole, interrupted: Path, shards: Path
+) -> None:
+    seen = run_ranks(2, train, run_of(shards, interrupted, "guard.retry_minutes=1"), first_step_is_4, fail_in_passing)
+    for one in seen:
+        assert one["step"] == 5
+    assert "OWNER: Input/output error; trying again" in seen[0]["said"]
+    assert "do not see" in seen[0]["said"] and "rank 1 on" in seen[0]["said"]
+    for message in ("Stale file handle; trying again", "manifest.json: Permission denied; trying again"):
+        assert message in seen[1]["said"]
+    assert not list((interrupted / "checkpoints").glob("*.damaged"))
+
+
+def first_step_is_4(state: TrainState, result: StepResult) -> None:
+    assert state.step in (4, 5)
+
+
+def fail_for_good(rank: int) -> None:
+    def refuse(path: Path, **_: Any) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    if rank == 1:
+        verify.hash_file = refuse
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_ends_the_try_and_stays(interrupted: Path, shards: Path) -> None:
+    before = sorted(path.name for path in (interrupted / "checkpoints").glob("step_*"))
+    with pytest.raises(AssertionError, match=r"rank 1 on .*: Input/output error") as failure:
+        run_ranks(2, train, run_of(shards, interrupted, "guard.retry_minutes=0"), None, fail_for_good)
+    assert StorageFailed.__name__ in str(failure.value)
+    assert sorted(path.name for path in (interrupted / "checkpoints").glob("step_*")) == before
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(interrupted: Path, shards: Path) -> None:
     for path in (interrupted / "checkpoints").glob("step_*"):
         os.truncate(next(path.glob("*.distcp")), 100)
-    with pytest.raises(AssertionError, match="no checkpoint of .* is whole") as failure:
-        run_ranks(1, train, run_of(shards, interrupted))
-    assert DataError.__name__ in str(failure.value)
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="no checkpoint of .* is whole") as failure:
+            run_ranks(1, train, run_of(shards, interrupted))
+        assert DataError.__name__ in str(failure.value)
 
 
 def stop_rank_1(state: TrainState, result: StepResult) -> None:

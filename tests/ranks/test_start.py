@@ -18,16 +18,17 @@ from small import SMALL, layout, pretrained, save_tokenizer, write_shards
 from test_failures import run_of, train
 
 from megatron_mm import config as configs
+from megatron_mm.checkpoint import load as loading
 from megatron_mm.checkpoint.format import read_manifest
 from megatron_mm.config import Config
 from megatron_mm.data.consumption import LeftOut
 from megatron_mm.engine import mesh as meshes
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.errors import ConfigError, DataError, StorageFailed
 from megatron_mm.shards import merge
 from megatron_mm.shards.writer import write_manifest
 from megatron_mm.storage import hash_file
 from megatron_mm.tokenizer import train_tokenizer
-from megatron_mm.training import checkpoints, preflight, processes
+from megatron_mm.training import checkpoints, processes
 from megatron_mm.training.evaluate import evaluate_checkpoint
 from megatron_mm.training.metrics import read_metrics
 from megatron_mm.training.state import TrainState
@@ -113,15 +114,16 @@ def test_a_rank_with_other_shards_under_the_same_prefix_is_named(tmp_path: Path)
 
 def train_in_own_run_dir(config: Config, folders: list[str]) -> None:
     os.chdir(folders[torch.distributed.get_rank()])
-    preflight.LISTING_SECONDS = 1.0
+    loading.VISIBLE_SECONDS = 1.0
     train(config.model_copy(update={"run_dir": "run"}))
 
 
 def test_a_rank_that_sees_another_run_dir_is_named(stopped: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    message = refusal(2, train_in_own_run_dir, own_run(stopped), [str(stopped), str(tmp_path)])
-    assert "do not have the same checkpoints" in message
-    assert "run_dir step_00000003 none" in message
+    folders = [str(stopped), str(tmp_path)]
+    message = refusal(2, train_in_own_run_dir, own_run(stopped), folders, error=StorageFailed)
+    assert f"rank 1 on {socket.gethostname()}: " in message
+    assert "step_00000003, which rank 0 goes on from, is not there" in message
 
 
 def test_shards_that_are_missing_on_one_node_are_named_with_the_rank(shards: Path, tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_a_rank_that_computes_with_other_kernels_is_named(shards: Path, tmp_path
 
 
 def train_impatiently_from_own_folder(config: Config, folders: list[str]) -> None:
-    checkpoints.VISIBLE_SECONDS = 0.5
+    loading.VISIBLE_SECONDS = 0.5
     train_from_own_folder(config, folders)
 
 
@@ -614,13 +616,15 @@ def test_a_damaged_line_of_the_metrics_ends_no_run(line: bytes, stopped: Path) -
     assert [record["step"] for record in read_metrics(stopped / "run") if "grad_norm" in record] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("content", ["{", '{"run": "r"}', '{"run": "", "left_out": [[1]]}', "[]"])
-def test_a_damaged_list_of_what_was_left_out_is_named_before_anything_is_touched(content: str, stopped: Path) -> None:
+@pytest.mark.parametrize("content", ["", "{", '{"run": "r"}', '{"run": "", "left_out": [[1]]}', "[]"])
+def test_a_damaged_list_of_what_was_left_out_is_replaced_by_the_checkpoints(content: str, stopped: Path) -> None:
     (stopped / "run" / "left_out.json").write_text(content)
-    before = everything(stopped / "run")
-    message = refusal(1, train, own_run(stopped), error=DataError)
-    assert "left_out.json, which says what the run has left out, cannot be read" in message
-    assert everything(stopped / "run") == before
+    (seen,) = run_ranks(1, train, own_run(stopped))
+    assert (seen["step"], seen["left_out"]) == (5, ())
+    assert "left_out.json, which says what the run has left out, is damaged" in seen["said"]
+    assert "as its checkpoint says, which may be less, the run leaves out nothing" in seen["said"]
+    assert (stopped / "run" / "left_out.json.damaged").read_text() == content
+    assert not (stopped / "run" / "left_out.json").exists()
 
 
 def test_a_checkpoint_that_counts_batches_is_refused_before_anything_is_touched(stopped: Path) -> None:

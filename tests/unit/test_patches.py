@@ -3,6 +3,7 @@
 A test here that fails says that upstream has changed: take the patch out of the table, with its test.
 """
 
+import errno
 import io
 import multiprocessing
 import pickle
@@ -18,11 +19,14 @@ import torch
 import torch.distributed as dist
 from launch import run_alone
 from small import layout, small_config
+from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_mm import retry
 from megatron_mm.checkpoint.index import IndexUnpickler
 from megatron_mm.config import Config
 from megatron_mm.engine import device, patches
 from megatron_mm.engine.patches import BUCKET_GROUP, PATCHES
+from megatron_mm.retry import be_patient
 
 CUDA_IS_MISSING = "CUDA|NVIDIA"
 """What torch says of a CUDA that is not there: it depends on how torch was built and the process began."""
@@ -176,6 +180,28 @@ def executed_by_object(config: Config) -> str:
     return printed(Path(config.run_dir), lambda: planner.load_bytes(item, data))
 
 
+class PlanOfAFailingDisk:
+    """A plan to read nothing, which the disk refuses once."""
+
+    times = 0
+
+    @property
+    def items(self) -> list:
+        self.times += 1
+        if self.times == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        return []
+
+
+def times_read(config: Config) -> int:
+    be_patient(1.0)
+    retry.FIRST_SECONDS = 1e-3
+    plan = PlanOfAFailingDisk()
+    with patches.only_plain_data(Path(config.run_dir), IndexUnpickler):
+        FileSystemReader(config.run_dir).read_data(plan, None).wait()
+    return plan.times
+
+
 def printed(folder: Path, load: Callable[[], Any]) -> str:
     out, sys.stdout = sys.stdout, io.StringIO()
     try:
@@ -219,6 +245,7 @@ DIFFERS: dict[str, tuple[Exercise, Callable[[Any], bool]]] = {
         executed_by_object,
         lambda text: "executed" not in text,
     ),
+    "torch.distributed.checkpoint.filesystem.FileSystemReader.read_data": (times_read, lambda times: times == 2),
 }
 """By patch: what can be done without it, but with a result that is right only with it."""
 
