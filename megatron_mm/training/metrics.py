@@ -19,6 +19,7 @@ from megatron_mm.config import Config
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.model.loss import BY_DATASET, by_name
+from megatron_mm.retry import retrying
 from megatron_mm.storage import replacing
 from megatron_mm.training import processes
 from megatron_mm.training.step import StepResult
@@ -106,7 +107,7 @@ class Metrics:
         found: list[list[tuple[int, float]]] = [[]]
         if self._is_rank_0:
             updated = [one for one in read_metrics(self.config.run_dir) if one.get("updated")]
-            losses = [(one["step"], one["loss"]) for one in updated if one["loss"] is not None]
+            losses = [(one["step"], one["loss"]) for one in updated if one.get("loss") is not None]
             finite = [(step, loss) for step, loss in losses if isfinite(loss)]
             found = [finite[max(0, len(finite) - count) :]]
         dist.broadcast_object_list(found, src=0)
@@ -280,7 +281,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Other lines that hold no record are passed over with a warning: what a disk has damaged ends no run.
     """
-    lines = path.read_text(errors="replace").splitlines()
+    lines = retrying(lambda: path.read_text(errors="replace"), what=path).splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)

@@ -16,6 +16,7 @@ from megatron_mm.checkpoint.format import Fence, TakenOver, commit, damaged_ones
 from megatron_mm.checkpoint.verify import NOT_THERE, find_damage, view
 from megatron_mm.errors import DataError, StorageFailed
 from megatron_mm.retry import be_patient
+from megatron_mm.training.living import check_nobody_lives
 from megatron_mm.training.preflight import newest_checkpoint
 
 
@@ -162,6 +163,13 @@ def test_an_empty_owner_is_nobody_elses(run: SimpleNamespace, caplog: pytest.Log
     run.fence.check()
     assert "OWNER is empty" in caplog.text
     assert run.fence.holds(run.folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "3", "[]", "{}", '{"rank": 0, "host": "node", "time": null}'])
+def test_a_damaged_heartbeat_keeps_nobody_out(content: str, tmp_path: Path) -> None:
+    (tmp_path / "health").mkdir()
+    (tmp_path / "health" / "rank_0.json").write_text(content)
+    check_nobody_lives(tmp_path, heartbeat_seconds=1.0)
 
 
 def test_what_a_rank_sees_of_a_checkpoint_tells_another_one_a_late_one_and_a_broken_one(
