@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from megatron_mm.batch import MicroBatch
-from megatron_mm.errors import DataError
+from megatron_mm.errors import StorageFailed
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Prefetcher:
     """Reads steps ahead. Raises what reading raised, at the step concerned.
 
     A step is a pure function of its number, so what a thread that hangs or dies was reading is read again by another,
-    to the same batch. Raises DataError that names the thread and where it stands when MAX_STALLS of them were given
+    to the same batch. Raises StorageFailed that names the thread and where it stands when MAX_STALLS of them were given
     `stall_seconds` each for one step.
     """
 
@@ -51,7 +51,7 @@ class Prefetcher:
                     what = reader.describe()
                     reader.stop()
                     if stalls == MAX_STALLS:
-                        raise DataError(
+                        raise StorageFailed(
                             f"step {step} could not be read by {MAX_STALLS} threads, the last of which {what}. Look at "
                             "the storage of data.train, or give more time with data.stall_seconds."
                         )

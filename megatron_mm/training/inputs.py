@@ -21,6 +21,7 @@ from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.modalities import BY_NAME
 from megatron_mm.modalities.pretrained import find_weights
 from megatron_mm.outside import checked
+from megatron_mm.retry import retrying
 from megatron_mm.shards import ShardReader, fingerprints, stored_tokenizer
 from megatron_mm.storage import hash_file
 
@@ -119,7 +120,10 @@ def _hash(value: str | None) -> str:
     path = Path(value)
     if not path.exists():
         return GONE
-    return fingerprint(path) if (path / MANIFEST).exists() else hash_file(find_weights(path))
+    if (path / MANIFEST).exists():
+        return fingerprint(path)
+    file = find_weights(path)
+    return retrying(lambda: hash_file(file), what=file)
 
 
 def check_held_out(config: Config) -> None:

@@ -87,6 +87,12 @@ def test_each_rule_says_what_is_wrong(override: str, message: str) -> None:
 def test_a_window_of_one_loss_that_would_find_no_spike_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"guard\.spike_window=1 keeps one loss"):
         configs.load("tiny", ["guard.spike_window=1"])
+
+
+def test_storage_is_not_tried_again_for_longer_than_a_rank_may_stand_still() -> None:
+    with pytest.raises(ConfigError, match=r"guard\.retry_minutes=10 .* guard\.hang_seconds=600"):
+        configs.load("tiny", ["guard.hang_seconds=600"])
+    assert configs.load("tiny", ["guard.hang_seconds=0"]).guard.retry_minutes == 10
     configs.load("tiny", ["guard.spike_window=2"])
 
 

@@ -17,7 +17,7 @@ from megatron_mm.batch import MediaUnits, MicroBatch, TokenCounts, attention_spa
 from megatron_mm.data import prefetch, token_row
 from megatron_mm.data.loader import Loader, deal_rows
 from megatron_mm.data.prefetch import Prefetcher
-from megatron_mm.errors import DataError
+from megatron_mm.errors import DataError, StorageFailed
 from megatron_mm.modalities import BY_NAME
 from megatron_mm.model.embedding import MediaEmbedding
 from megatron_mm.shards import EncodedDocument, ShardReader, ShardWriter
@@ -438,7 +438,9 @@ def test_a_reader_that_hangs_is_named_and_its_step_read_by_another(
 def test_a_step_at_which_every_reader_hangs_or_dies_ends_the_run(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader, released = loader_of(shards), threading.Event()
     loader.step = lambda step: released.wait()
-    with pytest.raises(DataError, match=r"step 0 could not be read by 3 threads, the last of which loader-2 hangs in"):
+    with pytest.raises(
+        StorageFailed, match=r"step 0 could not be read by 3 threads, the last of which loader-2 hangs in"
+    ):
         list(Prefetcher(loader, steps=range(4), ahead=1, stall_seconds=0.1))
     released.set()
     monkeypatch.setattr(prefetch._Reader, "_read", lambda self: None)
