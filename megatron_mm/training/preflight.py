@@ -17,7 +17,7 @@ from megatron_mm.engine.agreement import check_alike, describe_software, togethe
 from megatron_mm.engine.mesh import Mesh, settings_by_key
 from megatron_mm.errors import ConfigError
 from megatron_mm.modalities.pretrained import check_pretrained
-from megatron_mm.retry import be_patient
+from megatron_mm.retry import be_patient, retrying
 from megatron_mm.training import checkpoints
 from megatron_mm.training.initial_weights import check_start_from
 from megatron_mm.training.inputs import (
@@ -159,7 +159,8 @@ def compare(ready: Ready, config: Config, *, looks: bool) -> Inputs:
 def check_run_dir(config: Config) -> None:
     """Raise ConfigError if the run_dir cannot be written, or another run is at work in it."""
     folder = Path(config.run_dir)
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    parents = (folder.absolute(), *folder.absolute().parents)
+    there = retrying(lambda: next(parent for parent in parents if parent.exists()), what=folder)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
         what = f"{there} is not a folder" if not there.is_dir() else f"PermissionError: {there} is closed to this user"
         raise ConfigError(f"run_dir={config.run_dir} cannot be written: {what}. Give one that can.")
