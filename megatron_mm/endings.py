@@ -2,7 +2,7 @@
 
 0     it is done, or stopped early as it was asked to
 2     the user mends it: a setting, a path, more memory than there is. `error: ...` says what, and how
-3     a file mends it: it is damaged, or not what it should be. `error: ...` names it
+3     a file is damaged, or not what it should be. `error: ...` names it
 4     another job has taken the run over, and goes on with it
 75    the world stopped it (EX_TEMPFAIL): storage, network, another rank, a run that would do harm; another try may go
       better
