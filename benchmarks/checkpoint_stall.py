@@ -4,9 +4,10 @@
 
 Ranks of the preset tiny with a larger decoder (a checkpoint of about 430 MB) save in turns: ours in the background, and
 dist_checkpointing.save, which returns when all is written. The stall is what a rank waits for a save from its beginning
-to the next step and, in the background, for its commit some steps later. Steps that run beside the writing are slower
-where the cores are few: that is shown too. With --tp 1 the ranks are data-parallel: the synchronous save first gathers
-the optimizer state over them, which is megatron-core's form that fits every layout; ours writes each rank's share.
+to the next step and, in the background, for its commit some steps later. Steps that run beside the writing, and beside
+the reading back from the disk, are slower where the cores are few: that is shown too. With --tp 1 the ranks are
+data-parallel: the synchronous save first gathers the optimizer state over them, which is megatron-core's form that fits
+every layout; ours writes each rank's share.
 """
 
 import argparse
@@ -65,7 +66,8 @@ def rank_main(rank: int, ranks: int, tp: int, rounds: int, folder: str, results:
     queue = filesystem_async._results_queue
     saver = checkpoints.make_saver(state)
     stalls: dict[str, list[float]] = {"background": [], "synchronous": []}
-    steps: dict[str, list[float]] = {"alone": [], "beside": []}
+    steps: dict[str, list[float]] = {"alone": [], "beside": [], "beside reading": []}
+    spent: dict[str, list[float]] = {"until committed": [], "read back": []}
 
     def step(kind: str) -> None:
         started = time.perf_counter()
@@ -77,8 +79,10 @@ def rank_main(rank: int, ranks: int, tp: int, rounds: int, folder: str, results:
             step("alone")
         checkpoints.begin_save(state, saver)
         while (saved := saver.poll()) is None:
-            step("beside")
+            step("beside" if saver._pending.read_back is None else "beside reading")
         stalls["background"].append(saved.stall_seconds)
+        spent["until committed"].append(saved.seconds)
+        spent["read back"].append(saved.read_back_seconds)
         step("alone")
         dist.barrier()
         started = time.perf_counter()
@@ -94,7 +98,7 @@ def rank_main(rank: int, ranks: int, tp: int, rounds: int, folder: str, results:
         stalls["synchronous"].append(time.perf_counter() - started)
     size = sum(file.stat().st_size for file in saved.path.iterdir()) / 1e6
     if rank == 0:
-        results.put(({kind: times[1:] for kind, times in stalls.items()}, steps, size))
+        results.put(({kind: times[1:] for kind, times in (stalls | spent).items()}, steps, size))
     meshes.leave()
 
 
@@ -127,9 +131,15 @@ def main() -> None:
     for name, times in (
         ("stall, in the background", stalls["background"]),
         ("stall, synchronous", stalls["synchronous"]),
+        ("from begin to commit", stalls["until committed"]),
+        ("from commit to read back", stalls["read back"]),
     ):
         print(f"{name:<28}{statistics.median(times):>8.3f}s{min(times):>8.3f}s{max(times):>8.3f}s")
-    for name, times in (("step, nothing beside it", steps["alone"]), ("step beside the writing", steps["beside"])):
+    for name, times in (
+        ("step, nothing beside it", steps["alone"]),
+        ("step beside the writing", steps["beside"]),
+        ("step beside the reading", steps["beside reading"]),
+    ):
         print(f"{name:<28}{statistics.median(times):>8.3f}s{min(times):>8.3f}s{max(times):>8.3f}s")
     ours, peer = statistics.median(stalls["background"]), statistics.median(stalls["synchronous"])
     finish("checkpoint_stall", ours=ours, peer=peer, bar=BAR)
