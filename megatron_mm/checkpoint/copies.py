@@ -161,7 +161,7 @@ class Copies:
         token = self._fence.token if self._fence is not None else "alone"
         partial = self.folder / f"{name_of(step)}.{token}{PARTIAL}"
         error = self._make_folder(partial, settings) if self._leads else None
-        listener, key = socket.createserver(("", 0)), secrets.token_hex(16)
+        listener, key = socket.create_server(("", 0)), secrets.token_hex(16)
         everywhere = _gather((listener.getsockname()[1], key, error))
         host_tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         keeps = self._partners.index(self._mesh.rank)  # the rank whose share this one keeps beside its own
@@ -352,7 +352,7 @@ class Copies:
 
     def _exchange(self, path: Path, away: Mapping[int, int]) -> Path | str:
         """Return this rank's share: of this node, or fetched from the rank that `away` names; what failed, as text."""
-        rank, listener, key = self._mesh.rank, socket.createserver(("", 0)), secrets.token_hex(16)
+        rank, listener, key = self._mesh.rank, socket.create_server(("", 0)), secrets.token_hex(16)
         everywhere = _gather((listener.getsockname()[1], key))
         wanted = {name_of_share(one): path / name_of_share(one) for one, other in away.items() if other == rank}
         server = threading.Thread(target=serve, args=(listener, key, wanted), daemon=True)
