@@ -27,12 +27,18 @@ def read_json[T](path: Path, kind: type[T], *, hint: str = "") -> T:
 def parse_json[T](data: bytes, kind: type[T], *, where: str, hint: str = "") -> T:
     """Return what the JSON `data` holds, as `kind` has it. Raises DataError as `read_json`; `where` names the file."""
     try:
-        value = json.loads(data, object_pairs_hook=_once, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise DataError(f"{where} is nested too deeply. {hint}".rstrip()) from None
+        value = load_json(data)
     except ValueError as error:
         raise DataError(f"{where} is not JSON ({error}). {hint}".rstrip()) from error
     return checked(value, kind, where=where, hint=hint)
+
+
+def load_json(data: bytes) -> Any:
+    """Return what JSON holds, of any types. Raises ValueError if it is none, says a thing twice or is too deep."""
+    try:
+        return json.loads(data, object_pairs_hook=_once, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def checked[T](value: Any, kind: type[T], *, where: str, hint: str = "") -> T:

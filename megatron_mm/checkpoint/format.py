@@ -21,7 +21,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 from pydantic import ConfigDict, Field
 
 from megatron_mm.errors import DataError, TakenOver
-from megatron_mm.outside import file_name, parse_json
+from megatron_mm.outside import checked, file_name, load_json, parse_json
 from megatron_mm.retry import retrying
 from megatron_mm.settings import NonNegativeInt
 from megatron_mm.storage import give_name, hash_file, make_folder, publish_folder, replacing
@@ -177,7 +177,7 @@ def seal_of(manifest: Mapping[str, Any]) -> str:
 def _read_committed(path: Path) -> dict[str, Any]:
     try:
         data, committed = _read(path / MANIFEST), _read(path / COMMITTED).decode().strip()
-        manifest = parse_json(data, Facts, where=MANIFEST)
+        manifest = checked(load_json(data), Facts, where=MANIFEST)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         raise DataError(f"{path / MANIFEST} or {COMMITTED} cannot be read ({type(error).__name__}: {error})") from error
     if _sha256(data) != committed:

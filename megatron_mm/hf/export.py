@@ -30,7 +30,7 @@ from megatron_mm.hf.stream import (
 )
 from megatron_mm.hf.weight_map import Target
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
-from megatron_mm.outside import file_name, read_json
+from megatron_mm.outside import checked, file_name, load_json, read_json
 from megatron_mm.settings import divisors
 from megatron_mm.storage import (
     PARTIAL,
@@ -203,8 +203,8 @@ def verify(folder: Path, *, without: Collection[str] = ()) -> int:
     Raises DataError if not.
     """
     try:
-        sums = read_json(folder / MANIFEST, Sums)["sha256"]
-    except (OSError, DataError) as error:
+        sums = checked(load_json((folder / MANIFEST).read_bytes()), Sums, where="it")["sha256"]
+    except (OSError, ValueError) as error:
         raise DataError(f"{folder} is not a finished export: {MANIFEST} cannot be read ({error}).") from error
     sums = {name: expected for name, expected in sums.items() if name not in without}
     for name, expected in tqdm(sums.items(), desc="verify", unit="file"):

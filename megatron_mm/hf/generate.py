@@ -30,7 +30,7 @@ from megatron_mm.hf.tensors import safetensors_files
 from megatron_mm.ingest.document import Document
 from megatron_mm.ingest.encode import encode_document
 from megatron_mm.modalities import BY_NAME, EncoderSection, Geometries, default_geometries
-from megatron_mm.outside import read_json
+from megatron_mm.outside import checked, load_json
 from megatron_mm.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,10 @@ def load_export(folder: Path, dtype: torch.dtype | None = None) -> Speaker:
     # The package's own copy of the code that a full export carries: nothing in the folder is executed.
     from megatron_mm.hf.code.modeling_megatron_mm import MegatronMMForConditionalGeneration
 
-    description = read_json(folder / "config.json", Described, hint="Write the export again.")
+    try:
+        description = checked(load_json((folder / "config.json").read_bytes()), Described, where="it")
+    except ValueError as error:
+        raise DataError(f"{folder / 'config.json'} is damaged ({error}). Write the export again.") from error
     safetensors_files(folder)  # for its error: transformers would open whatever the index names
     kind = description.get("model_type")
     model_class, own = transformers.AutoModelForCausalLM, {"trust_remote_code": False}

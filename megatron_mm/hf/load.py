@@ -20,7 +20,7 @@ from megatron_mm.hf.stream import blocks, check_complete, explained, info_of
 from megatron_mm.hf.tensors import SafetensorsReader
 from megatron_mm.hf.weight_map import Target, whole
 from megatron_mm.model.shapes import compare_shapes, tensor_shapes
-from megatron_mm.outside import checked, read_json
+from megatron_mm.outside import checked, load_json
 from megatron_mm.settings import PositiveInt
 
 TEXT_MODELS = ("llama", "mistral", "qwen3")
@@ -176,8 +176,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Return what the config.json of a Hugging Face folder says. Raises DataError if it is damaged or not there."""
     path = folder / "config.json"
     try:
-        return read_json(path, dict[str, Any])
-    except (OSError, DataError) as error:
+        return checked(load_json(path.read_bytes()), dict[str, Any], where="it")
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}): a Hugging Face folder has one. Copy it again.") from error
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_mm.checkpoint.index import TensorInfo, read_into
 from megatron_mm.errors import DataError
-from megatron_mm.outside import checked, file_name, parse_json, read_json
+from megatron_mm.outside import checked, file_name, load_json
 from megatron_mm.settings import NonNegativeInt
 
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
@@ -67,8 +67,8 @@ def safetensors_files(folder: Path) -> list[Path]:
             raise DataError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
         return [folder / "model.safetensors"]
     try:
-        names = sorted(set(read_json(index, Index)["weight_map"].values()))
-    except DataError as error:
+        names = sorted(set(checked(load_json(index.read_bytes()), Index, where="it")["weight_map"].values()))
+    except ValueError as error:
         raise DataError(f"{index} is not an index of safetensors: {error}") from error
     for name in names:
         file_name(name, where=index, hint="Copy the folder again.")
@@ -90,10 +90,10 @@ def read_header(file: Path) -> dict[str, tuple[TensorInfo, int]]:
         if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
             raise DataError(f"{file} is not a safetensors file, or is cut short: it has {size} bytes.")
         try:
-            header = parse_json(opened.read(length), dict[str, Any], where="its header")
+            header = checked(load_json(opened.read(length)), dict[str, Any], where="its header")
             header.pop("__metadata__", None)
             found = checked(header, dict[str, Entry], where="its header")
-        except DataError as error:
+        except ValueError as error:
             raise DataError(f"{file} is not a safetensors file: {error}") from error
     tensors = {}
     for name, entry in found.items():
