@@ -24,7 +24,7 @@ def check_nobody_lives(run_dir: str | Path, *, heartbeat_seconds: float) -> None
     checkpoints are fenced. Raises ConfigError with the job, host and process of one that lives.
     """
     folder = Path(run_dir) / "health"
-    records = read_health(folder)
+    records = [record for record in read_health(folder) if _is_heartbeat(record)]
     here = [record for record in records if record["host"] == socket.gethostname()]
     living = next((record for record in here if _is_process(record)), None)
     elsewhere = {one["rank"]: one for one in records if one not in here and not _is_of_this_job(one)}
@@ -35,7 +35,7 @@ def check_nobody_lives(run_dir: str | Path, *, heartbeat_seconds: float) -> None
     deadline = time.monotonic() + wait_seconds
     while living is None and elsewhere and time.monotonic() < deadline:
         time.sleep(min(0.2, longest / 4))
-        moved = (one for one in read_health(folder) if one != elsewhere.get(one["rank"], one))
+        moved = (one for one in read_health(folder) if _is_heartbeat(one) and one != elsewhere.get(one["rank"], one))
         living = next(moved, None)
     if living is not None:
         job = f" (job {living['job']})" if living.get("job") else ""
@@ -44,6 +44,11 @@ def check_nobody_lives(run_dir: str | Path, *, heartbeat_seconds: float) -> None
             f"process {living['pid']}, is at step {living['step']} ({living['phase']}). Wait for it, stop it, or "
             "give another run_dir."
         )
+
+
+def _is_heartbeat(record: Mapping[str, Any]) -> bool:
+    """Return whether a file of run_dir/health says what a heartbeat does: a crash may have left another thing there."""
+    return type(record.get("pid")) is int and isinstance(record.get("host"), str) and {"step", "phase"} <= record.keys()
 
 
 def _is_of_this_job(record: Mapping[str, Any]) -> bool:
