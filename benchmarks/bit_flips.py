@@ -91,8 +91,8 @@ def make(folder: Path) -> list[Kind]:
     kinds.append(Kind("checkpoint, resumed", _in(saved), lambda: read_own(saved)))
     kinds.append(Kind("checkpoint, started from", _in(saved), lambda: read_source(saved)))
     kinds.append(Kind("import, started from", _in(imported), lambda: read_source(imported)))
-    exports = {own: folder / "out" / own for own in ("text", "image", "full")}
-    kinds += [Kind(f"export {own}", _in(path), lambda path=path: read_export(path)) for own, path in exports.items()]
+    exports = [folder / "out" / kind for kind in ("text", "image", "full")]
+    kinds += [Kind(f"export {path.name}", _in(path), lambda path=path: read_export(path)) for path in exports]
     return kinds
 
 

@@ -73,7 +73,7 @@ class Checksums:
     def require(self, suffix: str, offset: int, num_bytes: int) -> None:
         """Pass if the pages that hold some bytes are what was written; each is compared once. Raises DataError."""
         passed, first = self._passed[suffix], offset // self.page_bytes
-        stop = min(len(passed), -(-(offset + num_bytes) // self.page_bytes))
+        stop = (offset + num_bytes + self.page_bytes - 1) // self.page_bytes
         first = passed.find(0, first, stop)
         while first >= 0:
             end = passed.find(1, first, min(stop, first + RUN_PAGES))
@@ -81,13 +81,12 @@ class Checksums:
             self._compare(suffix, first, end)
             first = passed.find(0, end, stop)
 
-    def require_each(self, suffix: str, offsets: np.ndarray, num_bytes: int) -> None:
-        """As `require`, for `num_bytes` at each of `offsets`: (n,) int64."""
-        passed = np.frombuffer(self._passed[suffix], np.uint8)
-        for pages in (offsets // self.page_bytes, (offsets + (num_bytes - 1)) // self.page_bytes):
-            if not passed[pages].all():
-                for page in np.unique(pages[passed[pages] == 0]).tolist():
-                    self._compare(suffix, page, page + 1)
+    def require_each(self, suffix: str, offsets: np.ndarray) -> None:
+        """As `require`, for one byte at each of `offsets`: (n,) int64."""
+        passed, pages = self._passed[suffix], offsets // self.page_bytes
+        for page in set(pages.tolist()):
+            if not passed[page]:
+                self._compare(suffix, page, page + 1)
 
     def _compare(self, suffix: str, first: int, stop: int) -> None:
         self._read_pages(suffix, first, stop)

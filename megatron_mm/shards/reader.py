@@ -48,6 +48,8 @@ from megatron_mm.storage import make_folder
 
 log = logging.getLogger(__name__)
 
+SOURCES_AT = MEDIA_HEADER.size + DOCUMENT.fields["source"][1]
+"""Where the source of the first document stands in P.media.idx."""
 CHECKED_DOCUMENTS = 2**16
 """Documents whose index is checked on opening: the first half of them and the last; the others when they are read."""
 
@@ -116,7 +118,7 @@ class ShardReader:
         data = self._checksums.read(".bin", offset, (stop - start) * self._dtype.itemsize)
         return np.frombuffer(data, self._dtype).astype(np.int64)
 
-    @property
+    @functools.cached_property
     def token_index(self) -> tuple[Any, ...]:
         """What csrc/index reads pieces by, and checks them with; for shards without P.crc after `check_tokens`.
 
@@ -138,7 +140,7 @@ class ShardReader:
 
     def sources(self, documents: np.ndarray) -> np.ndarray:
         """Return what kind of file each document came from: (n,) uint8, source.Source."""
-        self._checksums.require_each(".media.idx", MEDIA_HEADER.size + documents * DOCUMENT.itemsize, DOCUMENT.itemsize)
+        self._checksums.require_each(".media.idx", SOURCES_AT + documents * DOCUMENT.itemsize)
         return self._sources[documents]
 
     def source(self, document: int) -> Source:

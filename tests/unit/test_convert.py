@@ -220,11 +220,13 @@ def flip(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda path: cut(path / "__0_0.distcp"), "its manifest says"),
+        (lambda path: flip(path / "__0_0.distcp"), "has other bytes than were written"),
+        (lambda path: flip(path / "config.yaml"), "has other bytes than were written"),
         (lambda path: (path / "__0_0.distcp").unlink(), "is missing, its manifest says"),
         (lambda path: (path / "manifest.json").unlink(), "not a checkpoint"),
         (lambda path: path.rename(path.with_name("step_1.partial")), "half written|not a checkpoint"),
     ],
-    ids=["cut", "missing", "no-manifest", "partial"],
+    ids=["cut", "flipped", "other-settings", "missing", "no-manifest", "partial"],
 )
 def test_a_damaged_checkpoint_gives_no_export(damage, message, imported: Path, preset: Path, tmp_path: Path) -> None:
     shutil.copytree(imported / "checkpoint", tmp_path / "checkpoint")
@@ -238,6 +240,7 @@ def test_a_checkpoint_of_another_shape_than_its_settings_is_refused(
     imported: Path, preset: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(imported / "checkpoint", tmp_path / "checkpoint")
+    without_hashes(tmp_path / "checkpoint")
     for change, message in (("num_layers: 2", "decoder.layers.2"), ("num_layers: 4", "decoder.layers.3")):
         text = (imported / "checkpoint" / "config.yaml").read_text()
         changed = text.replace("num_layers: 3\n", f"{change}\n", 1)
