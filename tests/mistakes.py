@@ -350,7 +350,6 @@ PREPARATIONS: dict[str, Callable[[], object]] = {
     "shards/train.json says its version alone": lambda: Path("shards/train.json").write_text('{"version": 1}'),
     "shards/train.json holds a list": lambda: Path("shards/train.json").write_text("[]\n"),
     "a flipped bit in shards/train.bin": lambda: _flip("shards/train.bin"),
-    "a flipped bit in every media file": lambda: _flip("shards/train.media.bin"),
     "shards/train.bin may not be read": lambda: _refuse("shards/train.bin"),
     "twin is a copy of shards": lambda: shutil.copytree("shards", "twin"),
     "runs/file is a file": lambda: Path("runs/file").write_text("x"),

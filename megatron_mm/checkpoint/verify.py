@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_mm.checkpoint.format import COMMITTED, MANIFEST, read_manifest, read_source_manifest
 from megatron_mm.errors import DataError
-from megatron_mm.outside import file_name
+from megatron_mm.outside import file_name, load_json
 from megatron_mm.retry import retrying
 from megatron_mm.storage import hash_file
 
@@ -107,14 +107,17 @@ def check_outline(path: Path) -> int:
 
     Raises DataError if it is no checkpoint, a file has another size than it should, or one of these has other bytes.
     """
-    if not (path / MANIFEST).exists():
+    try:
+        load_json((path / MANIFEST).read_bytes())  # says what is wrong with it more plainly
+        manifest = read_source_manifest(path)
+    except (DataError, OSError, ValueError) as error:
         inside = sorted(str(file.parent) for file in path.glob(f"**/step_*/{MANIFEST}"))
         hint = f" Did you mean {inside[-1]}?" if inside else ""
+        reason = f"{MANIFEST}: {error.strerror}" if isinstance(error, OSError) else f"{MANIFEST} is damaged: {error}"
         raise DataError(
-            f"{path} is not a checkpoint of this package (it has no {MANIFEST}). A checkpoint is a folder "
+            f"{path} is not a checkpoint of this package ({reason}). A checkpoint is a folder "
             f"RUN_DIR/checkpoints/step_N.{hint}"
-        )
-    manifest = read_source_manifest(path)
+        ) from error
     for name, size in manifest["bytes"].items():
         file_name(name, where=path / MANIFEST)
         found = retrying(lambda file=path / name: _size(file), what=path / name)

@@ -254,10 +254,8 @@ class ShardReader:
         self._compare(suffix, block, retrying(lambda: _block_checksum(path, block), what=path))
 
     def _compare(self, suffix: str, block: int, crc32: int) -> None:
-        own = self._summaries[suffix]
-        if crc32 != own["block_crc32"][block]:
-            start = block * BLOCK_BYTES
-            raise differs(self.prefix + suffix, start, min(start + BLOCK_BYTES, own["bytes"]))
+        if crc32 != self._summaries[suffix]["block_crc32"][block]:
+            raise differs(self.prefix + suffix, block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES)
 
     def _require_index(self, start: int, stop: int) -> None:
         """Pass if lengths and pointers of documents [start, stop), and the pointer behind them, are as written."""
@@ -439,9 +437,11 @@ def _read_manifest(prefix: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("version") not in range(1, MANIFEST_VERSION + 1):
         version = manifest.get("version") if isinstance(manifest, dict) else None
         raise DataError(
-            f"{path} has version {version}; this package reads versions up to {MANIFEST_VERSION}. Preprocess the "
-            "inputs again."
+            f"{path} has version {version}; this package reads 1 to {MANIFEST_VERSION}. Preprocess the inputs again."
         )
+    needed = {"documents", "tokens", "tokenizer"}
+    if not (needed <= manifest.keys() and manifest.keys() & {"files", "parts"}):
+        raise DataError(f"{path} lacks what a manifest of shards says. Preprocess the inputs again.")
     if manifest["version"] == 1 and "sha256" not in manifest:
         _say_unhashed(path)
     elif manifest.get("sha256") != manifest_hash(manifest):
@@ -449,9 +449,6 @@ def _read_manifest(prefix: str) -> dict[str, Any]:
             f"{path} does not say what was written: it is damaged, or was edited. Preprocess the inputs again, or "
             "restore the file from a copy."
         )
-    needed = {"documents", "tokens", "tokenizer"}
-    if not (needed <= manifest.keys() and manifest.keys() & {"files", "parts"}):
-        raise DataError(f"{path} lacks what a manifest of shards says. Preprocess the inputs again.")
     kind = MergedManifest if "parts" in manifest else Manifest
     checked(manifest, kind, where=path, hint="Preprocess the inputs again.")
     for suffix in SUFFIXES if kind is Manifest else ():

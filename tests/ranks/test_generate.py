@@ -184,6 +184,7 @@ def test_misuse_is_named(speaker: Speaker, saved: Path, tmp_path: Path) -> None:
     manifest = json.loads((mute / "manifest.json").read_text())
     del manifest["bytes"]["tokenizer.json"]
     (mute / "manifest.json").write_text(json.dumps(manifest))
+    (mute / "COMMITTED").unlink(missing_ok=True)
     with pytest.raises(ConfigError, match="--tokenizer"), opened(mute):
         pass
     with pytest.raises(ConfigError, match="neither an export"), opened(tmp_path):
