@@ -1,7 +1,7 @@
 """Turn files into training shards: text, web pages, JSON lines, images, recordings and PDFs.
 
-An image or recording and a text file of the same name beside it become one document, the text last. Writes
-PREFIX.bin, .idx, .media.bin, .media.idx, .json (the manifest) and .rejected.jsonl; nothing appears before all is done.
+An image or recording and a text file of the same name beside it become one document, the text last. Writes PREFIX.bin,
+.idx, .media.bin, .media.idx, .crc, .json (the manifest) and .rejected.jsonl; nothing appears before all is done.
 A run that was killed goes on where it was when it is started again with the same arguments, and ends in the same bytes.
 
 Over many machines, as a SLURM array: each task reads its share of the same inputs and writes shards of its own

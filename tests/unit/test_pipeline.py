@@ -25,7 +25,7 @@ from megatron_mm.shards.writer import CheckedFile
 from megatron_mm.tokenizer import HARD_TEXTS, TextTokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
-OUTPUTS = {"p.bin", "p.idx", "p.media.bin", "p.media.idx", "p.json", "p.tokenizer", "p.rejected.jsonl"}
+OUTPUTS = {"p.bin", "p.idx", "p.crc", "p.media.bin", "p.media.idx", "p.json", "p.tokenizer", "p.rejected.jsonl"}
 
 
 @pytest.fixture
