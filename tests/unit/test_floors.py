@@ -40,8 +40,11 @@ IN_A_MODALITY = re.compile(r"megatron_mm\.modalities\.(?:image|audio)\.(\w+)")
 IN_A_PARTIAL_FOLDER = "in a folder that publish_folder brings to the disk before it has its name"
 WRITES_BY_ITSELF = {
     "megatron_mm/storage.py": "what everything else is committed by",
+    "megatron_mm/checkpoint/copies.py": "into memory, which no power cut outlives",
     "megatron_mm/checkpoint/format.py": IN_A_PARTIAL_FOLDER,
+    "megatron_mm/checkpoint/nodes.py": "into memory",
     "megatron_mm/checkpoint/save.py": IN_A_PARTIAL_FOLDER,
+    "megatron_mm/checkpoint/shares.py": "into memory",
     "megatron_mm/checkpoint/write.py": IN_A_PARTIAL_FOLDER,
     "megatron_mm/hf/export.py": IN_A_PARTIAL_FOLDER,
     "megatron_mm/hf/files.py": IN_A_PARTIAL_FOLDER,

@@ -162,7 +162,7 @@ def test_the_manifest_of_a_checkpoint(checkpoint: Path) -> None:
             assert "checkpoint's inputs" in str(error)
 
     assert not survivors(checkpoint / MANIFEST, read, write=lambda data: commit(checkpoint, data))
-    assert not survivors(checkpoint / MANIFEST, lambda: verify.check_sizes(checkpoint))
+    assert not survivors(checkpoint / MANIFEST, lambda: verify.check_outline(checkpoint))
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/b", "..", "", "a\0b"])
@@ -173,7 +173,7 @@ def test_a_manifest_names_files_of_its_own_folder_alone(checkpoint: Path, name: 
     commit(checkpoint, json.dumps(facts | {"bytes": {name: 5}, "sha256": {name: digest}}).encode())
     assert "is no file of its folder" in "".join(verify.find_damage(checkpoint))
     with pytest.raises(DataError, match="is no file of its folder"):
-        verify.check_sizes(checkpoint)
+        verify.check_outline(checkpoint)
 
 
 def test_the_index_of_a_checkpoint_names_files_of_its_own_folder_alone(tmp_path: Path) -> None:
