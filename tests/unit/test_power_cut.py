@@ -89,15 +89,16 @@ def has_one_step_and_no_damaged_one(folder: Path, done: bool) -> bool:
 
 
 @functools.cache
-def encoded() -> tuple[TokenizerInfo, list[EncodedDocument]]:
+def encoded() -> tuple[TokenizerInfo, bytes, list[EncodedDocument]]:
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = TextTokenizer(save_tokenizer(Path(folder) / "tokenizer.json"))
-    return tokenizer.info, [encode_document(document, tokenizer) for document in documents()]
+        path = save_tokenizer(Path(folder) / "tokenizer.json")
+        tokenizer, content = TextTokenizer(path), Path(path).read_bytes()
+    return tokenizer.info, content, [encode_document(document, tokenizer) for document in documents()]
 
 
 def write_shards(root: Path, *, copies: int = 1) -> None:
-    tokenizer, made = encoded()
-    with ShardWriter(root / "shards" / "train", tokenizer=tokenizer, tokenizer_content=b"{}") as writer:
+    tokenizer, content, made = encoded()
+    with ShardWriter(root / "shards" / "train", tokenizer=tokenizer, tokenizer_content=content) as writer:
         writer.add_rejection(REJECTED)
         for document in [document for document in made if document.media][:1] * copies:
             writer.add(document)
@@ -113,7 +114,7 @@ def are_whole_shards_or_none(folder: Path, done: bool) -> bool:
         tokenizer, rejected = (prefix.with_suffix(part).read_bytes() for part in (".tokenizer", ".rejected.jsonl"))
     except (DataError, OSError):
         return False
-    beside = tokenizer == b"{}" and json.loads(rejected or b"{}") == REJECTED
+    beside = tokenizer == encoded()[1] and json.loads(rejected or b"{}") == REJECTED
     return beside and (not done or reader.num_documents == 1)
 
 

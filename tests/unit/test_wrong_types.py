@@ -1,6 +1,7 @@
 """Files from elsewhere whose contents are of other types than they should be: an error by name, never a traceback."""
 
 import copy
+import functools
 import hashlib
 import json
 import struct
@@ -161,8 +162,11 @@ def test_the_manifest_of_a_checkpoint(checkpoint: Path) -> None:
         except DataError as error:
             assert "checkpoint's inputs" in str(error)
 
-    assert not survivors(checkpoint / MANIFEST, read, write=lambda data: commit(checkpoint, data))
-    assert not survivors(checkpoint / MANIFEST, lambda: verify.check_outline(checkpoint))
+    content = (checkpoint / MANIFEST).read_bytes()
+    for reads in (read, lambda: verify.check_outline(checkpoint)):
+        commit(checkpoint, content)
+        commits = functools.partial(commit, checkpoint)
+        assert not survivors(checkpoint / MANIFEST, reads, write=commits, named=("config.yaml",))
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/b", "..", "", "a\0b"])
@@ -298,12 +302,12 @@ def test_the_state_files_of_a_run(tmp_path: Path, shards: Path) -> None:
     (folder / "health").mkdir(parents=True)
     left_out, beat, metrics = folder / "left_out.json", folder / "health/rank_0.json", folder / "metrics.jsonl"
     left_out.write_text(json.dumps({"run": "r", "left_out": [[0, 2, 1]]}))
-    assert not survivors(left_out, lambda: checkpoints._read_left_out(config, run="r"))
+    assert not survivors(left_out, lambda: checkpoints._read_left_out(config, run="r", stored=[]))
     own = {"rank": 0, "host": "elsewhere", "pid": 1, "process_started": 0.0, "job": None, "period": 0.01, "step": 1}
-    beat.write_text(json.dumps(own | {"phase": "step", "since": 0.0, "time": 0.0, "waits_in": None, "at": "x.py:1"}))
+    beat.write_text(json.dumps(own | {"phase": "step", "beat": 1, "waits_in": None, "at": "x.py:1"}))
 
     def read_beats() -> None:
-        explain_hang(read_health(beat.parent), world_size=2, oldest=0.0)
+        explain_hang(read_health(beat.parent), [], world_size=2)
         check_nobody_lives(folder, heartbeat_seconds=0.01)
 
     assert not survivors(beat, read_beats)
