@@ -8,11 +8,9 @@ After the loss of a node every share is still on one that lives, and a start in 
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import secrets
 import shutil
-import signal
 import socket
 import threading
 import time
@@ -20,13 +18,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mm.checkpoint.forked import Forked
 from megatron_mm.checkpoint.format import (
     COMMITTED,
     MANIFEST,
@@ -80,9 +79,8 @@ class _Pending:
     step: int
     partial: Path
     facts: dict[str, Any]
-    process: Any
-    outcome: BinaryIO
-    error: str | None
+    writing: Forked | str
+    """The process that writes, or why there is none."""
     started: float
     stall_seconds: float
 
@@ -167,20 +165,16 @@ class Copies:
         keeps = self._partners.index(self._mesh.rank)  # the rank whose share this one keeps beside its own
         port, its_key, _ = everywhere[keeps]
         source = None if keeps == self._mesh.rank else (keeps, self._addresses[keeps], port, its_key)
-        outcome = os.fdopen(os.memfd_create("outcome"), "w+b")  # needs no disk
-        error = next((error for _, _, error in everywhere if error), None)
-        process = multiprocessing.get_context("fork").Process(
-            target=_write,
-            args=(partial, self._mesh.rank, host_tensors, own, listener, key, source, outcome),
-            daemon=True,
-        )
+        writing = next((error for _, _, error in everywhere if error), None)
         try:
-            if error is None:
-                process.start()
+            writing = writing or Forked(
+                lambda: _write(partial, self._mesh.rank, host_tensors, own, listener, key, source),
+                keep=(listener.fileno(),),
+            )
         except OSError as reason:
-            error = f"{type(reason).__name__}: {reason}"
+            writing = f"{type(reason).__name__}: {reason}"
         listener.close()
-        self._pending = _Pending(step, partial, facts, process, outcome, error, started, time.perf_counter() - started)
+        self._pending = _Pending(step, partial, facts, writing, started, time.perf_counter() - started)
 
     def _make_folder(self, partial: Path, settings: str) -> str | None:
         """Make room for a copy, and its folder; return what is wrong if that fails."""
@@ -204,7 +198,8 @@ class Copies:
         """
         if self._pending is None:
             return None
-        busy = torch.tensor(int(self._pending.process.is_alive()), device=device.current())
+        writing = self._pending.writing
+        busy = torch.tensor(int(isinstance(writing, Forked) and writing.is_alive()), device=device.current())
         dist.all_reduce(busy)
         return None if int(busy) else self._finish()
 
@@ -212,7 +207,7 @@ class Copies:
         waited = time.perf_counter()
         assert self._pending is not None
         pending, self._pending = self._pending, None
-        everywhere = _gather({**_read_outcome(pending), **self._check_owner()})
+        everywhere = _gather({**_outcome(pending.writing), **self._check_owner()})
         if taken := everywhere[0].get("taken"):
             raise TakenOver(taken)
         problems = [f"rank {rank} on {self._hosts[rank]}: {one['error']}"
@@ -258,9 +253,8 @@ class Copies:
     def drop(self) -> None:
         """Forget all copies: the run goes back to before them, or has ended and needs them no more."""
         pending, self._pending = self._pending, None
-        if pending is not None and pending.process.is_alive():
-            pending.process.kill()
-            pending.process.join()
+        if pending is not None and isinstance(pending.writing, Forked):
+            pending.writing.kill()
         dist.barrier()
         self._whole = None
         if self._leads:
@@ -407,14 +401,11 @@ def _write(
     listener: socket.socket,
     key: str,
     source: tuple[int, str, int, str] | None,
-    outcome: BinaryIO,
-) -> None:
-    """Write a rank's share and that of the rank that it keeps one for; runs in a process of its own.
+) -> dict[str, Any]:
+    """Write a rank's share and that of the rank that it keeps one for; return hashes, or what failed.
 
-    `source` says which rank that is, where it listens, and its key; hashes, or what failed, are left in `outcome`.
+    It runs in a process of its own. `source` says which rank that is, where it listens, and its key.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run decides
-    _let_go_of_sockets(listener.fileno())
     done: dict[str, Any] = {"error": None, "hashes": {}}
     path = folder / name_of_share(rank)
     try:
@@ -430,28 +421,14 @@ def _write(
         except Exception as error:
             done["error"] = done["error"] or f"{type(error).__name__}: {error}"
         server.join()
-    outcome.write(json.dumps(done).encode())
-    outcome.flush()
-    os._exit(0)  # not the exit of the process that it was forked from
+    return done
 
 
-def _let_go_of_sockets(but: int) -> None:
-    """Close the connections of the process that this one was forked from: its peers must see when it ends."""
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            if int(number) != but and os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
-                os.close(int(number))
-        except OSError:
-            continue  # the folder's own descriptor, which is closed by now
-
-
-def _read_outcome(pending: _Pending) -> dict[str, Any]:
-    if pending.error is not None:
-        return {"error": pending.error, "hashes": {}}
-    pending.process.join()
-    with pending.outcome as file:
-        file.seek(0)
-        try:
-            return json.load(file)
-        except ValueError:
-            return {"error": f"the process that copied ended with {pending.process.exitcode}", "hashes": {}}
+def _outcome(writing: Forked | str) -> dict[str, Any]:
+    """Return what a rank has written, or why it could not."""
+    try:
+        if isinstance(writing, Forked):
+            return writing.result()
+    except ChildProcessError as error:
+        writing = str(error)
+    return {"error": writing, "hashes": {}}

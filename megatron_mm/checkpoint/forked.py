@@ -9,7 +9,7 @@ import gc
 import os
 import pickle
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1
@@ -20,13 +20,13 @@ _libc = ctypes.CDLL(None, use_errno=True)  # before any fork: a forked process l
 
 
 class Forked:
-    """A forked process that calls `action` and leaves what that returns.
+    """A forked process that calls `action` and leaves what that returns; of its parent's descriptors it has `keep`.
 
     The kernel kills it when the thread that has forked it ends: let that be the main one. Raises OSError if there can
     be no process, or nowhere to leave its result.
     """
 
-    def __init__(self, action: Callable[[], Any]) -> None:
+    def __init__(self, action: Callable[[], Any], *, keep: Collection[int] = ()) -> None:
         self._result = os.memfd_create("result")
         parent = os.getpid()
         try:
@@ -35,7 +35,7 @@ class Forked:
             os.close(self._result)
             raise
         if self._pid == 0:
-            _run(action, self._result, parent)
+            _run(action, self._result, {self._result, *keep}, parent)
         self._status: int | None = None
 
     def is_alive(self) -> bool:
@@ -56,13 +56,24 @@ class Forked:
             except (EOFError, pickle.UnpicklingError) as error:
                 raise ChildProcessError(f"the process that was to do it ended with {self._status}") from error
 
+    def join(self) -> None:
+        """Wait for the process."""
+        self._wait(0)
+
+    def kill(self) -> None:
+        """End the process, and forget what it was to do."""
+        if self.is_alive():
+            os.kill(self._pid, signal.SIGKILL)
+            self._wait(0)
+        os.close(self._result)
+
     def _wait(self, options: int) -> None:
         if self._status is None:
             pid, status = os.waitpid(self._pid, options)
             self._status = os.waitstatus_to_exitcode(status) if pid else None
 
 
-def _run(action: Callable[[], Any], result: int, parent: int) -> NoReturn:
+def _run(action: Callable[[], Any], result: int, keep: Collection[int], parent: int) -> NoReturn:
     """Do the work of the forked process."""
     status = 1
     try:
@@ -70,7 +81,7 @@ def _run(action: Callable[[], Any], result: int, parent: int) -> NoReturn:
         if os.getppid() == parent:  # or it had ended before
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run decides
             gc.disable()  # what it finds may own one of the descriptors
-            _let_go(keep=result)
+            _let_go(keep=keep)
             content = memoryview(pickle.dumps(action()))
             while content:
                 content = content[os.write(result, content) :]
@@ -79,12 +90,12 @@ def _run(action: Callable[[], Any], result: int, parent: int) -> NoReturn:
         os._exit(status)  # not the exit of the process that it was forked from
 
 
-def _let_go(*, keep: int) -> None:
+def _let_go(*, keep: Collection[int]) -> None:
     """Close the sockets and files of the process that this one was forked from.
 
     /dev/null takes their place: an object that still believes to own a descriptor must not find another file there.
     """
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in map(int, os.listdir("/proc/self/fd")):
-        if descriptor >= STANDARD_FILES and descriptor not in (keep, null):
+        if descriptor >= STANDARD_FILES and descriptor not in (*keep, null):
             os.dup2(null, descriptor, inheritable=False)

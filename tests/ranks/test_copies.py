@@ -19,6 +19,7 @@ from small import TRAINED, small_config
 
 from megatron_mm.checkpoint import copies as copying
 from megatron_mm.checkpoint.copies import Copied, Copies
+from megatron_mm.checkpoint.forked import Forked
 from megatron_mm.checkpoint.format import COMMITTED, MANIFEST, Fence, TakenOver, read_manifest, whole_ones
 from megatron_mm.config import Config
 from megatron_mm.data.loader import Loader
@@ -64,7 +65,8 @@ def wait_for_copies() -> None:
 
     def begin_and_wait(self: Copies, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
-        self._pending.process.join()
+        if isinstance(self._pending.writing, Forked):
+            self._pending.writing.join()
 
     Copies.begin = begin_and_wait
 
@@ -271,7 +273,7 @@ def fail(*_: Any, **__: Any) -> str:
 
 def copy(state: TrainState, copies: Copies) -> Copied | None:
     begin_copy(state, copies)
-    copies._pending.process.join()
+    copies._pending.writing.join()
     dist.barrier()
     return copies.poll()
 
