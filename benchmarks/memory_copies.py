@@ -48,10 +48,11 @@ def rank_main(rank: int, ranks: int, rounds: int, folder: str, memory: str, resu
     host = Path(memory, f"host{rank}")
     host.mkdir()
     copying.host_name = lambda: host.name
-    copied = ["checkpoint.memory_interval=1", f"checkpoint.memory_dir={host}"]
-    config = configs.load("tiny", [*SETTINGS, f"run_dir={folder}/run"])
-    mesh = meshes.initialize(config)
+    made = copying.memory_folder
+    copying.memory_folder = lambda memory_dir, run_dir: made(f"{memory_dir}/{host.name}", run_dir)
+    copied = ["checkpoint.memory_interval=1", f"checkpoint.memory_dir={memory}"]
     config = configs.load("tiny", [*SETTINGS, f"run_dir={folder}/run", *copied])
+    mesh = meshes.initialize(config)
     loader = Loader(config.data.train, config=config, mesh=mesh)
     state = build_state(config, mesh)
     saver, copies = checkpoints.make_saver(state), make_copies(state, None)
