@@ -6,6 +6,7 @@ ranks read each other's files, for in a hang no collective would answer, and say
 A heartbeat bears a number and no time: whoever judges it looks whether it moves, on a clock that nobody sets.
 """
 
+import functools
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from pydantic import ConfigDict, Field
 from torch._C import _distributed_c10d as c10d
 
 from megatron_mm import printable
-from megatron_mm.config.schema import GuardConfig
+from megatron_mm.config.schema import MAX_SECONDS, GuardConfig
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
 from megatron_mm.errors import DataError
@@ -198,13 +199,13 @@ class Heartbeat(TypedDict):
     rank: NonNegativeInt
     host: str
     pid: int
-    process_started: NotRequired[float]
-    period: NotRequired[Annotated[float, Field(ge=0, le=86_400)]]
     step: int
     phase: str
     beat: NotRequired[int]
-    waits_in: str | None
-    at: str | None
+    process_started: NotRequired[float]
+    period: NotRequired[Annotated[float, Field(ge=0, le=MAX_SECONDS)]]
+    waits_in: NotRequired[str | None]
+    at: NotRequired[str | None]
 
 
 def forget_heartbeats(run_dir: str | Path) -> None:
@@ -215,14 +216,22 @@ def forget_heartbeats(run_dir: str | Path) -> None:
 
 
 def read_health(folder: Path) -> list[dict[str, Any]]:
-    """Return the newest heartbeat of each rank; what is no heartbeat, or just being written, is passed over."""
+    """Return the newest heartbeat of each rank; of what is no heartbeat, as a crash leaves it, the log tells once."""
     found = []
     for path in sorted(folder.glob("rank_*.json")):
         try:
-            found.append(read_json(path, Heartbeat))
-        except (OSError, DataError):
+            if path.stat().st_size:  # or it is just being made
+                found.append(read_json(path, Heartbeat))
+        except OSError:
             continue
+        except DataError as error:
+            _say_not_heeded(str(error))
     return found
+
+
+@functools.cache
+def _say_not_heeded(problem: str) -> None:
+    log.warning("%s It tells of no rank, and is not heeded.", problem)
 
 
 def explain_hang(records: list[dict[str, Any]], silent: Collection[int], *, world_size: int) -> str:
@@ -234,10 +243,10 @@ def explain_hang(records: list[dict[str, Any]], silent: Collection[int], *, worl
     for rank, record in by_rank.items():
         if rank in silent:
             continue
-        if record["waits_in"] is None:
+        if record.get("waits_in") is None:
             lines.append(
                 f"rank {rank} on {record['host']} is in no collective: step {record['step']}, {record['phase']}, "
-                f"at {record['at']}"
+                f"at {record.get('at')}"
             )
         else:
             waiting[f"{record['waits_in']}, {record['phase']} of step {record['step']}"].append(rank)

@@ -296,7 +296,7 @@ def test_a_tokenizer(tmp_path: Path) -> None:
     assert not survivors(path, read)
 
 
-def test_the_state_files_of_a_run(tmp_path: Path, shards: Path) -> None:
+def test_the_state_files_of_a_run(tmp_path: Path, shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = small_config(shards, tmp_path / "run")
     folder = Path(config.run_dir)
     (folder / "health").mkdir(parents=True)
@@ -312,6 +312,10 @@ def test_the_state_files_of_a_run(tmp_path: Path, shards: Path) -> None:
 
     assert not survivors(beat, read_beats)
     assert len(read_health(beat.parent)) == 1
+    beat.write_text(json.dumps({"rank": 0, "host": "elsewhere", "pid": 1, "step": 1, "phase": "step", "time": 0}))
+    assert len(read_health(beat.parent)) == 1, "an older version's, which says less, keeps another run out too"
+    beat.write_text(json.dumps(own | {"phase": 7, "time": 0.0}))
+    assert not read_health(beat.parent) and "rank_0.json is not what it should be: phase" in caplog.text
     record = {"step": 1, "run": "r", "loss": 1.0, "grad_norm": 1.0, "step_seconds": 1.0, "text_tokens": 3}
     metrics.write_text(json.dumps(record))
 
