@@ -125,7 +125,7 @@ def check_outline(path: Path) -> int:
             what = "is missing" if found is None else f"has {found} bytes"
             raise DataError(f"{path / name} {what}, its manifest says {size}: the checkpoint is damaged.")
     if problems := find_damage(path, names=OUTLINE, is_source=True):
-        raise DataError("\n".join(problems) + ". The checkpoint is damaged.")
+        raise DataError("\n  ".join(problems) + ". The checkpoint is damaged.")
     return manifest["step"]
 
 

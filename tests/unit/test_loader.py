@@ -444,7 +444,7 @@ def test_a_step_at_which_every_reader_hangs_or_dies_ends_the_run(shards: Path, m
         list(Prefetcher(loader, steps=range(4), ahead=1, stall_seconds=0.1))
     released.set()
     monkeypatch.setattr(prefetch._Reader, "_read", lambda self: None)
-    with pytest.raises(DataError, match=r"the last of which loader-2 is dead"):
+    with pytest.raises(StorageFailed, match=r"the last of which loader-2 is dead"):
         list(Prefetcher(loader, steps=range(4), ahead=1, stall_seconds=0.1))
 
 

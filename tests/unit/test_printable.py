@@ -154,7 +154,7 @@ def test_preprocessing_lists_hostile_names_without_forging_a_line(
     printed = capfd.readouterr()
     assert printed.out.count("  rejected ") == 5 and f"a\\n{FORGED}.png: " in printed.out
     monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "q")])
-    assert tool() == 2
+    assert tool() == 3
     failed = capfd.readouterr()
     for text in (printed.out, printed.err, failed.out, failed.err):
         assert not any(line.lstrip().startswith(FORGED) for line in re.split(r"[\r\n]", text))
