@@ -55,5 +55,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Fail when more tests are skipped than are known to be."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if exitstatus == 0 and len(reporter.stats.get("skipped", [])) > MAX_SKIPPED:
+    if exitstatus == 0 and reporter is not None and len(reporter.stats.get("skipped", [])) > MAX_SKIPPED:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
