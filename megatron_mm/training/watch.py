@@ -26,7 +26,7 @@ import torch.distributed as dist
 from pydantic import ConfigDict, Field
 from torch._C import _distributed_c10d as c10d
 
-from megatron_mm import printable
+from megatron_mm import endings, printable
 from megatron_mm.config.schema import MAX_SECONDS, GuardConfig
 from megatron_mm.engine import device
 from megatron_mm.engine.mesh import Mesh
@@ -176,6 +176,7 @@ class Watch:
         except OSError as error:
             log.error("nothing has moved for %.0f s (and hang.txt cannot be written: %s):\n%s", still, error, report)
         sys.stderr.flush()
+        endings.leave_status(HUNG, f"nothing has moved for {still:.0f} s:\n{report}")
         os._exit(HUNG)
 
     def _look_around(self, still: float) -> tuple[list[dict[str, Any]], list[int]]:
