@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_mm.errors import DataError
+from megatron_mm.errors import StorageFailed
 
 PARTIAL = ".partial"
 """Follows the name of what is not whole yet."""
@@ -118,7 +118,9 @@ def hash_file(path: Path, *, keep_cached: bool = True, from_disk: bool = False) 
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Pass if `num_bytes` fit on the disk of `folder`. Raises DataError otherwise."""
+    """Pass if `num_bytes` fit on the disk of `folder`. Raises StorageFailed otherwise."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise DataError(f"{num_bytes / 1e9:.3f} GB are to be written to {folder}, but {free / 1e9:.3f} GB are free.")
+        raise StorageFailed(
+            f"{num_bytes / 1e9:.3f} GB are to be written to {folder}, but {free / 1e9:.3f} GB are free."
+        )

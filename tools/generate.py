@@ -52,12 +52,12 @@ def _prompts(arguments: argparse.Namespace) -> list[Document]:
         if arguments.parts:
             raise ConfigError("--jsonl holds whole prompts: leave --text and --file out.")
         if not arguments.jsonl.is_file():
-            raise DataError(f"--jsonl {arguments.jsonl} is no file. Give one.")
+            raise ConfigError(f"--jsonl {arguments.jsonl} is no file. Give one.")
         documents, rejections = read_lines(arguments.jsonl)
         if rejections:
             raise _unreadable(rejections[0])
         if not documents:
-            raise DataError(f"--jsonl {arguments.jsonl} holds no prompt. Give one with lines.")
+            raise ConfigError(f"--jsonl {arguments.jsonl} holds no prompt. Give one with lines.")
         return documents
     segments: list[Segment] = []
     for kind, value in arguments.parts or []:
@@ -65,7 +65,7 @@ def _prompts(arguments: argparse.Namespace) -> list[Document]:
             segments.append(TextSegment(value))
             continue
         if not Path(value).is_file():
-            raise DataError(
+            raise ConfigError(
                 f"--file {value} is a folder: give a file."
                 if Path(value).is_dir()
                 else f"--file {value} does not exist. Give one that does."

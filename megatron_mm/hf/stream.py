@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_mm.checkpoint.index import TensorInfo, TensorSource, row_blocks
-from megatron_mm.errors import DataError
+from megatron_mm.errors import DataError, StorageFailed
 from megatron_mm.hf.tensors import SAFETENSORS_NAMES
 from megatron_mm.hf.weight_map import Target
 from megatron_mm.storage import READ_BYTES, SYNC_BYTES, hash_file, replacing
@@ -129,8 +129,8 @@ def pack(
 def write_shard(folder: Path, shard: Shard, source: TensorSource, *, progress: tqdm) -> str:
     """Write one shard under `folder`, read it back as it grows, and return its sha256.
 
-    It appears under its name only when it is whole and on the disk. Raises DataError if the disk is full, or if what is
-    read back is not what was written.
+    It appears under its name only when it is whole and on the disk. Raises StorageFailed if the disk is full, DataError
+    if what is read back is not what was written.
     """
     try:
         with replacing(folder / shard.path) as file:
@@ -227,11 +227,11 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def explained(error: OSError, folder: Path, num_bytes: int) -> Exception:
-    """Return what to raise for an error of the disk under `folder`: a DataError if it is that it is full."""
+    """Return what to raise for an error of the disk under `folder`: StorageFailed if it is that it is full."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return error
     what = f"the next {num_bytes / 1e9:.2f} GB" if num_bytes else "the small files around the weights"
-    return DataError(
+    return StorageFailed(
         f"the disk of {folder} is full ({error.strerror}): {what} do not fit. Make room and "
         "run the same command again; an export goes on behind the shards that are whole."
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_mm.errors import DataError
+from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.ingest import kinds, work_items
 from megatron_mm.ingest.beside import refuse_found
 from megatron_mm.ingest.captions import pair_captions
@@ -147,13 +147,14 @@ def find_files(inputs: Sequence[str], *, follow_links: bool = False) -> list[Fou
     """Return what there is under `inputs` in a fixed order; hidden files, and what is in hidden folders, are left out.
 
     What an input names is read, whatever it is a link to. Below a folder, links that lead out of it are refused, unless
-    `follow_links` has those to files read. Raises DataError if an input does not exist or nothing is found.
+    `follow_links` has those to files read. Raises ConfigError for an input that does not exist, DataError if
+    nothing is found.
     """
     files: list[Found] = []
     for text in inputs:
         path = Path(text)
         if not path.exists():
-            raise DataError(f"{path} does not exist: --input takes files and folders.")
+            raise ConfigError(f"{path} does not exist: --input takes files and folders.")
         if path.is_file():
             files.append(Found(path))
             continue

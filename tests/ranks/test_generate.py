@@ -236,7 +236,10 @@ def test_a_damaged_export_is_named(damage: str, exports: Path, tmp_path: Path) -
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:-1000])
-    with pytest.raises(DataError, match="damaged or not whole"), opened(folder):
+    with (
+        pytest.raises(DataError, match="damaged or not whole|not what was written|cannot be read|is missing"),
+        opened(folder),
+    ):
         pass
 
 
@@ -261,5 +264,5 @@ def test_the_tool_names_what_it_cannot_do(given: list[str], said: str, monkeypat
 def test_a_binary_file_called_text_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "notes.txt").write_bytes(np.random.default_rng(0).bytes(4096))
     monkeypatch.setattr(sys, "argv", ["generate.py", "no_model", "--file", str(tmp_path / "notes.txt")])
-    assert runpy.run_path(str(ROOT / "tools" / "generate.py"))["main"]() == 2
+    assert runpy.run_path(str(ROOT / "tools" / "generate.py"))["main"]() == 3
     assert "notes.txt: its content is application/octet-stream, which is not" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_mm import config as configs
 from megatron_mm.checkpoint import index, write
 from megatron_mm.checkpoint.index import CheckpointReader
-from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.errors import ConfigError, DataError, StorageFailed
 from megatron_mm.hf import files, stream
 from megatron_mm.hf.export import Options, export, verify
 from megatron_mm.hf.load import import_folder
@@ -264,7 +264,7 @@ def test_a_full_disk_leaves_nothing_that_looks_finished_and_can_be_gone_on_from(
 
     original = os.pwrite
     monkeypatch.setattr(stream.os, "pwrite", limited)
-    with pytest.raises(DataError, match="is full"):
+    with pytest.raises(StorageFailed, match="is full"):
         text_of(imported / "checkpoint", tmp_path / "out", preset, shard_bytes=20_000)
     assert not (tmp_path / "out").exists()
     whole = sorted((tmp_path / "out.partial" / "text").glob("*.safetensors"))
@@ -287,7 +287,7 @@ def test_a_disk_that_is_full_after_the_last_shard_is_named_too(
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(files, "write_files", full)
-    with pytest.raises(DataError, match="the small files around the weights do not fit"):
+    with pytest.raises(StorageFailed, match="the small files around the weights do not fit"):
         text_of(imported / "checkpoint", tmp_path / "out", preset)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
@@ -319,7 +319,7 @@ def test_the_tool_says_that_the_disk_is_full_and_leaves_nothing_that_looks_finis
     ):
         arguments = [str(part) for part in command]
         status, errors = run_alone(convert, arguments, shard // 2)
-        assert status == 2, errors
+        assert status == 75, errors
         assert "is full" in errors.splitlines()[-1]
         assert not (tmp_path / name).exists()
         assert not list((tmp_path / f"{name}.partial").rglob("*.safetensors*"))
@@ -344,7 +344,7 @@ def test_too_little_space_is_said_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(DataError, match="0.000 GB are free"):
+    with pytest.raises(StorageFailed, match="0.000 GB are free"):
         text_of(imported / "checkpoint", tmp_path / "out", preset)
     assert not list(tmp_path.rglob("*.safetensors"))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mm import storage
-from megatron_mm.errors import DataError
+from megatron_mm.errors import StorageFailed
 from megatron_mm.storage import give_name, hash_file, publish_folder, replacing, require_space
 
 
@@ -152,5 +152,5 @@ def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path: Path, monke
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     require_space(tmp_path, 1000)
-    with pytest.raises(DataError, match="are to be written to"):
+    with pytest.raises(StorageFailed, match="are to be written to"):
         require_space(tmp_path, 1001)
