@@ -270,7 +270,7 @@ def read_index(path: Path) -> Any:
     """Return the index of a checkpoint. Raises DataError if it is damaged or names what no index needs."""
     try:
         metadata = IndexUnpickler(BytesIO(retrying(path.read_bytes, what=path))).load()
-        for place in metadata.storage_data.values():
+        for place in (metadata.storage_data or {}).values():
             file_name(place.relative_path, where="it")
             if not all(type(number) is int and 0 <= number < 2**63 for number in (place.offset, place.length)):
                 raise DataError(f"its part of {place.relative_path} lies nowhere.")

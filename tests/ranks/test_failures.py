@@ -248,8 +248,8 @@ def begin_without(parts: tuple[LeftOut, ...], _: int) -> None:
     """Let a run leave samples out from its start."""
     begin = loop._begin
 
-    def begin_then_leave_out(state: TrainState, ready: Any) -> None:
-        begin(state, ready)
+    def begin_then_leave_out(state: TrainState, *given: Any) -> None:
+        begin(state, *given)
         checkpoints.leave_out(state, parts)
 
     loop._begin = begin_then_leave_out

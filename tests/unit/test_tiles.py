@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import save_tokenizer, write_shards
+from small import save_tokenizer, seal, write_shards
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor, get_optimal_tiled_canvas
 
 from megatron_mm import config as configs
@@ -127,6 +127,7 @@ def test_shards_record_tiles_and_those_without_were_squashed(tmp_path: Path) -> 
     recorded = json.loads(manifest.read_text())
     del recorded["modalities"]["image"]["tiles"]
     manifest.write_text(json.dumps(recorded))
+    seal(tmp_path / "old", version=1)
     ShardReader(tmp_path / "old").check_geometries(default_geometries(), whose="this run")
 
 
