@@ -131,5 +131,5 @@ def test_the_curves_are_drawn(run_dir: Path) -> None:
 def test_a_folder_without_a_run_is_said(tmp_path: Path) -> None:
     tool = [sys.executable, str(ROOT / "tools" / "report_run.py"), str(tmp_path)]
     failed = subprocess.run(tool, capture_output=True, text=True)
-    assert failed.returncode == 2
+    assert failed.returncode == 3
     assert f"error: {tmp_path}/metrics.jsonl does not exist" in failed.stderr

@@ -37,7 +37,7 @@ def test_help_explains_every_field() -> None:
 )
 def test_a_mistake_is_told_without_a_traceback(arguments: list[str], message: str) -> None:
     failed = run_command(*arguments)
-    assert failed.status == 2
+    assert failed.status == (3 if "p.json" in message else 2)
     assert failed.stderr.startswith("error: ")
     assert message in failed.stderr
 
