@@ -8,7 +8,7 @@ SHARDS := build/sample_data
 SAMPLE := examples/sample_data
 SOURCES := pyproject.toml setup.py requirements.txt requirements-dev.txt $(wildcard csrc/*/*)
 
-.PHONY: setup demo test test-gpu test-layouts test-slurm test-root lint clean
+.PHONY: setup demo test test-gpu test-layouts test-slurm test-power lint clean
 
 setup: $(INSTALLED) $(ENGINE)/.installed $(SHARDS)/train.json $(SHARDS)/heldout.json
 
@@ -31,8 +31,8 @@ test-slurm: setup
 	$(BIN)/python -m pytest tests/slurm
 
 # Power cuts on an ext4 in an image: root, /dev/loop and mkfs.ext4; a minute.
-test-root: setup
-	$(BIN)/python -m pytest tests/root
+test-power: setup
+	$(BIN)/python -m pytest tests/power
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """A power cut right after a commit, on an ext4 in an image: what was said to be committed is there, whole.
 
-`make test-root` runs these; they need root, /dev/loop and mkfs.ext4, and take about a minute.
+`make test-power` runs these; they need root, /dev/loop and mkfs.ext4, and take about a minute.
 """
 
 import fcntl
