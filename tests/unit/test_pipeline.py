@@ -14,7 +14,7 @@ import pytest
 from launch import run_until_end
 from small import png, save_tokenizer, sentence
 
-from megatron_mm.errors import DataError
+from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.ingest import pipeline, work_items
 from megatron_mm.ingest.lines import OTHER_FIELDS, encode_documents, encode_lines
 from megatron_mm.ingest.pipeline import Options, find_files, preprocess, read_texts
@@ -102,7 +102,7 @@ def test_every_line_is_accounted_for(corpus: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_nothing_to_read_is_said(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist: --input takes files and folders"):
+    with pytest.raises(ConfigError, match="does not exist: --input takes files and folders"):
         run(tmp_path / "none", tmp_path / "p")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="there are no files under"):
