@@ -75,7 +75,7 @@ ENCODERS = ("IMAGE_PRETRAINED", "AUDIO_PRETRAINED")
 STAND_INS = {
     # The check before a start: it finds nothing, but another job that is at work in the same run_dir.
     "python": '[ "$SLURM_JOB_ID" = 1 ] || {{ echo "error: being written by job 1"; exit 2; }}\n',
-    "srun": 'exec {python} -S {own} --srun {at} "$@"\n',
+    "srun": 'exec {python} {own} --srun {at} "$@"\n',
     "squeue": 'case "$*" in *%N*) echo nodes;; esac\n',
     "scontrol": 'case "$*" in *hostnames*) cat {at}/nodes;; requeue*) touch {at}/requeued;; esac\n',
     "sinfo": "for n in $(seq {pool}); do echo node$n mix; done\n",
@@ -85,7 +85,7 @@ STAND_INS = {
 case "$1" in
   15) exec /bin/sleep 15 ;;
   2) [ ! -e {at}/requeued ] || kill -9 $PPID ;;
-  *) exec {python} -S {own} --sleep {at} "$1" ;;
+  *) exec {python} {own} --sleep {at} "$1" ;;
 esac
 """,
 }
@@ -315,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _preset_interval(preset: str) -> int:
-    from megatron_mm import config as configs  # not at the top: the stand-ins run without installed packages
+    from megatron_mm import config as configs  # not at the top: the stand-ins start faster without it
 
     return configs.load(preset).checkpoint.interval
 
@@ -348,7 +348,10 @@ def live(folder: Path) -> int:
         )
         world.script = script.pid
         world.save()
-        return script.wait()
+        try:
+            return script.wait()
+        finally:
+            script.kill()
 
 
 if __name__ == "__main__":

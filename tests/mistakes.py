@@ -295,10 +295,11 @@ def _flip(path: str) -> None:
     Path(path).write_bytes(data)
 
 
-def _cut(path: str) -> None:
+def _cut(path: str, *, keep: int | None = None) -> None:
+    """Cut a file off after `keep` bytes, or half of it: what is said of JSON depends on where that is."""
     data = Path(path).read_bytes()
     os.remove(path)
-    Path(path).write_bytes(data[: len(data) // 2])
+    Path(path).write_bytes(data[: len(data) // 2 if keep is None else keep])
 
 
 def _take_port() -> None:
@@ -345,7 +346,7 @@ PREPARATIONS: dict[str, Callable[[], object]] = {
     "half of shards/train.bin": lambda: _cut("shards/train.bin"),
     "shards/train.idx is empty": lambda: Path("shards/train.idx").write_bytes(b""),
     "shards/train.bin is gone": lambda: os.remove("shards/train.bin"),
-    "shards/train.json is cut off": lambda: _cut("shards/train.json"),
+    "shards/train.json is cut off": lambda: _cut("shards/train.json", keep=9),
     "shards/train.json is a folder": lambda: (os.remove("shards/train.json"), os.mkdir("shards/train.json")),
     "shards/train.json lacks its counts": lambda: Path("shards/train.json").write_text("{}\n"),
     "shards/train.json says its version alone": lambda: Path("shards/train.json").write_text('{"version": 1}'),
@@ -360,7 +361,7 @@ PREPARATIONS: dict[str, Callable[[], object]] = {
     ],
     "a checkpoint whose weights have a flipped bit": lambda: _flip(f"{CHECKPOINT}/__0_0.distcp"),
     "a checkpoint without its .metadata": lambda: os.remove(f"{CHECKPOINT}/.metadata"),
-    "a checkpoint whose manifest is cut off": lambda: _cut(f"{CHECKPOINT}/manifest.json"),
+    "a checkpoint whose manifest is cut off": lambda: _cut(f"{CHECKPOINT}/manifest.json", keep=9),
     "a checkpoint without COMMITTED": lambda: os.remove(f"{CHECKPOINT}/COMMITTED"),
     "a checkpoint without tokenizer.json": lambda: os.remove(f"{CHECKPOINT}/tokenizer.json"),
     "shards made anew": lambda: small.write_shards(Path("shards").absolute(), seed=5),
