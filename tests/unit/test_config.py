@@ -197,7 +197,9 @@ def test_the_settings_of_a_run_that_named_no_encoders_can_still_be_read(tmp_path
 
 def test_a_preset_may_start_from_another(tmp_path: Path) -> None:
     fp8, bf16 = configs.load("mm_88b_fp8"), configs.load("mm_88b")
-    assert configs.differences(bf16, fp8).keys() == {"preset", "run_dir", "training.precision"}
+    saves = {"checkpoint.interval", "checkpoint.keep_every", "training.check_replicas_interval"}
+    assert configs.differences(bf16, fp8).keys() == {"preset", "run_dir", "training.precision", *saves}
+    assert all(one.checkpoint.keep_every % one.checkpoint.interval == 0 for one in (bf16, fp8))
     path = tmp_path / "mine.yaml"
     path.write_text("extends: mm_88b_fp8\nrun_dir: runs/mine\noptimizer: {lr: 1.0e-4}\n")
     mine = configs.load(str(path))

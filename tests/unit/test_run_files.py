@@ -180,7 +180,7 @@ def test_what_a_rank_sees_of_a_checkpoint_tells_another_one_a_late_one_and_a_bro
     assert view(run.folder / "step_00000009") == NOT_THERE
     (run.folder / "step_00000003" / "shard.distcp").unlink()
     assert view(run.folder / "step_00000003") not in seen
-    refuse(monkeypatch, os, "scandir", errno.EIO, name="step_00000003", times=1)
+    refuse(monkeypatch, os, "listdir", errno.EIO, name="step_00000003", times=1)
     assert view(run.folder / "step_00000003") == "unreadable: Input/output error"
 
 
