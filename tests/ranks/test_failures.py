@@ -144,7 +144,7 @@ def fail_in_passing(rank: int) -> None:
         return
     verify.hash_file = fails("hash", verify.hash_file, errno.ESTALE, lambda path: True, 3)
     Path.read_bytes = fails("read", Path.read_bytes, errno.EACCES, lambda path: path.name == "manifest.json", 2)
-    verify.os = SimpleNamespace(scandir=fails("seen", os.scandir, errno.ENOENT, newest, 2))
+    verify.os = SimpleNamespace(**{**vars(os), "listdir": fails("seen", os.listdir, errno.ENOENT, newest, 2)})
     layout_of_files.os = SimpleNamespace(
         **{**vars(os), "listdir": lambda path: [name for name in os.listdir(path) if not newest(Path(name))]}
     )
