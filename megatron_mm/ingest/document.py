@@ -43,11 +43,32 @@ Segment = TextSegment | MediaSegment
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where in its file a document came from, and what the file says of it: only what is known."""
+
+    url: str = ""
+    licence: str = ""
+    date: str = ""
+    """As the source writes it."""
+    start: int | None = None
+    """Its first byte in the file, or the number of its row, counted from 0."""
+    stop: int | None = None
+    """Where its bytes end."""
+    member: str = ""
+    """Which member of an archive it is."""
+
+
+NOWHERE = Origin()
+"""What is known of a document that is a whole file."""
+
+
+@dataclass(frozen=True)
 class Document:
-    """One document: its segments in reading order, and what kind of file it came from."""
+    """One document: its segments in reading order, what kind of file it came from, and where in it."""
 
     segments: Sequence[Segment]
     source: Source
+    origin: Origin = NOWHERE
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,8 @@ class Rejection:
 
     path: str
     reason: str
+    is_part: bool = False
+    """Whether the rest of the document is kept."""
 
     @property
     def is_filtered(self) -> bool:
