@@ -18,9 +18,9 @@ from verdict import finish
 
 BAR = 0.99
 REPLACED = {
-    "swiglu": ("decoder", "swiglu"),
-    "rms_norm": ("backend", "rms_norm", "add_rms_norm"),
-    "mqa_rope": ("attention", "mqa_rope"),
+    "swiglu": ("layer", "swiglu"),
+    "rms_norm": ("layer", "rms_norm", "add_rms_norm"),
+    "mqa_rope": ("layer", "mqa_rope"),
     "cross_entropy": ("multimodal", "vocab_parallel_cross_entropy"),
 }
 """The file of the model that calls each kernel, and what it calls."""
@@ -50,12 +50,12 @@ def defined(function: Callable) -> Callable:
 def with_torch_norm(work: Workload) -> Callable[[], float]:
     """Return a function that trains one step with torch's norm."""
     from megatron_mm.kernels import rms_norm
-    from megatron_mm.model import backend
+    from megatron_mm.model import layer
 
     def norm(hidden: Tensor, *, weight: Tensor, epsilon: float) -> Tensor:
         return F.rms_norm(hidden, weight.shape, weight, epsilon)
 
-    backend.rms_norm = rms_norm.rms_norm = norm
+    layer.rms_norm = rms_norm.rms_norm = norm
     return ours(work)
 
 
