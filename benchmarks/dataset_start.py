@@ -156,6 +156,7 @@ def build(prefix: str, documents: int) -> None:
         MEDIA_HEADER,
         MEDIA_MAGIC,
         MEDIA_VERSION,
+        PAGES_SUFFIX,
         TOKEN_HEADER,
         TOKEN_MAGIC,
         TOKEN_VERSION,
@@ -184,16 +185,31 @@ def build(prefix: str, documents: int) -> None:
     os.truncate(prefix + ".bin", 2 * tokens)
     ids = {"pad": 1, "end_of_text": 0, "image": 2, "audio": 3}
     tokenizer = {"sha256": "0" * 64, "vocab_size": 50264, "special_ids": ids}
-    files = {
-        suffix: {"bytes": os.path.getsize(prefix + suffix)} for suffix in (".bin", ".idx", ".media.bin", ".media.idx")
-    }
-    pages = {"bytes": write_pages(prefix)}
+    files = {suffix: summary(prefix, suffix) for suffix in (".bin", ".idx", ".media.bin", ".media.idx")}
+    write_pages(prefix)
+    pages = summary(prefix, PAGES_SUFFIX)
     manifest = {"version": MANIFEST_VERSION, "documents": documents, "tokens": tokens, "tokenizer": tokenizer}
     write_manifest(prefix, manifest | {"media": {}, "files": files, "pages": pages})
 
 
-def write_pages(prefix: str) -> int:
-    """Write P.crc, for tokens that are all zero, and return its bytes."""
+def summary(prefix: str, suffix: str) -> dict[str, object]:
+    """Return what a manifest says of a file: its bytes, and the checksum of each block; P.bin is all zero."""
+    from megatron_mm.shards.format import BLOCK_BYTES
+
+    size = os.path.getsize(prefix + suffix)
+    if suffix == ".bin":
+        whole, rest = divmod(size, BLOCK_BYTES)
+        sums = [zlib.crc32(bytes(BLOCK_BYTES))] * whole + ([zlib.crc32(bytes(rest))] if rest else [])
+        return {"bytes": size, "block_crc32": sums}
+    with open(prefix + suffix, "rb") as file:
+        return {
+            "bytes": size,
+            "block_crc32": [zlib.crc32(block) for block in iter(lambda: file.read(BLOCK_BYTES), b"")],
+        }
+
+
+def write_pages(prefix: str) -> None:
+    """Write P.crc, for tokens that are all zero."""
     from megatron_mm.shards.format import PAGE_BYTES, PAGED, PAGES_SUFFIX
 
     with open(prefix + PAGES_SUFFIX, "wb") as sums:
@@ -208,7 +224,6 @@ def write_pages(prefix: str) -> int:
                 while block := file.read(PAGE_BYTES * 4096):
                     pages = range(0, len(block), PAGE_BYTES)
                     np.asarray([zlib.crc32(block[page : page + PAGE_BYTES]) for page in pages], "<u4").tofile(sums)
-        return sums.tell()
 
 
 if __name__ == "__main__":
