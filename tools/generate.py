@@ -16,7 +16,8 @@ from megatron_mm.checkpoint.index import PRECISIONS
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.hf.generate import Sampling, generate, opened
 from megatron_mm.ingest.document import Document, Rejection, Segment, TextSegment
-from megatron_mm.ingest.read import read_file, read_lines
+from megatron_mm.ingest.read import read_file
+from megatron_mm.ingest.records import read_lines
 from megatron_mm.noise import silence
 from megatron_mm.printable import line
 from megatron_mm.source import Source

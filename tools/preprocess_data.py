@@ -15,8 +15,9 @@ from megatron_mm import config as configs
 from megatron_mm import endings
 from megatron_mm.environment import read_number
 from megatron_mm.errors import ConfigError
-from megatron_mm.ingest.pipeline import Options, Report, Share, preprocess
-from megatron_mm.printable import line
+from megatron_mm.ingest.pipeline import preprocess
+from megatron_mm.ingest.plan import Share
+from megatron_mm.ingest.work_items import Options
 
 PRESET = "mm_88b"
 
@@ -125,7 +126,7 @@ def _run(arguments: argparse.Namespace) -> None:
             share=share,
             follow_links=arguments.follow_links,
         )
-    print(_summary(report, share.prefix(arguments.output_prefix)))
+    print(report.table(share.prefix(arguments.output_prefix)))
 
 
 def _share(arguments: argparse.Namespace) -> Share:
@@ -135,21 +136,6 @@ def _share(arguments: argparse.Namespace) -> Share:
     if not 0 <= task < tasks:
         raise ConfigError(f"--task {task} is not one of --tasks {tasks}: they count from 0. Give both alike.")
     return Share(task, tasks)
-
-
-def _summary(report: Report, prefix: str) -> str:
-    counts = report.counts
-    lines = [
-        f"{report.num_inputs} inputs: {counts.documents} documents, {counts.tokens:,} tokens, "
-        f"{counts.rejected} rejected",
-        "documents by source: " + ", ".join(f"{name} {number}" for name, number in sorted(counts.by_source.items())),
-        "media items: " + (", ".join(f"{name} {number}" for name, number in sorted(counts.media.items())) or "none"),
-        f"shards: {line(prefix)}.*",
-    ]
-    lines += [f"  rejected {line(rejection.path)}: {line(rejection.reason)}" for rejection in report.rejections[:10]]
-    if counts.rejected > 10:
-        lines.append(f"  ... and {counts.rejected - 10} more in {line(prefix)}.rejected.jsonl")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

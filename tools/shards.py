@@ -14,6 +14,7 @@ from megatron_mm import endings
 from megatron_mm.ingest.deduplicate import deduplicate
 from megatron_mm.printable import line
 from megatron_mm.shards import merge, open_shards
+from megatron_mm.shards.writer import REPORT_SUFFIX
 
 
 def main() -> int:
@@ -46,7 +47,8 @@ def _run(arguments: argparse.Namespace) -> None:
     elif arguments.action == "deduplicate":
         _deduplicate(arguments.prefixes, arguments.output_prefix, arguments.near)
     else:
-        parts = [part.removesuffix(".json") for part in arguments.parts]
+        # A pattern of manifests finds reports too.
+        parts = [part.removesuffix(".json") for part in arguments.parts if not part.endswith(REPORT_SUFFIX)]
         manifest = merge(arguments.output_prefix, parts)
         print(f"{line(arguments.output_prefix)}: {len(parts)} parts, {manifest['documents']} documents")
 

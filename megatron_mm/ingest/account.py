@@ -21,9 +21,11 @@ NOT_KEPT: Final = "not kept"
 """Heading: what of a document could not be kept, by what it is: images that are addresses, hidden text, ..."""
 GUESSED: Final = "guessed"
 """Heading: what no file said and was guessed: the charset of a page."""
+SET_ASIDE: Final = "set aside"
+"""Heading: files that are no documents of their own, by what they are: statistics, tables beside tars, ..."""
 REPLACED: Final = "characters replaced"
 MAX_NAMES = 200
-"""Names under one heading that are counted apart: those of a corpus's fields are few, those of a mistake may be many."""
+"""Names under one heading that are counted apart: a corpus has few fields, a mistake may make many."""
 OTHER_NAMES: Final = "(other names)"
 
 Account = dict[str, dict[str, int]]
@@ -51,6 +53,28 @@ def collected() -> Iterator[Account]:
         yield account
     finally:
         _open.reset(token)
+
+
+@contextmanager
+def kept_if_whole() -> Iterator[None]:
+    """Count what is counted inside only if nothing is raised: what was read of a damaged file is thrown away."""
+    with collected() as own:
+        yield
+    _add_to_open(own)
+
+
+@contextmanager
+def of_one_input() -> Iterator[None]:
+    """Count what is counted inside, but no inputs: all of them are parts of one."""
+    with collected() as own:
+        yield
+    _add_to_open({heading: names for heading, names in own.items() if heading not in (INPUTS, OTHERS)})
+
+
+def _add_to_open(own: Account) -> None:
+    account = _open.get()
+    if account is not None:
+        add(account, own)
 
 
 def add(account: Account, other: Account) -> None:

@@ -1,6 +1,7 @@
 """Sound of any container, codec and rate to 16 kHz mono FLAC."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -10,7 +11,7 @@ import soxr
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.document import AudioSegment, Rejection, Segment
-from megatron_mm.modalities.audio.spec import SAMPLE_RATE, audio_frames, encode_flac
+from megatron_mm.modalities.audio.spec import SAMPLE_RATE, audio_frames, decode_flac, encode_flac
 
 MISSING_FRACTION = 0.02
 """A recording that is shorter than its header says by more than this is taken to be cut off."""
@@ -35,6 +36,13 @@ def read_audio(data: bytes) -> AudioSegment:
 def read_audio_file(path: Path) -> tuple[list[Segment], list[Rejection]]:
     """Return the recording in a file. Raises DataError as `read_audio`."""
     return [read_audio(path.read_bytes())], []
+
+
+def cut_at(recording: AudioSegment, seconds: Sequence[int]) -> list[AudioSegment]:
+    """Return a recording in clips that end at `seconds`, which rise, and the rest; what is too short is left out."""
+    samples = decode_flac(recording.data)
+    clips = np.split(samples, [SAMPLE_RATE * second for second in seconds if SAMPLE_RATE * second < len(samples)])
+    return [AudioSegment(encode_flac(clip), len(clip)) for clip in clips if audio_frames(len(clip))]
 
 
 def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:

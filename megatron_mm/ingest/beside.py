@@ -19,22 +19,3 @@ def file_beside(folder: Path, name: str) -> Path | None:
     if target.exists() and not target.is_file():
         raise DataError("it is not a plain file")
     return target
-
-
-def refuse_found(path: Path, folder: Path, *, follow_links: bool) -> str:
-    """Return why what was found below an input folder is not opened; "" of a file that is, and of what holds nothing.
-
-    A link within the folder is one more name of a file, and of a folder it adds nothing.
-    """
-    if path.is_symlink():
-        if not path.exists():
-            return "it is a link to nothing"
-        target = path.resolve()
-        is_outside = not target.is_relative_to(folder.resolve())
-        if is_outside and path.is_dir():
-            return f"it is a link to the folder {target}, outside of {folder}: give that to --input too"
-        if is_outside and not follow_links:
-            return (
-                f"it is a link to {target}, outside of {folder}: read it with --follow-links, or give that to --input"
-            )
-    return "" if path.is_file() or path.is_dir() else "it is a pipe, a socket or a device, not a file"

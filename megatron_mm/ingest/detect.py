@@ -1,18 +1,33 @@
 """What a file is, by its content; its name is only compared with that."""
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import magic
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import kinds
+from megatron_mm.ingest.fields import is_known
 from megatron_mm.ingest.kinds import Kind
 
 LEGACY_SUFFIXES = (".doc", ".dot", ".xls", ".xlt", ".ppt", ".pps", ".pot")
 OLE_MARK = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 """What files of these names begin with, also where they are too damaged for libmagic."""
+MAX_FILE_BYTES = 2**30
+"""Larger files are refused where a file is read whole: all kinds but JSON lines, Parquet and archives."""
+ARROW_FILE = b"ARROW1"
+ARROW_STREAM = b"\xff\xff\xff\xff"
+"""What Arrow's two forms of file begin with."""
 CONTAINERS = {"application/ogg", "video/x-ms-asf", "application/vnd.rn-realmedia", "audio/x-m4a", "application/mxf"}
 """What may hold audio alone or pictures too, beside every kind of video."""
+MAY_BE_RECORDS = ("", ".json", ".txt", ".text")
+"""Suffixes of text that may be records: of .json alone nobody knows, and JSON lines go by any name."""
+RECORD_HEAD = 2**20
+"""Bytes by which records are told from other text: a first one that is longer is not found."""
+LOOKED_AT = 5
+"""Lines that must be objects."""
 PDF_HEAD = 1024
 """Bytes in which %PDF- may stand: readers skip junk before it, libmagic does not."""
 
@@ -28,6 +43,10 @@ def detect(path: Path, *, trust_content: bool = False) -> Kind:
         raise DataError("the file is empty")
     mime = mime_of(path)
     named, found = kinds.by_suffix(path), _kind_of(path, mime)
+    if found.textual and (named is None or named == kinds.TEXT) and path.suffix.lower() in MAY_BE_RECORDS:
+        records = _is_of_records(path)
+        if records is not None:
+            return records
     if named is not None and found.textual and named.textual:
         return named
     if {found, named} == {kinds.AUDIO, kinds.VIDEO}:
@@ -44,7 +63,7 @@ def detect(path: Path, *, trust_content: bool = False) -> Kind:
 
 def mime_of(path: Path) -> str:
     """Return what libmagic takes the file for; it is given the whole file, without which it misses old formats."""
-    return magic.from_file(str(path), mime=True)
+    return magic.from_file(os.path.realpath(path), mime=True)
 
 
 # Readers are imported where they are asked: they take half a second, which runs over plain text are spared.
@@ -65,6 +84,8 @@ def _kind_by_marks(path: Path) -> Kind:
         head = file.read(PDF_HEAD)
     if head.startswith(b"PAR1"):
         return kinds.PARQUET
+    if head.startswith(ARROW_FILE) or (head.startswith(ARROW_STREAM) and path.suffix.lower() in kinds.ARROW.suffixes):
+        return kinds.ARROW
     if head.startswith(b"PK"):
         from megatron_mm.ingest.office import is_office
 
@@ -75,8 +96,36 @@ def _kind_by_marks(path: Path) -> Kind:
         return kinds.LEGACY
     from megatron_mm.ingest.text import decode_text
 
+    if path.stat().st_size > MAX_FILE_BYTES:
+        return kinds.UNKNOWN
     try:
         decode_text(path.read_bytes())
     except DataError:
         return kinds.UNKNOWN
     return kinds.TEXT
+
+
+def _is_of_records(path: Path) -> Kind | None:
+    """Return what records a file of text is made of, by its first bytes: objects on lines, or in an array."""
+    with path.open("rb") as file:
+        head = file.read(RECORD_HEAD)
+    text = head.decode("utf-8-sig", "ignore").lstrip()
+    if text[:1] not in ("{", "["):
+        return None
+    is_whole = len(head) < RECORD_HEAD
+    if text.startswith("["):
+        record = _first_object(text[1:].lstrip())
+        return kinds.JSON_ARRAY if record is not None and is_known(record) else None
+    lines = [line for line in text.split("\n") if line.strip()]
+    whole_lines = lines if is_whole else lines[:-1]
+    are_objects = len(whole_lines) > 1 and all(_first_object(line) is not None for line in whole_lines[:LOOKED_AT])
+    return kinds.JSONL if are_objects else None
+
+
+def _first_object(text: str) -> dict[str, Any] | None:
+    """Return the object that a text begins with, None if it does not, or it is not whole."""
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -114,6 +114,9 @@ PARQUET = Kind(
     mimes=("application/vnd.apache.parquet",),
     unbounded=True,
 )
+ARROW = Kind(words="Arrow", source=Source.TEXT, suffixes=(".arrow", ".feather"), unbounded=True)
+JSON_ARRAY = Kind(words="JSON array", source=Source.TEXT)
+"""An array of records; only its content tells it from other JSON, which is text."""
 ARCHIVE = Kind(
     words="archive", source=Source.TEXT, suffixes=(".tar", ".zip"), mimes=("application/x-tar",), unbounded=True
 )

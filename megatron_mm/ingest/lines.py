@@ -1,21 +1,29 @@
 """JSON lines of plain text, the bulk of most corpora: as `read_lines` and `encode_document` give, many times faster."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
 
 from megatron_mm.errors import DataError
+from megatron_mm.ingest import account
 from megatron_mm.ingest.document import Document, Rejection
 from megatron_mm.ingest.encode import encode_document, encode_texts
+from megatron_mm.ingest.fields import MEDIA_NAMES, MEDIA_SUFFIXES, SIZE_COLUMNS, Schemas, built_in
 from megatron_mm.ingest.filters import document_text, select, wrong_language, wrong_length
 from megatron_mm.ingest.work_items import Options, WorkItem
 from megatron_mm.shards import EncodedBatch, EncodedDocument
 from megatron_mm.source import Source
 from megatron_mm.tokenizer import EncodingMismatch, TextTokenizer
 
-OTHER_FIELDS = frozenset({"segments", "image", "audio", "video"})
-"""Fields of a line that make it more than text."""
+OTHER_FIELDS = (
+    MEDIA_NAMES
+    | SIZE_COLUMNS
+    | {name for fields in built_in() for names in fields.needs for name in names if name != "text"}
+)
+"""Fields of a line that make it more than text, or text in another order."""
 Encoded = tuple[EncodedBatch, list[Rejection]]
 """The documents of a piece of work, and what was left out of it."""
 
@@ -31,6 +39,7 @@ def encode_lines(work: WorkItem, tokenizer: TextTokenizer, options: Options) -> 
         file.seek(work.start)
         lines = file.read(work.stop - work.start).split(b"\n")
     texts: dict[int, str] = {}
+    shapes: Counter[tuple[str, ...]] = Counter()
     filtered = 0
     others: dict[int, list[EncodedDocument]] = {}
     rejections: list[Rejection] = []
@@ -38,7 +47,10 @@ def encode_lines(work: WorkItem, tokenizer: TextTokenizer, options: Options) -> 
     for number, line in enumerate(lines):
         if line and not line.isspace():
             filled += 1
-            text = plain_text(line)
+            record = plain_record(line) if not options.schemas.own else None
+            text = None if record is None else record["text"]
+            if record is not None:
+                shapes[tuple(record)] += 1
             place = work.first_line + number
             if text is not None and (reason := wrong_language(text, options)):
                 rejections.append(Rejection(f"{work.path}:{place}", reason))
@@ -46,12 +58,13 @@ def encode_lines(work: WorkItem, tokenizer: TextTokenizer, options: Options) -> 
             elif text is not None:
                 texts[number] = text
             else:
-                read, left_out = _read_line(work.path, start, start + len(line), place)
+                read, left_out = _read_line(work.path, start, start + len(line), place, options.schemas)
                 documents, failed = encode_documents(read, tokenizer, options, place=f"{work.path}:{place}")
                 if documents or left_out or failed:
                     others[number] = documents
                 rejections += [*left_out, *failed]
         start += len(line) + 1
+    _count(shapes)
     batch = encode_texts(list(texts.values()), tokenizer)
     if len(batch.lengths) + len(others) + filtered != filled:
         raise DataError(f"{work.path}: {filled} lines from line {work.first_line} gave {len(batch.lengths)} documents.")
@@ -68,8 +81,8 @@ def encode_lines(work: WorkItem, tokenizer: TextTokenizer, options: Options) -> 
     return _in_order(batch, places, others) if others else batch, rejections
 
 
-def plain_text(line: bytes) -> str | None:
-    """Return the text of a line that is an object with text and no media; None if it is anything else."""
+def plain_record(line: bytes) -> dict[str, Any] | None:
+    """Return the object on a line if it has text and nothing that is, or names, media; None if it is anything else."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -77,7 +90,18 @@ def plain_text(line: bytes) -> str | None:
     if type(record) is not dict or not OTHER_FIELDS.isdisjoint(record):
         return None
     text = record.get("text")
-    return text if type(text) is str and text and not text.isspace() else None
+    if type(text) is not str or not text or text.isspace():
+        return None
+    names_media = any(type(value) is str and value[-5:].lower().endswith(MEDIA_SUFFIXES) for value in record.values())
+    return None if names_media else record
+
+
+def _count(shapes: Counter[tuple[str, ...]]) -> None:
+    """Count plain lines, by the names of their fields."""
+    for names, number in shapes.items():
+        account.count(account.INPUTS, "JSON lines", number)
+        for name in names:
+            account.count(account.USED if name == "text" else account.NOT_USED, name, number)
 
 
 def encode_documents(
@@ -103,11 +127,13 @@ def encode_documents(
     return encoded, rejections
 
 
-def _read_line(path: Path, start: int, stop: int, number: int) -> tuple[list[Document], list[Rejection]]:
+def _read_line(
+    path: Path, start: int, stop: int, number: int, schemas: Schemas
+) -> tuple[list[Document], list[Rejection]]:
     # The readers of media take half a second to load, which runs over plain text are spared.
     from megatron_mm.ingest.records import read_lines
 
-    return read_lines(path, start=start, stop=stop, first_line=number)
+    return read_lines(path, start=start, stop=stop, first_line=number, schemas=schemas)
 
 
 def _in_order(batch: EncodedBatch, places: list[int], others: dict[int, list[EncodedDocument]]) -> EncodedBatch:

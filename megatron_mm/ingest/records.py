@@ -1,103 +1,274 @@
-"""Records: JSON lines and Parquet rows, each a document of its own, each accounted for."""
+"""Records: JSON lines, JSON arrays, rows of Parquet and Arrow files and of tables, each a document of its own."""
 
 import json
-from collections.abc import Iterator, Mapping
+import mmap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow
 import pyarrow.parquet
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.audio import read_audio
-from megatron_mm.ingest.beside import file_beside
-from megatron_mm.ingest.document import Document, Reading, Rejection, Segment, TextSegment, unexpected
-from megatron_mm.ingest.image import read_image
+from megatron_mm.ingest import account, table_rows
+from megatron_mm.ingest.detect import ARROW_FILE
+from megatron_mm.ingest.document import Document, Reading, Rejection, unexpected
+from megatron_mm.ingest.fields import DEFAULTS, Schemas
+from megatron_mm.ingest.table_rows import Table
 from megatron_mm.ingest.text import decode_text
-from megatron_mm.source import Source
 
-MEDIA_FIELDS = {"image": read_image, "audio": read_audio}
-"""Fields that hold the bytes of a file, or name one beside the records, and who reads that."""
-TEXT_FIELDS = ("text", "content", "caption")
-"""Fields of a record's text; the first that is there counts."""
+ROWS_AT_ONCE = 64
+"""Rows that are Python objects at a time."""
 
 
-def read_lines(path: Path, *, start: int = 0, stop: int | None = None, first_line: int = 1) -> Reading:
-    """Return the documents of the JSON lines in bytes [start, stop) of a file; a bad line is a rejection of its own.
+@dataclass(frozen=True)
+class Raw:
+    """One record as it lies in its file."""
 
-    A line is an object with `text`, with `image` or `audio` naming a file beside this one (the text follows it), or
-    with `segments`, a list of such objects in reading order.
+    place: str
+    """What a rejection calls it: 'notes.jsonl:12'."""
+    value: Any
+    start: int | None = None
+    stop: int | None = None
+
+
+def read_records(
+    raws: Iterable[Raw],
+    folder: Path,
+    schemas: Schemas,
+    *,
+    kind: str,
+    parse: Callable[[Any], Any] = lambda value: value,
+) -> Reading:
+    """Return the documents of records, which are of `kind`; a bad one is a rejection of its own.
+
+    `parse` makes of the value of each what `schemas` read; files that it names are looked for in `folder`.
     """
     documents: list[Document] = []
     rejections: list[Rejection] = []
-    with path.open("rb") as file:
-        file.seek(start)
-        lines = file.read() if stop is None else file.read(stop - start)
-    for number, line in enumerate(lines.split(b"\n"), start=first_line):
-        if not line.strip():
-            continue
+    for raw in raws:
+        account.count(account.INPUTS, kind)
         try:
-            documents.append(_read_line(line, path.parent))
+            document = schemas.document(parse(raw.value), folder)
+            documents.append(replace(document, origin=replace(document.origin, start=raw.start, stop=raw.stop)))
         except MemoryError:
             raise
         except Exception as error:  # of a damaged file, libraries raise what they like
-            rejections.append(Rejection(f"{path}:{number}", _reason(error)))
+            rejections.append(Rejection(raw.place, _reason(error)))
+    return documents, rejections
+
+
+def read_lines(
+    path: Path, *, start: int = 0, stop: int | None = None, first_line: int = 1, schemas: Schemas = DEFAULTS
+) -> Reading:
+    """Return the documents of the JSON lines in bytes [start, stop) of a file; a bad line is a rejection of its own.
+
+    A line is an object with `text`, with `image` or `audio` naming a file beside this one (the text follows it), with
+    `segments`, a list of such objects in reading order, or of another of the `schemas`.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read() if stop is None else file.read(stop - start)
+    documents, rejections = read_records(
+        _lines(data, str(path), start, first_line), path.parent, schemas, kind="JSON lines", parse=_parse
+    )
     if not documents and not rejections:
+        account.count(account.INPUTS, "JSON lines")
         rejections.append(Rejection(str(path), "it has no lines"))
     return documents, rejections
 
 
-def read_rows(path: Path, *, start: int = 0, stop: int | None = None) -> Reading:
-    """Return the documents of rows [start, stop) of a Parquet file; a bad row is a rejection of its own.
+def _lines(data: bytes, name: str, start: int, first_line: int) -> Iterator[Raw]:
+    for number, line in enumerate(data.split(b"\n"), start=first_line):
+        if line.strip():
+            yield Raw(f"{name}:{number}", line, start, start + len(line))
+        start += len(line) + 1
 
-    A row has the fields of a JSON line; `image` and `audio` may also hold the file itself, or, as Hugging Face's
-    datasets do, a struct of `bytes` and `path`. Raises DataError if the file is damaged or has none of the fields.
+
+def element_ranges(path: Path, *, num_bytes: int) -> list[tuple[int, int, int]]:
+    """Return the ranges of about `num_bytes` that a JSON array is read in: (first byte, last byte, first element).
+
+    Raises DataError if it is not whole.
     """
-    documents: list[Document] = []
-    rejections: list[Rejection] = []
+    data = path.read_bytes()
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            known = [*MEDIA_FIELDS, *TEXT_FIELDS, "segments"]
-            columns = [name for name in file.schema_arrow.names if name in known]
-            if not columns:
-                raise DataError(f"its columns are {file.schema_arrow.names}, none of which is one of {known}")
-            for first, table in _row_groups(file, columns, start, stop):
-                for number, record in enumerate(_records(table), start=first):
-                    try:
-                        documents.append(read_record(record, path.parent))
-                    except MemoryError:
-                        raise
-                    except Exception as error:  # the same
-                        rejections.append(Rejection(f"{path}:{number + 1}", _reason(error)))
+        elements = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=list[msgspec.Raw])
+    except msgspec.DecodeError as error:
+        raise DataError(f"the JSON array is damaged: {error}") from error
+    ranges: list[tuple[int, int, int]] = []
+    start, at, first = None, 0, 0
+    for number, element in enumerate(elements):
+        begin = data.index(element, at)
+        at = begin + len(element)
+        if start is None:
+            start, first = begin, number
+        if at - start >= num_bytes:
+            ranges.append((start, at, first))
+            start = None
+    if start is not None:
+        ranges.append((start, at, first))
+    return ranges
+
+
+def element_ranges_of(path: Path, start: int, stop: int, first: int) -> list[tuple[int, int, int]]:
+    """Return each element in bytes [start, stop) of a JSON array, which are whole: (first byte, end, number)."""
+    with path.open("rb") as file:
+        file.seek(start)
+        data = b"[" + file.read(stop - start) + b"]"
+    return [(raw.start, raw.stop, number) for number, raw in enumerate(_elements(data, path, start, first), first)]
+
+
+def read_elements(path: Path, *, start: int, stop: int, first_element: int, schemas: Schemas = DEFAULTS) -> Reading:
+    """Return the documents of the elements in bytes [start, stop) of a JSON array, which are whole."""
+    with path.open("rb") as file:
+        file.seek(start)
+        data = b"[" + file.read(stop - start) + b"]"
+    return read_records(
+        _elements(data, path, start, first_element), path.parent, schemas, kind="JSON array", parse=_parse
+    )
+
+
+def _elements(data: bytes, path: Path, start: int, first: int) -> Iterator[Raw]:
+    at = 0
+    for number, element in enumerate(msgspec.json.decode(data, type=list[msgspec.Raw]), first):
+        at = data.index(element, at)
+        yield Raw(f"{path}[{number}]", bytes(element), start + at - 1, start + at - 1 + len(element))
+        at += len(element)
+
+
+def read_rows(path: Path, *, start: int = 0, stop: int | None = None, schemas: Schemas = DEFAULTS) -> Reading:
+    """Return the documents of rows [start, stop) of a Parquet or Arrow file; a bad row is a rejection of its own.
+
+    A row has the fields of a JSON line; media may also be the file itself, or, as Hugging Face's datasets do, a struct
+    of `bytes` and `path`. Raises DataError if the file is damaged or has none of the fields.
+    """
+    try:
+        with open_rows(path) as rows:
+            schemas.check_columns(rows.names)
+            return read_records(_rows(rows, path, start, stop), path.parent, schemas, kind=rows.kind)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"the Parquet file is damaged: {error}") from error
-    return documents, rejections
+        raise DataError(f"the {kind_of_rows(path)} file is damaged: {error}") from error
 
 
 def row_groups(path: Path) -> list[int]:
-    """Return where each row group of a Parquet file starts, and last the number of rows."""
-    with pyarrow.parquet.ParquetFile(path) as file:
-        marks = [0]
-        for group in range(file.num_row_groups):
-            marks.append(marks[-1] + file.metadata.row_group(group).num_rows)
+    """Return where each row group of a Parquet file, or batch of an Arrow file, starts, and last the number of rows."""
+    with open_rows(path) as rows:
+        return rows.marks
+
+
+def _rows(rows: "ParquetRows | ArrowRows", path: Path, start: int, stop: int | None) -> Iterator[Raw]:
+    for group, (first, following) in enumerate(pairwise(rows.marks)):
+        begin, end = max(first, start), following if stop is None else min(following, stop)
+        if begin < end:
+            table = rows.group(group).slice(begin - first, end - begin)
+            for number, record in enumerate(_records(table), start=begin):
+                yield Raw(f"{path}:{number + 1}", record, number)
+
+
+class _Kept:
+    """The rows of the table that was read last, for the next range of the same one."""
+
+    key: tuple[Path, int] | None = None
+    rows: list[dict[str, Any]]
+
+    def of(self, path: Path, table: Table) -> list[dict[str, Any]]:
+        key = (path, path.stat().st_mtime_ns)
+        if self.key != key:
+            self.rows, self.key = table_rows.read_rows(path, table), key
+        return self.rows
+
+
+_kept = _Kept()
+
+
+def read_table(path: Path, table: Table, schemas: Schemas, *, start: int, stop: int) -> Reading:
+    """Return the documents of rows [start, stop) of a table; a bad row is a rejection of its own."""
+    rows = _kept.of(path, table)
+    numbers = [number for number in range(start, stop) if number not in table.skipped]
+    skipped = stop - start - len(numbers)
+    account.count(account.INPUTS, "rows of tables", skipped)
+    account.count(account.OTHERS, "rows of tables about a file that an earlier row has", skipped)
+    raws = (Raw(f"{path}, row {number + 1}", rows[number], number) for number in numbers)
+    own = replace(schemas, own=(*schemas.own, table.fields))
+    return read_records(raws, table.base, own, kind="rows of tables")
+
+
+class ParquetRows:
+    """A Parquet file, by row groups."""
+
+    kind = "Parquet"
+
+    def __init__(self, path: Path) -> None:
+        self._source = path.open("rb")  # pyarrow opens no names that are not UTF-8
+        self._file = pyarrow.parquet.ParquetFile(self._source)
+        self.names: list[str] = self._file.schema_arrow.names
+        counts = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        self.marks = _marks(counts)
+
+    def group(self, number: int) -> pyarrow.Table:
+        """Return a row group."""
+        return self._file.read_row_group(number)
+
+    def __enter__(self) -> "ParquetRows":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._source.close()
+
+
+class ArrowRows:
+    """An Arrow file or stream, by record batches; it is mapped, not read."""
+
+    kind = "Arrow"
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        buffer = pyarrow.py_buffer(self._map)
+        if self._map[: len(ARROW_FILE)] == ARROW_FILE:
+            reader = pyarrow.ipc.open_file(buffer)
+            self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        else:
+            reader = pyarrow.ipc.open_stream(buffer)
+            self._batches = list(reader)
+        self.names = reader.schema.names
+        self.marks = _marks(batch.num_rows for batch in self._batches)
+
+    def group(self, number: int) -> pyarrow.Table:
+        """Return a batch."""
+        return pyarrow.Table.from_batches([self._batches[number]])
+
+    def __enter__(self) -> "ArrowRows":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._batches.clear()  # the map goes with the last of them
+
+
+def kind_of_rows(path: Path) -> str:
+    """Return "Parquet" or "Arrow", by the first bytes of a file."""
+    with path.open("rb") as file:
+        return "Parquet" if file.read(4) == b"PAR1" else "Arrow"
+
+
+def open_rows(path: Path) -> ParquetRows | ArrowRows:
+    """Open a Parquet or Arrow file."""
+    return ParquetRows(path) if kind_of_rows(path) == "Parquet" else ArrowRows(path)
+
+
+def _marks(counts: Iterable[int]) -> list[int]:
+    marks = [0]
+    for count in counts:
+        marks.append(marks[-1] + count)
     return marks
 
 
-def _row_groups(
-    file: pyarrow.parquet.ParquetFile, columns: list[str], start: int, stop: int | None
-) -> Iterator[tuple[int, pyarrow.Table]]:
-    """Yield (number of the first row, table) of the row groups that overlap [start, stop), cut to it."""
-    first = 0
-    for group in range(file.num_row_groups):
-        following = first + file.metadata.row_group(group).num_rows
-        begin, end = max(first, start), following if stop is None else min(following, stop)
-        if begin < end:
-            yield begin, file.read_row_group(group, columns=columns).slice(begin - first, end - begin)
-        first = following
-
-
 def _records(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
-    for batch in table.to_batches(max_chunksize=64):
+    for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
         yield from batch.to_pylist()
 
 
@@ -105,55 +276,10 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, DataError | OSError) else unexpected(error)
 
 
-def _read_line(line: bytes, folder: Path) -> Document:
+def _parse(text: bytes) -> Any:
     try:
-        record = json.loads(decode_text(line))
+        return json.loads(decode_text(text))
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"the line is not JSON: {error}") from error
-    return read_record(record, folder)
-
-
-def read_record(record: Any, folder: Path) -> Document:
-    """Return the document of one record; files that it names are looked for in `folder`. Raises DataError."""
-    parts = (record.get("segments") or [record]) if isinstance(record, dict) else None
-    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise DataError("the line is not an object with text, image, audio or segments")
-    segments = [segment for part in parts for segment in _read_fields(part, folder)]
-    if not segments:
-        raise DataError("the line has no text, image or audio")
-    kinds = {field for part in parts for field in MEDIA_FIELDS if part.get(field) is not None}
-    source = Source.IMAGE if "image" in kinds else Source.AUDIO if "audio" in kinds else Source.TEXT
-    return Document(segments, source)
-
-
-def _read_fields(record: Mapping[str, Any], folder: Path) -> list[Segment]:
-    segments: list[Segment] = []
-    for field, read in MEDIA_FIELDS.items():
-        value = record.get(field)
-        if value is not None:
-            try:
-                segments.append(read(_media_bytes(value, field, folder)))
-            except DataError as error:
-                named = f" {value!r}" if isinstance(value, str) else ""
-                raise DataError(f"{field}{named}: {error}") from error
-    text = next((record[field] for field in TEXT_FIELDS if record.get(field) is not None), "")
-    if not isinstance(text, str):
-        raise DataError(f"text is {type(text).__name__}, not a string")
-    if text.strip():
-        segments.append(TextSegment(text))
-    return segments
-
-
-def _media_bytes(value: Any, field: str, folder: Path) -> bytes:
-    if isinstance(value, dict):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str):
-        raise DataError(f"it is {type(value).__name__}, neither the name of a file nor its bytes")
-    target = file_beside(folder, value)
-    if target is None:
-        raise DataError(f"it is outside the folder of the {field}'s record")
-    return target.read_bytes()
+        raise DataError(f"it is not JSON: {error}") from error

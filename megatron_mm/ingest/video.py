@@ -39,6 +39,14 @@ def read_video(
 
     Raises DataError if the video is damaged before its first frame.
     """
+    seconds, rejections = read_seconds(path, frames_per_second=frames_per_second, max_seconds=max_seconds)
+    return [segment for second in seconds for segment in second], rejections
+
+
+def read_seconds(
+    path: Path, *, frames_per_second: int = FRAMES_PER_SECOND, max_seconds: int = MAX_SECONDS
+) -> tuple[list[list[Segment]], list[Rejection]]:
+    """Return what `read_video` does, by seconds."""
     rejections: list[Rejection] = []
     seconds: list[list[Segment]] = []
     has_audio = False
@@ -63,7 +71,7 @@ def read_video(
     clips = _audio(path, rejections) if has_audio else []
     for second, clip in enumerate(clips[: len(seconds)]):
         seconds[second].append(clip)
-    return [segment for second in seconds for segment in second], rejections
+    return seconds, rejections
 
 
 def _stream(container: av.container.InputContainer) -> av.VideoStream | None:

@@ -2,20 +2,28 @@
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest import kinds
+from megatron_mm.ingest import account, kinds
 from megatron_mm.ingest.detect import detect
 from megatron_mm.ingest.document import Reading, Rejection
 from megatron_mm.ingest.encode import MAX_AUDIO_SECONDS
+from megatron_mm.ingest.fields import DEFAULTS as AS_KNOWN
+from megatron_mm.ingest.fields import Schemas
 from megatron_mm.ingest.kinds import Kind
+from megatron_mm.ingest.layouts import Entry
+from megatron_mm.ingest.table_rows import Table
 from megatron_mm.ingest.workers import Cut
 from megatron_mm.modalities import Geometries, default_geometries
+
+if TYPE_CHECKING:
+    from megatron_mm.ingest.read import Reader
 
 NEWLINE = ord("\n")
 LINES_BYTES = 4 * 2**20
@@ -31,10 +39,15 @@ class WorkItem:
     """What one worker reads at a time: a file, or a range of one."""
 
     path: Path
-    caption: Path | None = None
-    """A file of the same name with the text of an image, a recording or a video."""
+    layout: str = ""
+    """The layout that took it."""
+    beside: tuple[Path, ...] = ()
+    """Files that are read with it: the words of an image, a recording or a video, or more media of one sample."""
+    table: Table | None = None
+    """How its rows are read, if they name other files."""
     kind: Kind | None = None
-    """What the range below is one of: JSON lines and archives count bytes, Parquet files rows; None: the whole file."""
+    """What the range below is one of: JSON lines, arrays and archives count bytes, Parquet, Arrow and tables rows;
+    None: the whole file."""
     start: int = 0
     stop: int | None = None
     first_line: int = 1
@@ -42,6 +55,8 @@ class WorkItem:
     """Where the samples of a range of a tar start, and last where it stops."""
     size: int | None = None
     """Bytes that this work reads, for the progress bar; None: those of the file."""
+    position: int = 0
+    """Bytes of its file, and of the files that it names, that come before: it belongs to the task that has these."""
     ends: bool = True
     """Whether it is the last part of what it was cut from; true of what was not cut."""
     refusal: str = ""
@@ -67,19 +82,38 @@ class Options:
     """Shorter documents are left out, their end-of-text counted."""
     max_tokens: int | None = None
     """Longer documents are left out."""
+    layout: str = ""
+    """The one layout that inputs are read by; none: each is asked in turn."""
+    schemas: Schemas = AS_KNOWN
+    """Which fields of records are what."""
     geometries: Geometries = field(default_factory=default_geometries)
     """How media become tokens, by modality: as the model that is to be trained on them has it."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return, as JSON, what differs if documents may."""
+        names = {one.name for one in fields(self)} - {"schemas", "geometries"}
+        said = {name: getattr(self, name) for name in sorted(names)}
+        geometries = {name: own.model_dump() for name, own in self.geometries.items()}
+        return {**said, "geometries": geometries, "schemas": self.schemas.fingerprint()}
 
 
 DEFAULTS = Options()
 
 
-def cut_file(path: Path, *, caption: Path | None = None) -> Iterator[WorkItem]:
-    """Yield the work of reading one file: long JSON-lines files are cut, any other file is one piece."""
-    if kinds.by_suffix(path) == kinds.JSONL and path.stat().st_size > LINES_BYTES:
-        yield from _line_ranges(path)
+def cut_entry(entry: Entry) -> Iterator[WorkItem]:
+    """Yield the work of reading one file: JSON lines and tables are cut when they are long, any other is one piece."""
+    if entry.refusal:
+        yield WorkItem(entry.path, refusal=entry.refusal, size=0)
+        return
+    size = entry.path.stat().st_size
+    if entry.table is not None:
+        whole = WorkItem(entry.path, entry.layout, table=entry.table, start=0, stop=entry.table.num_rows)
+        size += entry.more_bytes
+        yield from _cut_rows(replace(whole, size=size), -(-size // ARCHIVE_BYTES))
+    elif kinds.by_suffix(entry.path) == kinds.JSONL and size > LINES_BYTES:
+        yield from (replace(item, layout=entry.layout) for item in _line_ranges(entry.path))
     else:
-        yield WorkItem(path, caption=caption)
+        yield WorkItem(entry.path, entry.layout, entry.beside)
 
 
 def _line_ranges(path: Path) -> Iterator[WorkItem]:
@@ -92,7 +126,9 @@ def _line_ranges(path: Path) -> Iterator[WorkItem]:
             lines = int(np.count_nonzero(np.frombuffer(block, np.uint8, size) == NEWLINE))
             tail = rest.readline() if rest.seek(start + size) else b""
             stop = start + size + len(tail)
-            yield WorkItem(path, kind=kinds.JSONL, start=start, stop=stop, first_line=line, size=stop - start)
+            yield WorkItem(
+                path, kind=kinds.JSONL, start=start, stop=stop, first_line=line, size=stop - start, position=start
+            )
             start = file.seek(stop)
             line += lines + tail.endswith(b"\n")
 
@@ -103,29 +139,48 @@ def read_work(work: WorkItem, options: Options) -> Reading | Cut[WorkItem]:
     Never raises for what is in the file.
     """
     if work.refusal:
-        return [], [Rejection(str(work.path), work.refusal)]
+        return _rejected(work, work.refusal)
     # The readers of media take half a second to load, which runs over plain text are spared.
     import tarfile
 
     import pyarrow
 
-    from megatron_mm.ingest.read import read_archive, read_file
-    from megatron_mm.ingest.records import read_lines, read_rows
-
     try:
-        if work.kind == kinds.JSONL:
-            return read_lines(work.path, start=work.start, stop=work.stop, first_line=work.first_line)
-        if work.kind == kinds.PARQUET:
-            return read_rows(work.path, start=work.start, stop=work.stop)
-        if work.kind == kinds.ARCHIVE:
-            trust_content = options.trust_content
-            return read_archive(work.path, start=work.start, stop=work.stop, trust_content=trust_content)
-        parts = _cut_archive(work, options)
-        if len(parts) > 1:
-            return Cut(_parts_of(work, parts))
+        with account.kept_if_whole():
+            if work.kind is not None or work.table is not None:
+                return _read_part(work, options)
+            parts = _cut_archive(work, options)
+            if len(parts) > 1:
+                return Cut(_parts_of(work, parts))
     except (DataError, OSError, tarfile.TarError, pyarrow.ArrowException) as error:
-        return [], [Rejection(str(work.path), str(error))]
-    return read_file(work.path, caption=work.caption, trust_content=options.trust_content)
+        return _rejected(work, str(error))
+    return _reader(options).read(work.path, beside=work.beside)
+
+
+def _rejected(work: WorkItem, reason: str) -> Reading:
+    account.count(account.INPUTS, "files that are not opened" if work.refusal else "parts of files")
+    return [], [Rejection(str(work.path), reason)]
+
+
+def _reader(options: Options) -> "Reader":
+    from megatron_mm.ingest.read import Reader
+
+    return Reader(trust_content=options.trust_content, schemas=options.schemas, layout=options.layout)
+
+
+def _read_part(work: WorkItem, options: Options) -> Reading:
+    from megatron_mm.ingest.records import read_elements, read_lines, read_rows, read_table
+
+    start, stop, schemas = work.start, work.stop, options.schemas
+    if work.table is not None:
+        return read_table(work.path, work.table, schemas, start=start, stop=stop)
+    if work.kind == kinds.JSONL:
+        return read_lines(work.path, start=start, stop=stop, first_line=work.first_line, schemas=schemas)
+    if work.kind == kinds.JSON_ARRAY:
+        return read_elements(work.path, start=start, stop=stop, first_element=work.first_line, schemas=schemas)
+    if work.kind == kinds.ARCHIVE:
+        return _reader(options).read_archive(work.path, start=start, stop=stop)
+    return read_rows(work.path, start=start, stop=stop, schemas=schemas)
 
 
 def read_all(work: WorkItem, options: Options) -> Iterator[Reading]:
@@ -139,23 +194,30 @@ def read_all(work: WorkItem, options: Options) -> Iterator[Reading]:
 
 
 def _cut_archive(work: WorkItem, options: Options) -> list[WorkItem]:
-    """Return the ranges in which a large Parquet or tar file is read, nothing for any other file."""
+    """Return the ranges in which a large file of many documents is read, nothing for any other file."""
     size = work.path.stat().st_size
     named = kinds.by_suffix(work.path)
-    if size <= ARCHIVE_BYTES or named not in (kinds.PARQUET, kinds.ARCHIVE) or work.path.suffix.lower() == ".zip":
+    is_cut = named in (kinds.PARQUET, kinds.ARROW, kinds.ARCHIVE) or (named is not None and named.textual)
+    if size <= ARCHIVE_BYTES or not is_cut or work.path.suffix.lower() == ".zip":
         return []
     from megatron_mm.ingest.archive import sample_ranges
-    from megatron_mm.ingest.records import row_groups
+    from megatron_mm.ingest.records import element_ranges, row_groups
 
     kind = detect(work.path, trust_content=options.trust_content)
-    if kind == kinds.PARQUET:
-        rows = row_groups(work.path)
-        whole = WorkItem(work.path, kind=kind, start=0, stop=rows[-1], size=size)
-        return _cut_rows(whole, -(-size // ARCHIVE_BYTES))
+    part = replace(work, kind=kind)
+    if kind in (kinds.PARQUET, kinds.ARROW):
+        return _cut_rows(replace(part, stop=row_groups(work.path)[-1], size=size), -(-size // ARCHIVE_BYTES))
+    if kind == kinds.JSONL:
+        return [replace(one, layout=work.layout) for one in _line_ranges(work.path)]
+    if kind == kinds.JSON_ARRAY:
+        ranges = element_ranges(work.path, num_bytes=LINES_BYTES)
+        return [
+            replace(part, start=start, stop=stop, first_line=first, size=stop - start) for start, stop, first in ranges
+        ]
     if kind != kinds.ARCHIVE:
         return []
     return [
-        WorkItem(work.path, kind=kind, start=marks[0], stop=marks[-1], marks=tuple(marks), size=marks[-1] - marks[0])
+        replace(part, start=marks[0], stop=marks[-1], marks=tuple(marks), size=marks[-1] - marks[0])
         for marks in sample_ranges(work.path, num_bytes=ARCHIVE_BYTES)
     ]
 
@@ -175,8 +237,15 @@ def _cut(work: WorkItem) -> list[WorkItem]:
     if work.kind == kinds.ARCHIVE:
         spans = list(pairwise(work.marks))
         return [replace(work, start=start, stop=stop, marks=(start, stop), size=stop - start) for start, stop in spans]
-    if work.kind == kinds.PARQUET:
+    if work.kind in (kinds.PARQUET, kinds.ARROW) or work.table is not None:
         return _cut_rows(work, PARTS_OF_ROWS)
+    if work.kind == kinds.JSON_ARRAY:
+        from megatron_mm.ingest.records import element_ranges_of
+
+        return [
+            replace(work, start=start, stop=stop, first_line=number, size=stop - start)
+            for start, stop, number in element_ranges_of(work.path, work.start, work.stop, work.first_line)
+        ]
     if work.kind is None and kinds.by_suffix(work.path) == kinds.JSONL:
         work = replace(work, kind=kinds.JSONL, stop=work.num_bytes)
     if work.kind != kinds.JSONL or work.stop is None:
@@ -199,6 +268,12 @@ def _cut_rows(work: WorkItem, count: int) -> list[WorkItem]:
     marks = [number * num_rows // count for number in range(count + 1)]
     sizes = [number * work.size // count for number in range(count + 1)]
     return [
-        replace(work, start=work.start + begin, stop=work.start + end, size=following - before)
+        replace(
+            work,
+            start=work.start + begin,
+            stop=work.start + end,
+            size=following - before,
+            position=work.position + before,
+        )
         for (begin, end), (before, following) in zip(pairwise(marks), pairwise(sizes), strict=True)
     ]

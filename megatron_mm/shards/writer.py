@@ -47,6 +47,8 @@ PARTS = (".bin", ".media.bin", ".rejected.jsonl", ".lengths", ".documents", ".it
 """Files that grow while shards are written; the last three become the two indexes."""
 SUFFIXES = (".rejected.jsonl", PAGES_SUFFIX, ".bin", ".media.bin", ".media.idx", ".idx")
 """Files of finished shards, in the order in which they get their names."""
+REPORT_SUFFIX = ".report.json"
+"""What became of all that a run took in; for people, and the only file that no checksum covers."""
 COMMIT_BYTES = 64 * 2**20
 COMMIT_SECONDS = 10.0
 """A commit is due after so much: what a run that is killed has to do again."""
@@ -99,6 +101,8 @@ class ShardWriter:
         self.counts = Counts()
         self.progress: Any = None
         """What the last `commit` of the run that this one goes on with was given; None from the start."""
+        self.report: bytes | None = None
+        """What P.report.json will say; None if there is none."""
         self._num_items = 0
         self._dtype_code = 8 if tokenizer.vocab_size <= np.iinfo(np.uint16).max else 4
         self._dtype = TOKEN_DTYPES[self._dtype_code]
@@ -271,6 +275,11 @@ class ShardWriter:
         for suffix in SUFFIXES:
             give_name(Path(_partial(self.prefix + suffix)), Path(self.prefix + suffix))
             finished[suffix].close()
+        if self.report is None:
+            remove_file(Path(self.prefix + REPORT_SUFFIX))
+        else:
+            with replacing(Path(self.prefix + REPORT_SUFFIX)) as file:
+                file.write(self.report)
         if self._tokenizer_content is None:
             remove_file(Path(self.prefix + TOKENIZER_SUFFIX))
         else:

@@ -16,16 +16,23 @@ from small import png, save_tokenizer, sentence
 
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.ingest import pipeline, work_items
+from megatron_mm.ingest.fields import MEDIA_NAMES
+from megatron_mm.ingest.find import find_files
 from megatron_mm.ingest.lines import OTHER_FIELDS, encode_documents, encode_lines
-from megatron_mm.ingest.pipeline import Options, find_files, preprocess, read_texts
-from megatron_mm.ingest.records import MEDIA_FIELDS, read_lines
+from megatron_mm.ingest.pipeline import preprocess, read_texts
+from megatron_mm.ingest.plan import Share
+from megatron_mm.ingest.records import read_lines
+from megatron_mm.ingest.report import Report
+from megatron_mm.ingest.work_items import Options
 from megatron_mm.ingest.workers import Limits, Workers
 from megatron_mm.shards import EncodedBatch, ShardReader, merge, open_shards, writer
 from megatron_mm.shards.writer import CheckedFile
 from megatron_mm.tokenizer import HARD_TEXTS, TextTokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
-OUTPUTS = {"p.bin", "p.idx", "p.crc", "p.media.bin", "p.media.idx", "p.json", "p.tokenizer", "p.rejected.jsonl"}
+OUTPUTS = {"p.bin", "p.idx", "p.crc", "p.media.bin", "p.media.idx", "p.json", "p.tokenizer", "p.rejected.jsonl"} | {
+    "p.report.json"
+}
 
 
 @pytest.fixture
@@ -46,7 +53,7 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def run(inputs: Path, prefix: Path, tokenizer: Path | None = None, **options) -> pipeline.Report:
+def run(inputs: Path, prefix: Path, tokenizer: Path | None = None, **options) -> Report:
     """Preprocess one path with the tokenizer that lies beside it."""
     tokenizer = tokenizer or inputs.parent / "tokenizer.json"
     return preprocess([str(inputs)], output_prefix=str(prefix), tokenizer_path=str(tokenizer), **options)
@@ -76,7 +83,8 @@ def test_a_caption_follows_its_image(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_bad_inputs_end_the_run_unless_they_are_skipped(corpus: Path, tmp_path: Path) -> None:
-    (corpus / "9.png").write_bytes(b"")
+    (corpus / "7.txt").write_bytes(b"")
+    (corpus / "9.png").write_bytes(b"GIF89a")
     (corpus / "8.txt").write_bytes(b"\xff\xff\xff")
     with pytest.raises(DataError, match=r"8\.txt: .*Mend it, or leave out what cannot be read with --bad-input skip"):
         run(corpus, tmp_path / "out" / "p")
@@ -108,7 +116,7 @@ def test_nothing_to_read_is_said(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there are no files under"):
         find_files([str(tmp_path / "empty")])
     (tmp_path / "empty" / "x.txt").touch()
-    with pytest.raises(DataError, match="none of the 1 inputs gave a document"):
+    with pytest.raises(DataError, match=r"none of the 1 files gave a document \(set aside: an empty file 1\)"):
         run(tmp_path / "empty", tmp_path / "p", skip_bad=True)
 
 
@@ -268,8 +276,8 @@ def test_the_shares_of_an_array_are_the_whole(corpus: Path, tmp_path: Path, monk
     monkeypatch.setattr(pipeline, "Workers", Serial)
     run(corpus, tmp_path / "whole")
     for task in range(tasks):
-        run(corpus, tmp_path / "p", share=pipeline.Share(task, tasks))
-    parts = sorted(path.with_suffix("") for path in tmp_path.glob("p-*.json"))
+        run(corpus, tmp_path / "p", share=Share(task, tasks))
+    parts = sorted(path.with_suffix("") for path in tmp_path.glob("p-*.json") if ".report" not in path.name)
     if tasks > 1:
         merge(tmp_path / "p", list(map(str, parts)))
     shards, (whole,) = open_shards([str(tmp_path / "p")]), open_shards([str(tmp_path / "whole")])
@@ -337,7 +345,7 @@ def test_the_short_way_reads_lines_as_the_long_one(corpus: Path, tmp_path: Path)
     assert len(batch.lengths) > 8 and len(rejections) > 12
     assert [rejection for rejection in rejections if "surrogate" not in rejection.reason] == rejected
     assert len(rejections) == len(rejected) + len(failed)
-    assert {"segments", *MEDIA_FIELDS} <= OTHER_FIELDS, "a line with media takes the long way"
+    assert {"segments", *MEDIA_NAMES} <= OTHER_FIELDS, "a line with media takes the long way"
 
 
 def test_a_tokenizer_that_starts_to_differ_ends_the_run(corpus: Path, tmp_path: Path, monkeypatch) -> None:

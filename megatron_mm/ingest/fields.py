@@ -1,0 +1,466 @@
+"""Which columns of a record are its text, its media or its conversation, and what the record becomes."""
+
+import base64
+import binascii
+import functools
+import os.path
+import re
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+
+from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.ingest import account
+from megatron_mm.ingest.beside import file_beside
+from megatron_mm.ingest.document import Document, Origin, Segment, TextSegment
+from megatron_mm.source import Source
+
+BUILT_IN = Path(__file__).with_name("fields.yaml")
+MEDIA = ("image", "audio", "video")
+SOURCES = {"image": Source.IMAGE, "audio": Source.AUDIO, "video": Source.VIDEO}
+MEDIA_NAMES = frozenset(
+    {
+        *("image", "images", "img", "jpg", "png", "webp", "audio", "audios", "audio_filepath", "wav", "flac", "mp3"),
+        *("opus", "video", "videos", "mp4", "webm"),
+    }
+)
+"""Columns that are media by their names: a record that fills one that no schema reads is refused."""
+MEDIA_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".wav", ".flac", ".mp3", ".ogg", ".opus"),
+    *(".m4a", ".mp4", ".mkv", ".webm", ".avi", ".mov"),
+)
+ADDRESS_COLUMNS = ("url", "URL", "image_url", "img_url", "video_url", "audio_url")
+SIZE_COLUMNS = {"width", "height", "WIDTH", "HEIGHT", "image_phash", "phash", "similarity", "clip_similarity_vitb32"}
+"""Columns that tables of pictures' addresses have beside the address, and tables of web pages have not."""
+URLS = ("url", "URL", "uri", "source_url", "image_url")
+LICENCES = ("license", "licence", "LICENSE", "license_url")
+DATES = ("date", "timestamp", "created", "published", "date_download", "warc_date")
+
+Read = Callable[[bytes], Sequence[Segment]]
+"""A function from the bytes of a media file to what it becomes."""
+
+
+def _names(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_names)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(_Strict):
+    """One thing of a record, in its place: of several names the first that the record fills counts."""
+
+    text: Names = []
+    image: Names = []
+    audio: Names = []
+    video: Names = []
+    conversation: Names = []
+    """Turns, as `{from, value}` or `{role, content}`; media where `<image>` and the like stand in them, or before."""
+    interleaved: Names = []
+    """Two lists of one length, texts and images, in each place one or the other; or turns and the images before."""
+    matched: Names = []
+    """A list of texts, and one of images with the number of the text that each belongs to."""
+    segments: Names = []
+    """A list of records in reading order."""
+    folder: str = ""
+    """The folder of files that are named, from that of the records."""
+    suffix: str = ""
+    """What their names lack at the end."""
+
+    @property
+    def names(self) -> set[str]:
+        """Every column that this part may read."""
+        lists = (self.text, self.image, self.audio, self.video, self.conversation, self.interleaved)
+        return {name for names in (*lists, self.matched, self.segments) for name in names}
+
+
+class Fields(_Strict):
+    """A schema: which columns a record must have, what it becomes, and columns that are left out on purpose."""
+
+    name: str = "your own"
+    needs: list[Names] = []
+    parts: list[Part]
+    ignore: Names = []
+    """Columns that may hold media, or anything, and are left out."""
+
+    def fits(self, columns: set[str]) -> bool:
+        """Tell whether records with these columns are of this schema."""
+        return all(not columns.isdisjoint(names) for names in self.needs)
+
+    @functools.cached_property
+    def columns(self) -> frozenset[str]:
+        """Every column that the schema may read."""
+        return frozenset(name for part in self.parts for name in part.names)
+
+
+def load_fields(path: Path) -> tuple[Fields, ...]:
+    """Return the schemas of a YAML file: one, or a list of them. Raises ConfigError."""
+    try:
+        value = yaml.safe_load(path.read_text())
+        return tuple(TypeAdapter(list[Fields]).validate_python(value if isinstance(value, list) else [value]))
+    except OSError as error:
+        raise ConfigError(f"--fields {path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--fields {path} is not YAML: {error}") from error
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise ConfigError(f"--fields {path}: {wrong}. docs/inputs.md shows what it may say.") from error
+
+
+@functools.cache
+def built_in() -> tuple[Fields, ...]:
+    """Return the schemas of fields.yaml."""
+    return load_fields(BUILT_IN)
+
+
+def is_known(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record is one of text or media by the names of its fields: other JSON is settings, or data."""
+    columns = set(record)
+    fields = next(fields for fields in built_in() if fields.fits(columns))
+    return not fields.columns.isdisjoint(columns)
+
+
+@dataclass(frozen=True)
+class Schemas:
+    """The schemas that records are read by, those of the user first; and how conversations are written."""
+
+    own: tuple[Fields, ...] = ()
+    also: tuple[Path, ...] = ()
+    """Folders in which files are looked for that are not in that of the records."""
+    render: Callable[[Sequence[tuple[str, str]]], str] | None = None
+
+    def fingerprint(self) -> Any:
+        """Return, as JSON, what differs if documents may."""
+        return [[fields.model_dump() for fields in self.own], self.render is not None]
+
+    def of(self, record: Mapping[str, Any]) -> Fields:
+        """Return the schema of a record: by the columns that it fills."""
+        columns = {name for name, value in record.items() if value is not None}
+        return next(fields for fields in (*self.own, *built_in()) if fields.fits(columns))
+
+    def words(self, record: Mapping[str, Any]) -> tuple[str, Origin]:
+        """Return the text of a record that lies beside a medium, "" if it has none, and what it says of its origin."""
+        reading = _Reading(record, Path(), self)
+        texts = [reading.text(part) for part in self.of(record).parts if part.text]
+        return "\n".join(text for text in texts if text.strip()), reading.origin()
+
+    def document(self, record: Any, folder: Path) -> Document:
+        """Return the document of a record; files that it names are looked for in `folder`. Raises DataError."""
+        if not isinstance(record, dict):
+            raise DataError("it is not an object with text, image, audio, video or segments")
+        return _Reading(record, folder, self).document()
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Pass if records with these columns can be documents. Raises DataError for tables of pictures' addresses."""
+        there = set(columns)
+        fields = next(fields for fields in (*self.own, *built_in()) if fields.fits(there))
+        if there.isdisjoint(fields.columns):
+            raise DataError(f"its columns are {list(columns)}, and none is known to be text or media. {HOW_TO_NAME}")
+        if not fields.columns & there & MEDIA_NAMES and there & SIZE_COLUMNS and not there.isdisjoint(ADDRESS_COLUMNS):
+            raise DataError(ADDRESSES_ONLY)
+
+
+HOW_TO_NAME = "Say which columns are what with --fields"
+ADDRESSES_ONLY = (
+    "it has the addresses of images and not the images, and nothing is fetched. Download them with img2dataset, and "
+    "give what that writes to --input"
+)
+DEFAULTS = Schemas()
+
+
+class _Reading:
+    """One record that is being read."""
+
+    def __init__(self, record: Mapping[str, Any], folder: Path, schemas: Schemas) -> None:
+        self.record, self.folder, self.schemas = record, folder, schemas
+        self.media: list[str] = []
+        self.used: set[str] = set()
+
+    def document(self) -> Document:
+        fields = self.schemas.of(self.record)
+        segments = [segment for part in fields.parts for segment in self._part(part)]
+        self._refuse_unread_media(fields)
+        if not segments:
+            there = sorted(name for name, value in self.record.items() if value is not None)
+            raise DataError(f"none of its fields {there} holds text or media that is known. {HOW_TO_NAME}")
+        for name, value in self.record.items():
+            if value is not None:
+                account.count(account.USED if name in self.used else account.NOT_USED, name)
+        source = next((SOURCES[kind] for kind in MEDIA if kind in self.media), Source.TEXT)
+        return Document(segments, source, self.origin())
+
+    def origin(self) -> Origin:
+        """Return what the record says of where it comes from."""
+        said = {}
+        for key, names in (("url", URLS), ("licence", LICENCES), ("date", DATES)):
+            said[key] = next((str(self.record[name]) for name in names if self.record.get(name)), "")
+        return Origin(**said)
+
+    def _refuse_unread_media(self, fields: Fields) -> None:
+        for name, value in self.record.items():
+            if value is None or name in self.used or name in fields.ignore:
+                continue
+            is_file_name = isinstance(value, str) and value.lower().endswith(MEDIA_SUFFIXES) and "://" not in value
+            if name in MEDIA_NAMES or _holds_bytes(value) or (is_file_name and not self.media):
+                raise DataError(
+                    f"its field {name!r} holds media, and as {fields.name!r} it is not read. {HOW_TO_NAME}, or list it "
+                    "there under `ignore`"
+                )
+        has_address = any(isinstance(self.record.get(name), str) for name in ADDRESS_COLUMNS)
+        if not self.media and has_address and not SIZE_COLUMNS.isdisjoint(self.record):
+            raise DataError(ADDRESSES_ONLY)
+
+    def _take(self, names: Sequence[str]) -> tuple[str, Any]:
+        """Return the first of some columns that the record fills, and its value."""
+        for name in names:
+            if self.record.get(name) is not None:
+                self.used.add(name)
+                return name, self.record[name]
+        return "", None
+
+    def _part(self, part: Part) -> Iterator[Segment]:
+        if part.segments:
+            yield from self._nested(*self._take(part.segments))
+        if part.interleaved:
+            yield from self._interleaved(part)
+        if part.matched:
+            yield from self._matched(part)
+        if part.conversation:
+            yield from self._conversation(part)
+        else:
+            for kind in MEDIA:
+                for value in self._values(getattr(part, kind)):
+                    yield from self._read(kind, value, part)
+        if (text := self.text(part)).strip():
+            yield TextSegment(text)
+
+    def text(self, part: Part) -> str:
+        """Return the text of a part of the record."""
+        return _text(*self._take(part.text))
+
+    def _values(self, names: Sequence[str]) -> list[Any]:
+        name, value = self._take(names)
+        if value is None:
+            return []
+        self._name = name
+        return [one for one in value if one is not None] if isinstance(value, list) else [value]
+
+    def _nested(self, name: str, records: Any) -> Iterator[Segment]:
+        if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
+            raise DataError(f"{name} is not a list of objects")
+        for record in records:
+            inner = _Reading(record, self.folder, self.schemas)
+            yield from inner.document().segments
+            self.media += inner.media
+
+    def _read(self, kind: str, value: Any, part: Part) -> Sequence[Segment]:
+        try:
+            segments = READERS[kind](self._bytes(value, part))
+        except DataError as error:
+            shown = f" {_short(value)!r}" if isinstance(value, str) else ""
+            raise DataError(f"{self._name}{shown}: {error}") from error
+        self.media.append(kind)
+        return segments
+
+    def _bytes(self, value: Any, part: Part) -> bytes:
+        if isinstance(value, dict):
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if isinstance(value, bytes):
+            return value
+        if not isinstance(value, str):
+            raise DataError(f"it is {type(value).__name__}, neither the name of a file nor its bytes")
+        if value.startswith("data:") or _is_base64(value):
+            return _decode_base64(value)
+        if "://" in value:
+            raise DataError("it is an address, and nothing is fetched. Download the files and name those")
+        return self._file(value, part).read_bytes()
+
+    def _file(self, name: str, part: Part) -> Path:
+        """Return the file that a record names. Raises DataError if it is not there, or not where it may be."""
+        named = os.path.join(part.folder, name + part.suffix)
+        places = [file_beside(folder, named) for folder in (self.folder, *self.schemas.also)]
+        if places[0] is None:
+            raise DataError("it is outside the folder of the record")
+        target = next((place for place in places if place is not None and place.exists()), None)
+        if target is None:
+            raise DataError("it is not there")
+        return target
+
+    def _interleaved(self, part: Part) -> Iterator[Segment]:
+        (_, texts), (name, images) = self._take(part.interleaved[:1]), self._take(part.interleaved[1:])
+        self._name = name
+        if not isinstance(texts, list) or not isinstance(images, list):
+            raise DataError(f"{part.interleaved} are not lists")
+        if any(isinstance(text, dict) for text in texts):
+            for image in images:
+                yield from self._read("image", image, part)
+            yield TextSegment(self._render(_turns(texts)))
+            return
+        if len(texts) != len(images):
+            raise DataError(f"{len(texts)} texts and {len(images)} images are not places of one document")
+        for text, image in zip(texts, images, strict=True):
+            if isinstance(image, str) and "://" in image:
+                account.count(account.NOT_KEPT, "images that are addresses")
+            elif image is not None:
+                yield from self._read("image", image, part)
+            if text is not None and _text("texts", text).strip():
+                yield TextSegment(text if text.endswith("\n") else text + "\n")
+
+    def _matched(self, part: Part) -> Iterator[Segment]:
+        (_, texts), (name, images) = self._take(part.matched[:1]), self._take(part.matched[1:])
+        self._name = name
+        places: dict[int, list[Any]] = {}
+        for image in images:
+            places.setdefault(image["matched_text_index"], []).append(image["image_name"])
+        for number, text in enumerate(texts):
+            for image in places.pop(number, []):
+                if self._is_there(image, part):
+                    yield from self._read("image", image, part)
+                else:
+                    account.count(account.NOT_KEPT, "images that are not there")
+            yield TextSegment(_text("text_list", text) + "\n")
+        if places:
+            raise DataError(f"its images belong to texts {sorted(places)}, of which there are {len(texts)}")
+
+    def _is_there(self, name: str, part: Part) -> bool:
+        try:
+            self._file(name, part)
+        except DataError:
+            return False
+        return True
+
+    def _render(self, turns: Sequence[tuple[str, str]]) -> str:
+        return (self.schemas.render or plainly)(turns)
+
+    def _conversation(self, part: Part) -> Iterator[Segment]:
+        name, turns = self._take(part.conversation)
+        media = {kind: deque(self._values(getattr(part, kind))) for kind in MEDIA}
+        text = self._render(_turns(turns))
+        marks = PLACEHOLDER.findall(text)
+        for kind in MEDIA:
+            if (expected := marks.count(kind)) and expected != len(media[kind]):
+                raise DataError(f"{name} has {expected} <{kind}>, and the record {len(media[kind])} of that kind")
+            if not expected:
+                for value in media[kind]:
+                    yield from self._read(kind, value, part)
+        for number, piece in enumerate(PLACEHOLDER.split(text)):
+            if number % 2:
+                yield from self._read(piece, media[piece].popleft(), part)
+            elif piece.strip():
+                yield TextSegment(piece)
+
+
+PLACEHOLDER = re.compile(r"<(image|audio|video)>\n?")
+SPEAKERS = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant", "system": "System"}
+
+
+def plainly(turns: Sequence[tuple[str, str]]) -> str:
+    """Return a conversation as text: each turn behind the name of its speaker."""
+    return "\n".join(f"{SPEAKERS.get(role, role)}: {text.strip()}" for role, text in turns) + "\n"
+
+
+def _turns(turns: Any) -> list[tuple[str, str]]:
+    """Return (role, text) of each turn of a conversation in any of the forms that data sets write."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError("its conversation is not a list of turns")
+    found: list[tuple[str, str]] = []
+    for turn in turns:
+        if "user" in turn and "assistant" in turn:
+            found += [("user", str(turn["user"])), ("assistant", str(turn["assistant"]))]
+            continue
+        role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if isinstance(content, list):
+            content = "".join(_content(one) for one in content)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(f"a turn has {sorted(turn)}, not `from` and `value` or `role` and `content`")
+        found.append((role, content))
+    return found
+
+
+def _content(piece: Any) -> str:
+    """Return a piece of a turn as text; media as their placeholder."""
+    if isinstance(piece, str):
+        return piece
+    kind = piece.get("type")
+    return f"<{kind}>" if kind in MEDIA else _text("content", piece.get("text"))
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("text", "answer", "value") if key in value), value)
+    if isinstance(value, list):
+        return "\n".join(_text(name, one) for one in value)
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {type(value).__name__}, not a string")
+    return value
+
+
+def _holds_bytes(value: Any) -> bool:
+    value = value[0] if isinstance(value, list) and value else value
+    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
+
+
+def _is_base64(value: str) -> bool:
+    """Tell the bytes of a file in base64 from its name: they are longer than names may be."""
+    return len(value) > MAX_NAME and BASE64.fullmatch(value) is not None
+
+
+def _decode_base64(value: str) -> bytes:
+    head, _, body = value.rpartition(",")
+    if head and not head.endswith(";base64"):
+        raise DataError("it is a data: address that is not base64")
+    try:
+        return base64.b64decode(body, validate=True)
+    except binascii.Error as error:
+        raise DataError(f"its base64 is damaged: {error}") from error
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= SHOWN else value[:SHOWN] + "..."
+
+
+MAX_NAME = 255
+"""Bytes of the longest name that a file may have."""
+SHOWN = 80
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+
+
+# Readers are imported where they are asked: they take half a second, which runs over plain text are spared.
+def _read_image(data: bytes) -> Sequence[Segment]:
+    from megatron_mm.ingest.image import read_image
+
+    return [read_image(data)]
+
+
+def _read_audio(data: bytes) -> Sequence[Segment]:
+    from megatron_mm.ingest.audio import read_audio
+
+    return [read_audio(data)]
+
+
+def _read_video(data: bytes) -> Sequence[Segment]:
+    from megatron_mm.ingest.video import read_video
+
+    with tempfile.NamedTemporaryFile(prefix="video-") as file:
+        file.write(data)
+        file.flush()
+        segments, left_out = read_video(Path(file.name))
+    if left_out:
+        raise DataError(left_out[0].reason)
+    return segments
+
+
+READERS: dict[str, Read] = {"image": _read_image, "audio": _read_audio, "video": _read_video}
+"""Who reads media by kind."""

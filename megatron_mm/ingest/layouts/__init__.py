@@ -1,0 +1,78 @@
+"""How corpora lie on disk as their publishers ship them: which files belong together, and which are no documents.
+
+A layout is a file of this folder and a line here. It is told by what is in the files and what lies beside them, never
+by a name alone; it takes what is its own from a `Tree`, and the layouts after it see the rest. What none of them takes
+is read file by file. `--layout NAME` leaves all others out but that.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_mm.errors import ConfigError
+from megatron_mm.ingest.layouts import (
+    coco,
+    common_voice,
+    empty,
+    foreign,
+    hub_cache,
+    img2dataset,
+    librispeech,
+    mmc4,
+    pages,
+    pairs,
+    save_to_disk,
+    tables,
+    webdataset,
+)
+from megatron_mm.ingest.layouts.pairs import is_captioned
+from megatron_mm.ingest.layouts.tree import Entry, Found, SetAside, Tree
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which a corpus is shipped."""
+
+    name: str
+    """What `--layout` and the report call it."""
+    arrange: Callable[[Tree], None]
+    """A function that takes what is its own from a tree."""
+
+
+LAYOUTS = (
+    Layout("empty", empty.arrange),
+    Layout("webdataset", webdataset.arrange),
+    Layout("hub-cache", hub_cache.arrange),
+    Layout("save-to-disk", save_to_disk.arrange),
+    Layout("foreign", foreign.arrange),
+    Layout("img2dataset", img2dataset.arrange),
+    Layout("mmc4", mmc4.arrange),
+    Layout("librispeech", librispeech.arrange),
+    Layout("common-voice", common_voice.arrange),
+    Layout("coco", coco.arrange),
+    Layout("table", tables.arrange),
+    Layout("pages", pages.arrange),
+    Layout("pairs", pairs.arrange),
+)
+FILES = "files"
+"""The layout of what none of these takes: each file by itself."""
+
+
+def arrange(found: Sequence[Found], *, only: str = "", of_archive: bool = False) -> tuple[list[Entry], list[SetAside]]:
+    """Return what to read of `found`, in its order, and what is no document of its own; `only` names one layout.
+
+    `of_archive` says that they are the members of an archive. Raises ConfigError if there is no such layout.
+    """
+    known = [layout.name for layout in LAYOUTS]
+    if only not in ("", FILES, *known):
+        raise ConfigError(f"--layout {only} is none of {', '.join([*known, FILES])}.")
+    tree = Tree(found, of_archive=of_archive)
+    for layout in LAYOUTS:
+        if only in ("", layout.name):
+            tree.layout = layout.name
+            layout.arrange(tree)
+    tree.layout = FILES
+    tree.take_rest()
+    return tree.entries(), tree.aside
+
+
+__all__ = ["FILES", "LAYOUTS", "Entry", "Found", "Layout", "SetAside", "Tree", "arrange", "is_captioned"]

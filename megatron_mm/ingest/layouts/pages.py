@@ -1,0 +1,90 @@
+"""Files that other files name: the images of pages, JSON lines and Parquet rows are no documents of their own."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import orjson
+import pyarrow
+import pyarrow.parquet
+
+from megatron_mm.ingest import kinds
+from megatron_mm.ingest.fields import MEDIA_NAMES
+from megatron_mm.ingest.layouts.pairs import is_captioned
+from megatron_mm.ingest.layouts.tree import Tree, head
+
+IMAGE_OF_PAGE = re.compile(rb"""<img\b[^>]*?\bsrc\s*=\s*["']?([^"'>]+)""", re.IGNORECASE)
+MEDIA_KEY = re.compile("|".join(f'"{name}"' for name in sorted(MEDIA_NAMES)))
+LOOKED_AT = 20
+"""Lines of a file by which it is told whether its records name files."""
+
+
+def arrange(tree: Tree) -> None:
+    """Leave the media to those that name them: they are read there, in their place."""
+    if not any(is_captioned(path) for path in tree.all()):
+        return
+    for path in tree.all():
+        for name in _names(path):
+            target = Path(path.parent, unquote(name).partition("?")[0].removeprefix("./"))
+            if target != path and is_captioned(target) and tree.has(target):
+                tree.use(target)
+
+
+def _names(path: Path) -> Iterable[str]:
+    """Return the names that a file may name others by."""
+    kind = kinds.by_suffix(path)
+    if kind == kinds.HTML:
+        return [name.decode("utf-8", "replace") for name in IMAGE_OF_PAGE.findall(path.read_bytes())]
+    if kind == kinds.JSONL:
+        return _names_in_lines(path)
+    if kind == kinds.PARQUET:
+        return _names_in_rows(path)
+    if path.suffix == ".json" and (start := head(path).lstrip()).startswith("[") and MEDIA_KEY.search(start):
+        return _names_in(orjson.loads(path.read_bytes()))
+    return ()
+
+
+def _names_in_lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        named = False
+        for number, line in enumerate(file):
+            if number == LOOKED_AT and not named:
+                return
+            try:
+                record = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                continue
+            for name in _names_in(record):
+                named = True
+                yield name
+
+
+def _names_in(record: Any) -> Iterator[str]:
+    """Yield what the media fields of a record say, wherever they stand."""
+    if isinstance(record, list):
+        for one in record:
+            yield from _names_in(one)
+    elif isinstance(record, dict):
+        for key, value in record.items():
+            if key in MEDIA_NAMES and isinstance(value, str):
+                yield value
+            elif key in MEDIA_NAMES and isinstance(value, list):
+                yield from (one for one in value if isinstance(one, str))
+            elif isinstance(value, list | dict):
+                yield from _names_in(value)
+
+
+def _names_in_rows(path: Path) -> Iterator[str]:
+    try:
+        with path.open("rb") as source, pyarrow.parquet.ParquetFile(source) as file:
+            columns = [field.name for field in file.schema_arrow if field.name in MEDIA_NAMES and field.type in STRINGS]
+            for batch in file.iter_batches(columns=columns) if columns else ():
+                for column in batch.columns:
+                    yield from (name for name in column.to_pylist() if name)
+    except (pyarrow.ArrowException, OSError):  # its reader will say so
+        return
+
+
+STRINGS = (pyarrow.string(), pyarrow.large_string())

@@ -1,0 +1,76 @@
+"""What a run says at its end: P.report.json, and a short table of it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_mm.ingest import account
+from megatron_mm.ingest.account import Account
+from megatron_mm.ingest.document import Rejection
+from megatron_mm.printable import line
+from megatron_mm.shards import Counts
+
+LISTED = 1_000
+"""Rejections that a report names; all of them are in P.rejected.jsonl."""
+SHOWN = 10
+"""Rejections, and names under a heading, that are printed."""
+HEADINGS = (account.OTHERS, account.SET_ASIDE, account.NOT_KEPT, account.NOT_USED, account.GUESSED, account.REPLACED)
+"""What the table shows of the account, in its order."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the inputs."""
+
+    counts: Counts
+    num_inputs: int
+    """Pieces of work that were done."""
+    rejections: Sequence[Rejection]
+    """The first LISTED of counts.rejected."""
+    files: dict[str, Any]
+    """The files that were found, by what became of them."""
+    account: Account
+    """What became of what is in them, by heading and name."""
+
+    def to_json(self) -> bytes:
+        """Return P.report.json."""
+        said = {"files": self.files, "counts": asdict(self.counts), "account": self.account}
+        return json.dumps(said, indent=1, sort_keys=True).encode()
+
+    def nothing(self) -> str:
+        """Return what to say if no document came of the inputs."""
+        why = "; ".join(_named({"set aside": self.files["set aside"], "passed over": self.files["passed over"]}))
+        return f"none of the {self.files['found']} files gave a document" + (f" ({why})" if why else "")
+
+    def table(self, prefix: str) -> str:
+        """Return what is printed."""
+        return "\n".join(self._lines(prefix))
+
+    def _lines(self, prefix: str) -> Iterator[str]:
+        counts, files = self.counts, self.files
+        read = ", ".join(f"{name} {number}" for name, number in sorted(files["read"].items()))
+        number = sum(files["read"].values())
+        yield f"{files['found']} files: {number} read ({read}), {files['read with others']} with them"
+        yield from _named({"set aside": files["set aside"], "passed over": files["passed over"]})
+        yield f"{counts.documents} documents, {counts.tokens:,} tokens, {counts.rejected} rejected"
+        yield "documents by source: " + _joined(counts.by_source)
+        yield "media items: " + (_joined(counts.media) or "none")
+        yield from _named({heading: self.account.get(heading, {}) for heading in HEADINGS})
+        yield f"shards: {line(prefix)}.*"
+        for rejection in self.rejections[:SHOWN]:
+            yield f"  rejected {line(rejection.path)}: {line(rejection.reason)}"
+        if counts.rejected > SHOWN:
+            yield f"  ... and {counts.rejected - SHOWN} more in {line(prefix)}.rejected.jsonl"
+
+
+def _joined(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in sorted(numbers.items()))
+
+
+def _named(headings: dict[str, dict[str, int]]) -> Iterator[str]:
+    for heading, names in headings.items():
+        if names:
+            most = dict(sorted(names.items(), key=lambda one: -one[1])[:SHOWN])
+            more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            yield f"{heading}: {line(_joined(most))}{more}"

@@ -1,0 +1,95 @@
+"""Transcripts with times: SubRip, WebVTT, Podcasting 2.0's JSON, Whisper's JSON and TSV."""
+
+import html
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mm.errors import DataError
+from megatron_mm.ingest.text import decode_text
+
+TIMES = re.compile(r"\s*((?:\d+:)?\d+:\d+[.,]\d+)\s*-->\s*((?:\d+:)?\d+:\d+[.,]\d+)")
+TAG = re.compile(r"</?[A-Za-z][^<>]*>|<[\d:.]+>|\{\\[^}]*\}")
+"""Marks of style, speaker and time inside a cue (WebVTT 1, section 4.2), and SubStation's in SubRip."""
+VOICE = re.compile(r"<v(?:\.[^\s>]*)?\s+([^>]+)>")
+
+
+@dataclass(frozen=True)
+class Cue:
+    """Words, and the seconds between which they are said."""
+
+    start: float
+    stop: float
+    text: str
+
+
+def read_cues(path: Path) -> list[Cue] | None:
+    """Return the words of a transcript in the order of their times, None if the file is none. Raises DataError."""
+    suffix = path.suffix.lower()
+    if suffix in (".srt", ".vtt"):
+        cues = list(_blocks(decode_text(path.read_bytes())))
+        if not cues:
+            raise DataError("it holds no cue with its times")
+    elif suffix == ".json":
+        cues = _json_cues(path)
+    elif suffix == ".tsv":
+        cues = _tsv_cues(decode_text(path.read_bytes()))
+    else:
+        return None
+    return sorted(cues, key=lambda cue: cue.start) if cues is not None else None
+
+
+def _blocks(text: str) -> Iterator[Cue]:
+    """Yield the cues of SubRip or WebVTT: a line of times, and the lines after it up to an empty one."""
+    for block in re.split(r"\n[ \t]*\n", text.replace("\r", "\n")):
+        lines = block.split("\n")
+        for number, line in enumerate(lines):
+            if found := TIMES.match(line):
+                words = " ".join(" ".join(lines[number + 1 :]).split())
+                words = VOICE.sub(lambda voice: f"{voice[1].strip()}: ", words)
+                words = html.unescape(TAG.sub("", words)).strip()
+                if words:
+                    yield Cue(_seconds(found[1]), _seconds(found[2]), words)
+                break
+
+
+def _seconds(clock: str) -> float:
+    total = 0.0
+    for part in clock.replace(",", ".").split(":"):
+        total = total * 60 + float(part)
+    return total
+
+
+def _json_cues(path: Path) -> list[Cue] | None:
+    try:
+        said = json.loads(decode_text(path.read_bytes()))
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"it is not JSON: {error}") from error
+    segments = said.get("segments") if isinstance(said, dict) else None
+    if not isinstance(segments, list) or not segments:
+        return None
+    cues = [_json_cue(segment) for segment in segments if isinstance(segment, dict)]
+    return [cue for cue in cues if cue is not None and cue.text]
+
+
+def _json_cue(segment: Mapping[str, Any]) -> Cue | None:
+    start, stop = segment.get("startTime", segment.get("start")), segment.get("endTime", segment.get("end"))
+    words = segment.get("body", segment.get("text"))
+    if not isinstance(words, str) or not isinstance(start, int | float):
+        return None
+    speaker = f"{segment['speaker']}: " if segment.get("speaker") else ""
+    return Cue(float(start), float(stop) if isinstance(stop, int | float) else float(start), speaker + words.strip())
+
+
+def _tsv_cues(text: str) -> list[Cue] | None:
+    """Return the cues of Whisper's TSV, whose times are milliseconds."""
+    head, *lines = text.splitlines()
+    if head.split("\t") != ["start", "end", "text"]:
+        return None
+    rows = [line.split("\t", 2) for line in lines if line.strip()]
+    return [Cue(int(start) / 1000, int(stop) / 1000, words.strip()) for start, stop, words in rows]
