@@ -1,7 +1,8 @@
-"""Turn files into training shards: text, web pages, JSON lines, images, recordings and PDFs.
+"""Turn files into training shards: text, web pages, records, images, recordings, PDFs, and corpora as they are shipped.
 
-An image or recording and a text file of the same name beside it become one document, the text last. Writes PREFIX.bin,
-.idx, .media.bin, .media.idx, .crc, .json (the manifest) and .rejected.jsonl; nothing appears before all is done.
+--check reads a sample of each kind of input and prints what it would become: begin with that. Writes PREFIX.bin, .idx,
+.media.bin, .media.idx, .crc, .json (the manifest), .report.json (what became of everything) and .rejected.jsonl;
+nothing appears before all is done.
 A run that was killed goes on where it was when it is started again with the same arguments, and ends in the same bytes.
 
 Over many machines, as a SLURM array: each task reads its share of the same inputs and writes shards of its own
@@ -10,13 +11,18 @@ Over many machines, as a SLURM array: each task reads its share of the same inpu
 
 import argparse
 import sys
+from pathlib import Path
 
 from megatron_mm import config as configs
 from megatron_mm import endings
 from megatron_mm.environment import read_number
 from megatron_mm.errors import ConfigError
+from megatron_mm.ingest.check import check
+from megatron_mm.ingest.fields import Schemas, load_fields
+from megatron_mm.ingest.find import find_files
+from megatron_mm.ingest.layouts import NAMES
 from megatron_mm.ingest.pipeline import preprocess
-from megatron_mm.ingest.plan import Share
+from megatron_mm.ingest.plan import EVERYTHING, Share, WorkPlan
 from megatron_mm.ingest.work_items import Options
 
 PRESET = "mm_88b"
@@ -25,8 +31,20 @@ PRESET = "mm_88b"
 def main() -> int:
     parser = endings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, and folders of files")
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="where the shards go")
-    parser.add_argument("--tokenizer", required=True, metavar="T", help="a local tokenizer.json")
+    parser.add_argument("--output-prefix", metavar="P", help="where the shards go")
+    parser.add_argument("--tokenizer", metavar="T", help="a local tokenizer.json")
+    parser.add_argument(
+        "--check", action="store_true", help="print what a sample of each kind of input would become, and write nothing"
+    )
+    parser.add_argument(
+        "--layout",
+        default="",
+        metavar="L",
+        help=f"how the inputs lie on disk, if it is not to be told by what they are: {', '.join(NAMES)}",
+    )
+    parser.add_argument(
+        "--fields", type=Path, metavar="FILE", help="YAML that says which columns of records are what (docs/inputs.md)"
+    )
     parser.add_argument(
         "--workers", type=endings.at_least(1), default=1, metavar="N", help="processes that read (default 1)"
     )
@@ -96,6 +114,8 @@ def main() -> int:
         help="shares that the inputs are cut into (default: the tasks of a SLURM array, or 1)",
     )
     arguments = parser.parse_args()
+    if not arguments.check and (arguments.output_prefix is None or arguments.tokenizer is None):
+        parser.error("--output-prefix and --tokenizer are needed, but for --check")
     return endings.run(lambda: _run(arguments), memory="Use fewer --workers.")
 
 
@@ -106,6 +126,19 @@ def _run(arguments: argparse.Namespace) -> None:
             f"--min-tokens {arguments.min_tokens} is above --max-tokens {arguments.max_tokens}: no document is both. "
             "Lower it."
         )
+    options = Options(
+        trust_content=arguments.trust_content,
+        max_audio_seconds=arguments.max_audio_seconds,
+        languages=tuple(arguments.languages),
+        min_tokens=arguments.min_tokens,
+        max_tokens=arguments.max_tokens,
+        layout=arguments.layout,
+        schemas=Schemas(load_fields(arguments.fields)) if arguments.fields is not None else Options.schemas,
+        geometries=configs.geometries(configs.load_saved(arguments.preset, arguments.set)),
+    )
+    if arguments.check:
+        _check(arguments, options)
+        return
     kept = "what is done is kept, and the same command goes on behind it"
     with endings.note(stop=lambda: kept, disk=f"--output-prefix {arguments.output_prefix}"):
         report = preprocess(
@@ -114,19 +147,23 @@ def _run(arguments: argparse.Namespace) -> None:
             tokenizer_path=arguments.tokenizer,
             workers=arguments.workers,
             skip_bad=arguments.bad_input == "skip",
-            options=Options(
-                trust_content=arguments.trust_content,
-                max_audio_seconds=arguments.max_audio_seconds,
-                languages=tuple(arguments.languages),
-                min_tokens=arguments.min_tokens,
-                max_tokens=arguments.max_tokens,
-                geometries=configs.geometries(configs.load_saved(arguments.preset, arguments.set)),
-            ),
+            options=options,
             engine=arguments.tokenizer_engine,
             share=share,
             follow_links=arguments.follow_links,
         )
     print(report.table(share.prefix(arguments.output_prefix)))
+
+
+def _check(arguments: argparse.Namespace, options: Options) -> None:
+    finding = find_files(
+        arguments.input,
+        follow_links=arguments.follow_links,
+        output_prefix=arguments.output_prefix or "",
+        tokenizer=arguments.tokenizer or "",
+    )
+    for text in check(WorkPlan(finding, EVERYTHING, layout=options.layout), options):
+        print(text, flush=True)
 
 
 def _share(arguments: argparse.Namespace) -> Share:

@@ -24,6 +24,7 @@ from megatron_mm.ingest.mail import read_mail
 from megatron_mm.ingest.records import element_ranges, read_elements, read_lines, read_rows, read_table
 from megatron_mm.ingest.sidecars import read_beside, read_film, read_recording
 from megatron_mm.ingest.table_rows import Table
+from megatron_mm.ingest.text import NoText
 
 CONTAINERS = frozenset(
     {
@@ -63,6 +64,12 @@ class Reader:
                 if kind in CONTAINERS_OF:
                     return CONTAINERS_OF[kind](self, path)
                 document, rejections = self._document(path, kind, beside)
+        except NoText as error:
+            if kind != kinds.TEXT:
+                return self._rejected(path, kind, str(error))
+            account.count(account.INPUTS, kind.words)
+            account.count(account.OTHERS, "files of white space")
+            return [], []
         except (DataError, OSError) as error:
             return self._rejected(path, kind, str(error))
         except RecursionError:

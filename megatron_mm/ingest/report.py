@@ -48,11 +48,8 @@ class Report:
         return "\n".join(self._lines(prefix))
 
     def _lines(self, prefix: str) -> Iterator[str]:
-        counts, files = self.counts, self.files
-        read = ", ".join(f"{name} {number}" for name, number in sorted(files["read"].items()))
-        number = sum(files["read"].values())
-        yield f"{files['found']} files: {number} read ({read}), {files['read with others']} with them"
-        yield from _named({"set aside": files["set aside"], "passed over": files["passed over"]})
+        counts = self.counts
+        yield from table_of(self.files)
         yield f"{counts.documents} documents, {counts.tokens:,} tokens, {counts.rejected} rejected"
         yield "documents by source: " + _joined(counts.by_source)
         yield "media items: " + (_joined(counts.media) or "none")
@@ -62,6 +59,13 @@ class Report:
             yield f"  rejected {line(rejection.path)}: {line(rejection.reason)}"
         if counts.rejected > SHOWN:
             yield f"  ... and {counts.rejected - SHOWN} more in {line(prefix)}.rejected.jsonl"
+
+
+def table_of(files: dict[str, Any]) -> Iterator[str]:
+    """Yield what is printed of the files that were found."""
+    read, number = _joined(files["read"]), sum(files["read"].values())
+    yield f"{files['found']:,} files: {number:,} read ({read}), {files['read with others']:,} with them"
+    yield from _named({"set aside": files["set aside"], "passed over": files["passed over"]})
 
 
 def _joined(numbers: dict[str, int]) -> str:

@@ -44,6 +44,10 @@ NOT_IN_DATA = (BLOCKS | INVISIBLE | {"img"}) - {"p"}
 """What a row of a table that lays out a page holds, and one of data does not."""
 
 
+class NoText(DataError):
+    """A file of text holds none, but white space."""
+
+
 def decode_text(data: bytes) -> str:
     """Return the text of `data`: UTF-8, or UTF-16 with a byte-order mark. Raises DataError if it is neither."""
     encoding = "utf-16" if data.startswith(UTF16_MARKS) else "utf-8-sig"
@@ -52,7 +56,7 @@ def decode_text(data: bytes) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"it is not {encoding.upper()} text: byte {error.start} cannot be decoded") from error
     if not text.strip():
-        raise DataError("it holds no text")
+        raise NoText("it holds no text")
     if "\0" in text:
         raise DataError("it holds zero bytes, which text does not have")
     return text.replace("\r\n", "\n")

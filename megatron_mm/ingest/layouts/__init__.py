@@ -55,6 +55,8 @@ LAYOUTS = (
 )
 FILES = "files"
 """The layout of what none of these takes: each file by itself."""
+NAMES = (*(layout.name for layout in LAYOUTS), FILES)
+"""What `--layout` may name."""
 
 
 def arrange(found: Sequence[Found], *, only: str = "", of_archive: bool = False) -> tuple[list[Entry], list[SetAside]]:
@@ -62,9 +64,8 @@ def arrange(found: Sequence[Found], *, only: str = "", of_archive: bool = False)
 
     `of_archive` says that they are the members of an archive. Raises ConfigError if there is no such layout.
     """
-    known = [layout.name for layout in LAYOUTS]
-    if only not in ("", FILES, *known):
-        raise ConfigError(f"--layout {only} is none of {', '.join([*known, FILES])}.")
+    if only not in ("", *NAMES):
+        raise ConfigError(f"--layout {only} is none of {', '.join(NAMES)}.")
     tree = Tree(found, of_archive=of_archive)
     for layout in LAYOUTS:
         if only in ("", layout.name):
@@ -75,4 +76,4 @@ def arrange(found: Sequence[Found], *, only: str = "", of_archive: bool = False)
     return tree.entries(), tree.aside
 
 
-__all__ = ["FILES", "LAYOUTS", "Entry", "Found", "Layout", "SetAside", "Tree", "arrange", "is_captioned"]
+__all__ = ["FILES", "LAYOUTS", "NAMES", "Entry", "Found", "Layout", "SetAside", "Tree", "arrange", "is_captioned"]
