@@ -64,7 +64,9 @@ HARD_TEXTS = (
 )
 """What tokenizers are known to disagree on."""
 SAMPLE_CHARACTERS = 1_000
-"""Length of the text of each batch that is encoded by the reference as well."""
+"""Length of a text that is encoded by the reference as well."""
+SAMPLE_EVERY = 4 * 2**20
+"""Characters of which one such text is taken, in however many calls they come; the first call is always compared."""
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +110,7 @@ class TextTokenizer:
         """Id of each role of SPECIAL_TOKENS."""
         self.content = content
         """The file as it is, without the special tokens that it lacks."""
+        self._unchecked = SAMPLE_EVERY  # characters that were encoded and not yet stood for by a sample
 
     @cached_property
     def info(self) -> TokenizerInfo:
@@ -131,7 +134,10 @@ class TextTokenizer:
             ids = [self._fast.encode(text) for text in texts]
         except (UnicodeEncodeError, TypeError):
             return [self._encode_by_reference(text) for text in texts]
-        self._check_sample(texts)
+        self._unchecked += sum(map(len, texts))
+        for number in range(self._unchecked // SAMPLE_EVERY if texts else 0):
+            self._check_sample(texts, number)
+            self._unchecked -= SAMPLE_EVERY
         return ids
 
     def _encode_by_reference(self, text: str) -> np.ndarray:
@@ -168,13 +174,11 @@ class TextTokenizer:
     def _agrees(self, fast: FastTokenizer, text: str) -> bool:
         return np.array_equal(fast.encode(text), self._encode_by_reference(text))
 
-    def _check_sample(self, texts: Sequence[str]) -> None:
-        """Compare a piece of one text with the reference; which one depends on the texts alone."""
-        if not texts:
-            return
-        number = zlib.crc32(b"%d %d" % (len(texts), len(texts[0])))
-        text = texts[number % len(texts)]
-        start = number % max(1, len(text) - SAMPLE_CHARACTERS)
+    def _check_sample(self, texts: Sequence[str], number: int) -> None:
+        """Compare a piece of one text with the reference; which one depends on the texts, and on `number`, alone."""
+        key = zlib.crc32(b"%d %d %d" % (number, len(texts), len(texts[0])))
+        text = texts[key % len(texts)]
+        start = key % max(1, len(text) - SAMPLE_CHARACTERS)
         sample = text[start : start + SAMPLE_CHARACTERS]
         if not self._agrees(self._fast, sample):
             raise EncodingMismatch(
