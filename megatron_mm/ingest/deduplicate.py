@@ -7,13 +7,14 @@ of the signatures; a pair that shares a band counts if its signatures agree in a
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from rensa import RMinHash
 
 from megatron_mm.errors import ConfigError
-from megatron_mm.shards import Counts, EncodedDocument, ShardWriter, open_shards
+from megatron_mm.shards import Counts, EncodedBatch, EncodedDocument, ShardWriter, open_shards
 
 SHINGLE_TOKENS = 5
 PERMUTATIONS, BANDS = 128, 16
@@ -33,9 +34,10 @@ def deduplicate(
 ) -> Counts:
     """Copy shards but for documents that an earlier one equals, or resembles by `threshold` or more; return the counts.
 
-    The first of equal documents stays. What is left out is listed in `output_prefix`.rejected.jsonl with the document
-    that stands for it. Documents with media are compared as a whole, media included, and never called similar. Held
-    are a digest of each document and, with a `threshold`, half a kilobyte for each text.
+    The first of equal documents stays, and where it came from is kept. What is left out is listed in
+    `output_prefix`.rejected.jsonl with the document that stands for it. Documents with media are compared as a whole,
+    media included, and never called similar. Held are a digest of each document and, with a `threshold`, half a
+    kilobyte for each text.
     """
     shards = open_shards(prefixes)
     if Path(output_prefix).resolve() in [Path(one).resolve() for one in (*prefixes, *(own.prefix for own in shards))]:
@@ -50,11 +52,14 @@ def deduplicate(
                 numbers = range(start, min(start + BLOCK_DOCUMENTS, shard.num_documents))
                 documents = [shard.document(number) for number in numbers]
                 names = [f"{shard.prefix}:{number}" for number in numbers]
-                for name, document, reason in zip(names, documents, finder.find(names, documents), strict=True):
+                reasons = list(finder.find(names, documents))
+                for name, reason in zip(names, reasons, strict=True):
                     if reason:
                         writer.add_rejection({"path": name, "reason": reason})
-                    else:
-                        writer.add(document)
+                kept = np.flatnonzero([not reason for reason in reasons])
+                origins = shard.origins(numbers.start, numbers.stop)
+                batch = EncodedBatch.of([documents[index] for index in kept.tolist()])
+                writer.add_batch(replace(batch, origins=None if origins is None else origins.take(kept)))
                 progress(len(documents))
     return writer.counts
 

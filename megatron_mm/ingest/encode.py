@@ -1,6 +1,6 @@
 """From documents to what shards store: ids with one run of placeholders for each media item."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -24,27 +24,79 @@ def encode_document(
     """Return `document` as ids, ending in end-of-text, with its media items.
 
     An item is its modality's start token, as many placeholders as `geometries` make of it, and its end token: by their
-    defaults, 196 of an image and 49 of a second of audio. Raises DataError for an item that would have none.
+    defaults, 196 of an image and 49 of a second of audio. Raises DataError for an item that would have none, and for
+    text that is not Unicode.
     """
-    geometries = geometries or default_geometries()
-    tokens: list[int] = []
+    (made,) = encode_together([document], tokenizer, geometries=geometries, max_audio_seconds=max_audio_seconds)
+    if isinstance(made, DataError):
+        raise made
+    return made
+
+
+def encode_together(
+    documents: Sequence[Document],
+    tokenizer: TextTokenizer,
+    *,
+    geometries: Geometries | None = None,
+    max_audio_seconds: int = MAX_AUDIO_SECONDS,
+) -> list[EncodedDocument | DataError]:
+    """Return each document as `encode_document` does, or what it would raise; their texts are encoded as one batch."""
+    wrong = [_not_unicode(document) for document in documents]
+    good = [document for document, error in zip(documents, wrong, strict=True) if error is None]
+    ids = iter(tokenizer.encode_batch([text for document in good for text in _texts(document)]))
+    made: list[EncodedDocument | DataError] = []
+    for document, error in zip(documents, wrong, strict=True):
+        if error is not None:
+            made.append(error)
+            continue
+        own = [next(ids) for _ in _texts(document)]  # before anything of the document can raise
+        try:
+            made.append(_assemble(document, own, tokenizer, geometries or default_geometries(), max_audio_seconds))
+        except DataError as refusal:
+            made.append(refusal)
+    return made
+
+
+def _texts(document: Document) -> Iterator[str]:
+    return (segment.text for segment in document.segments if isinstance(segment, TextSegment))
+
+
+def _not_unicode(document: Document) -> DataError | None:
+    try:
+        for text in _texts(document):
+            text.encode()
+    except UnicodeEncodeError:
+        return DataError("the text holds half of a surrogate pair, which no Unicode text does")
+    return None
+
+
+def _assemble(
+    document: Document,
+    texts: Sequence[np.ndarray],
+    tokenizer: TextTokenizer,
+    geometries: Geometries,
+    max_audio_seconds: int,
+) -> EncodedDocument:
+    """Return a document whose texts have the ids `texts`."""
+    parts: list[Sequence[int] | np.ndarray] = []
     media: list[MediaItem] = []
+    following, num_tokens = iter(texts), 0
     for segment in document.segments:
         if isinstance(segment, TextSegment):
-            tokens += tokenizer.encode(segment.text)
+            parts.append(next(following))
+            num_tokens += len(parts[-1])
             continue
         modality = BY_NAME[segment.modality]
         start, placeholder, end = (tokenizer.special_ids[role] for role in modality.special_tokens)
         for item in modality.cut(segment, max_seconds=max_audio_seconds):
-            num_tokens = modality.num_tokens(item, geometries[modality.name])
-            if not num_tokens:
+            length = modality.num_tokens(item, geometries[modality.name])
+            if not length:
                 raise DataError(f"an item of {len(item.data)} bytes is too little {modality.name} for one token")
-            tokens.append(start)
-            media.append(MediaItem(modality.name, item.data, len(tokens), num_tokens))
-            tokens += [placeholder] * num_tokens
-            tokens.append(end)
-    tokens.append(tokenizer.special_ids["end_of_text"])
-    return EncodedDocument(np.asarray(tokens), document.source, media)
+            media.append(MediaItem(modality.name, item.data, num_tokens + 1, length))
+            parts.append([start, *[placeholder] * length, end])
+            num_tokens += length + 2
+    parts.append([tokenizer.special_ids["end_of_text"]])
+    return EncodedDocument(np.concatenate(parts, dtype=np.uint32, casting="unsafe"), document.source, media)
 
 
 def encode_texts(texts: Sequence[str], tokenizer: TextTokenizer) -> EncodedBatch:

@@ -19,6 +19,7 @@ from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.ingest import account
 from megatron_mm.ingest.beside import file_beside
 from megatron_mm.ingest.document import Document, Origin, Segment, TextSegment
+from megatron_mm.ingest.origins import said_of
 from megatron_mm.source import Source
 
 BUILT_IN = Path(__file__).with_name("fields.yaml")
@@ -38,9 +39,6 @@ MEDIA_SUFFIXES = (
 ADDRESS_COLUMNS = ("url", "URL", "image_url", "img_url", "video_url", "audio_url")
 SIZE_COLUMNS = {"width", "height", "WIDTH", "HEIGHT", "image_phash", "phash", "similarity", "clip_similarity_vitb32"}
 """Columns that tables of pictures' addresses have beside the address, and tables of web pages have not."""
-URLS = ("url", "URL", "uri", "source_url", "image_url")
-LICENCES = ("license", "licence", "LICENSE", "license_url")
-DATES = ("date", "timestamp", "created", "published", "date_download", "warc_date")
 
 Read = Callable[[bytes], Sequence[Segment]]
 """A function from the bytes of a media file to what it becomes."""
@@ -201,10 +199,7 @@ class _Reading:
 
     def origin(self) -> Origin:
         """Return what the record says of where it comes from."""
-        said = {}
-        for key, names in (("url", URLS), ("licence", LICENCES), ("date", DATES)):
-            said[key] = next((str(self.record[name]) for name in names if self.record.get(name)), "")
-        return Origin(**said)
+        return Origin(*said_of(self.record))
 
     def _refuse_unread_media(self, fields: Fields) -> None:
         for name, value in self.record.items():

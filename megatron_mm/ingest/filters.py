@@ -50,7 +50,8 @@ def select(batch: EncodedBatch, keep: np.ndarray) -> EncodedBatch:
     """Return the text documents of a batch where `keep`, (num_documents,) bool, is true."""
     assert not batch.media
     tokens = batch.tokens[np.repeat(keep, batch.lengths)]
-    return EncodedBatch(tokens, batch.lengths[keep], batch.sources[keep])
+    origins = None if batch.origins is None else batch.origins.take(np.flatnonzero(keep))
+    return EncodedBatch(tokens, batch.lengths[keep], batch.sources[keep], origins=origins)
 
 
 @functools.cache

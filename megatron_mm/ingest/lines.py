@@ -1,6 +1,8 @@
 """JSON lines of plain text, the bulk of most corpora: as `read_lines` and `encode_document` give, many times faster."""
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,15 @@ import orjson
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import account
-from megatron_mm.ingest.document import Document, Rejection
-from megatron_mm.ingest.encode import encode_document, encode_texts
+from megatron_mm.ingest.document import Document, Origin, Reading, Rejection, TextSegment
+from megatron_mm.ingest.encode import encode_texts, encode_together
 from megatron_mm.ingest.fields import MEDIA_NAMES, MEDIA_SUFFIXES, SIZE_COLUMNS, Schemas, built_in
 from megatron_mm.ingest.filters import document_text, select, wrong_language, wrong_length
+from megatron_mm.ingest.origins import Said, origins_of, origins_of_lines, said_of
 from megatron_mm.ingest.work_items import Options, WorkItem
 from megatron_mm.shards import EncodedBatch, EncodedDocument
 from megatron_mm.source import Source
-from megatron_mm.tokenizer import EncodingMismatch, TextTokenizer
+from megatron_mm.tokenizer import TextTokenizer
 
 OTHER_FIELDS = (
     MEDIA_NAMES
@@ -38,47 +41,56 @@ def encode_lines(work: WorkItem, tokenizer: TextTokenizer, options: Options) -> 
     with work.path.open("rb") as file:
         file.seek(work.start)
         lines = file.read(work.stop - work.start).split(b"\n")
-    texts: dict[int, str] = {}
     shapes: Counter[tuple[str, ...]] = Counter()
-    filtered = 0
-    others: dict[int, list[EncodedDocument]] = {}
+    texts: list[str] = []
+    numbers: list[int] = []
+    spans: list[tuple[int, int]] = []
+    said: list[Said] = []
+    others: dict[int, list[Document]] = {}
     rejections: list[Rejection] = []
-    start, filled = work.start, 0
-    for number, line in enumerate(lines):
+    start, filled, left_out = work.start, 0, 0
+    for number, line in enumerate(lines, start=work.first_line):
         if line and not line.isspace():
             filled += 1
             record = plain_record(line) if not options.schemas.own else None
-            text = None if record is None else record["text"]
             if record is not None:
                 shapes[tuple(record)] += 1
-            place = work.first_line + number
-            if text is not None and (reason := wrong_language(text, options)):
-                rejections.append(Rejection(f"{work.path}:{place}", reason))
-                filtered += 1
-            elif text is not None:
-                texts[number] = text
-            else:
-                read, left_out = _read_line(work.path, start, start + len(line), place, options.schemas)
-                documents, failed = encode_documents(read, tokenizer, options, place=f"{work.path}:{place}")
-                if documents or left_out or failed:
+            if record is None:
+                documents, bad = _read_line(work.path, start, start + len(line), number, options.schemas)
+                rejections += bad
+                if documents:
                     others[number] = documents
-                rejections += [*left_out, *failed]
+                left_out += bool(bad) and not documents
+            elif reason := wrong_language(record["text"], options):
+                rejections.append(Rejection(f"{work.path}:{number}", reason))
+                left_out += 1
+            else:
+                texts.append(record["text"])
+                numbers.append(number)
+                spans.append((start, start + len(line)))
+                said.append(said_of(record))
         start += len(line) + 1
     _count(shapes)
-    batch = encode_texts(list(texts.values()), tokenizer)
-    if len(batch.lengths) + len(others) + filtered != filled:
-        raise DataError(f"{work.path}: {filled} lines from line {work.first_line} gave {len(batch.lengths)} documents.")
-    places = list(texts)
+    if len(texts) + len(others) + left_out != filled:
+        raise DataError(f"{work.path}: {filled} lines from line {work.first_line} gave {len(texts)} texts.")
+    if others:
+        documents, places = _in_order(texts, numbers, spans, said, others)
+        names = [f"{work.path}:{place}" for place in places]
+        batch, failed = encode_documents(documents, tokenizer, options, names=names, file=str(work.path))
+        return batch, [*rejections, *failed]
+    batch = encode_texts(texts, tokenizer)
+    if len(batch.lengths) != len(texts):
+        raise DataError(f"{work.path}: {len(texts)} texts gave {len(batch.lengths)} documents.")
+    batch = replace(batch, origins=origins_of_lines(str(work.path), spans, said))
     if options.min_tokens > 1 or options.max_tokens is not None:
         reasons = [wrong_length(length, options) for length in batch.lengths.tolist()]
         rejections += [
-            Rejection(f"{work.path}:{work.first_line + number}", reason)
-            for number, reason in zip(places, reasons, strict=True)
+            Rejection(f"{work.path}:{number}", reason)
+            for number, reason in zip(numbers, reasons, strict=True)
             if reason
         ]
-        places = [number for number, reason in zip(places, reasons, strict=True) if not reason]
         batch = select(batch, np.asarray([not reason for reason in reasons], bool))
-    return _in_order(batch, places, others) if others else batch, rejections
+    return batch, rejections
 
 
 def plain_record(line: bytes) -> dict[str, Any] | None:
@@ -105,43 +117,48 @@ def _count(shapes: Counter[tuple[str, ...]]) -> None:
 
 
 def encode_documents(
-    documents: list[Document], tokenizer: TextTokenizer, options: Options, *, place: str
-) -> tuple[list[EncodedDocument], list[Rejection]]:
-    """Return `documents` encoded; one that cannot be is a rejection of `place`."""
-    encoded: list[EncodedDocument] = []
+    documents: Sequence[Document], tokenizer: TextTokenizer, options: Options, *, names: Sequence[str], file: str
+) -> Encoded:
+    """Return `documents` of a file encoded as one batch; one that cannot be is a rejection by its name."""
     rejections: list[Rejection] = []
-    for number, document in enumerate(documents, start=1):
-        name = place if len(documents) == 1 else f"{place}, document {number}"
-        try:
-            reason = wrong_language(document_text(document), options) if options.languages else ""
-            how = {"geometries": options.geometries, "max_audio_seconds": options.max_audio_seconds}
-            made = None if reason else encode_document(document, tokenizer, **how)
-            if made is not None and not (reason := wrong_length(len(made.tokens), options)):
-                encoded.append(made)
-            else:
-                rejections.append(Rejection(name, reason))
-        except EncodingMismatch:
-            raise
-        except DataError as error:
-            rejections.append(Rejection(name, str(error)))
-    return encoded, rejections
+    taken: list[tuple[str, Document]] = []
+    for name, document in zip(names, documents, strict=True):
+        if reason := wrong_language(document_text(document), options) if options.languages else "":
+            rejections.append(Rejection(name, reason))
+        else:
+            taken.append((name, document))
+    how = {"geometries": options.geometries, "max_audio_seconds": options.max_audio_seconds}
+    encoded: list[EncodedDocument] = []
+    origins: list[Origin] = []
+    for (name, document), made in zip(
+        taken, encode_together([document for _, document in taken], tokenizer, **how), strict=True
+    ):
+        reason = str(made) if isinstance(made, DataError) else wrong_length(len(made.tokens), options)
+        if reason:
+            rejections.append(Rejection(name, reason))
+        else:
+            encoded.append(made)
+            origins.append(document.origin)
+    return replace(EncodedBatch.of(encoded), origins=origins_of(file, origins)), rejections
 
 
-def _read_line(
-    path: Path, start: int, stop: int, number: int, schemas: Schemas
-) -> tuple[list[Document], list[Rejection]]:
+def _read_line(path: Path, start: int, stop: int, number: int, schemas: Schemas) -> Reading:
     # The readers of media take half a second to load, which runs over plain text are spared.
     from megatron_mm.ingest.records import read_lines
 
     return read_lines(path, start=start, stop=stop, first_line=number, schemas=schemas)
 
 
-def _in_order(batch: EncodedBatch, places: list[int], others: dict[int, list[EncodedDocument]]) -> EncodedBatch:
-    """Return the texts, which stand on lines `places`, and the other documents in the order of their lines."""
-    lengths = batch.lengths.tolist()
-    stops = batch.lengths.cumsum().tolist()
-    made = {
-        place: [EncodedDocument(batch.tokens[stop - length : stop], Source.TEXT)]
-        for place, stop, length in zip(places, stops, lengths, strict=True)
-    }
-    return EncodedBatch.of([document for _, own in sorted((made | others).items()) for document in own])
+def _in_order(
+    texts: Sequence[str],
+    numbers: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    said: Sequence[Said],
+    others: dict[int, list[Document]],
+) -> tuple[list[Document], list[int]]:
+    """Return the texts and the other documents in the order of their lines, and the number of the line of each."""
+    made = dict(others)
+    for text, number, (start, stop), (url, licence, date) in zip(texts, numbers, spans, said, strict=True):
+        made[number] = [Document([TextSegment(text)], Source.TEXT, Origin(url, licence, date, start, stop))]
+    ordered = sorted(made.items())
+    return [document for _, own in ordered for document in own], [number for number, own in ordered for _ in own]

@@ -105,6 +105,11 @@ def _place(item: WorkItem) -> str:
     return str(item.path) if item.stop is None else f"{item.path}:{item.first_line}"
 
 
+def _names(place: str, count: int) -> list[str]:
+    """Return what a rejection calls each of the documents of a piece of work."""
+    return [place] if count == 1 else [f"{place}, document {number}" for number in range(1, count + 1)]
+
+
 def read_texts(inputs: Sequence[str]) -> Iterator[str]:
     """Yield the text of every document under `inputs`, in a fixed order. Raises DataError at the first bad input."""
     for item in WorkPlan(find_files(inputs), EVERYTHING).work():
@@ -163,8 +168,9 @@ def _read_and_encode(work: WorkItem, tokenizer: TextTokenizer, options: Options)
     if isinstance(reading, Cut):
         return reading
     documents, rejections = reading
-    encoded, failed = encode_documents(documents, tokenizer, options, place=_place(work))
-    return EncodedBatch.of(encoded), [*rejections, *failed]
+    names = _names(_place(work), len(documents))
+    batch, failed = encode_documents(documents, tokenizer, options, names=names, file=str(work.path))
+    return batch, [*rejections, *failed]
 
 
 def _first_bad(rejections: Sequence[Rejection]) -> str:

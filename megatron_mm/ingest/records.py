@@ -272,6 +272,11 @@ def _records(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
+def _placed(document: Document, start: int, stop: int | None = None) -> Document:
+    """Return a document of a record with the bytes, or the row, that it takes."""
+    return replace(document, origin=replace(document.origin, start=start, stop=stop))
+
+
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, DataError | OSError) else unexpected(error)
 

@@ -1,10 +1,11 @@
 """The on-disk border between ingestion and training: token shards and media shards.
 
-A prefix P names seven files. `P.bin` and `P.idx` are megatron-core's IndexedDataset format, one document a sequence, at
+A prefix P names eight files. `P.bin` and `P.idx` are megatron-core's IndexedDataset format, one document a sequence, at
 decoder length: a media item is a run of placeholder ids. `P.media.bin` holds the encoded bytes of all media items end
 to end, `P.media.idx` says where each lies and which run it fills, `P.tokenizer` is the tokenizer.json that the ids come
-from, `P.crc` holds checksums, and `P.json` is the manifest: counts, tokenizer, sizes and checksums. The manifest is
-written last, so a set of shards without one is not finished and is never read.
+from, `P.crc` holds checksums, `P.origin.parquet` says where documents came from (nothing needs it, and where nothing is
+known it is not there), and `P.json` is the manifest: counts, tokenizer, sizes and checksums. The manifest is written
+last, so a set of shards without one is not finished and is never read.
 
 Nothing is used that was not compared with its checksum: `P.json` ends in the SHA-256 of what it says, and holds that of
 `P.tokenizer` and a CRC-32 of every 16 MiB of the other files, which `verify` compares; `P.crc` is a CRC-32 of every
@@ -24,6 +25,7 @@ from megatron_mm.shards.format import (
     MediaItem,
     TokenizerInfo,
 )
+from megatron_mm.shards.origins import Origins
 from megatron_mm.shards.reader import (
     DamagedItem,
     ShardReader,
@@ -41,6 +43,7 @@ __all__ = [
     "EncodedBatch",
     "EncodedDocument",
     "MediaItem",
+    "Origins",
     "ShardReader",
     "ShardWriter",
     "TokenizerInfo",

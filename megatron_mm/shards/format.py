@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from megatron_mm.settings import NonNegativeInt
+from megatron_mm.shards.origins import Origins
 from megatron_mm.source import Source
 
 TOKEN_MAGIC, TOKEN_VERSION = b"MMIDIDX\x00\x00", 1
@@ -64,6 +65,14 @@ class ManifestFile(TypedDict):
     block_crc32: list[NonNegativeInt]
 
 
+class ManifestOrigins(TypedDict):
+    """What a manifest says of where the documents came from."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    files: NonNegativeInt
+    documents_by_licence: dict[str, NonNegativeInt]
+
+
 class Manifest(TypedDict):
     """What the manifest of a set of shards must say."""
 
@@ -74,6 +83,8 @@ class Manifest(TypedDict):
     files: dict[Literal[".bin", ".idx", ".media.bin", ".media.idx", ".tokenizer"], ManifestFile]
     media: dict[str, NonNegativeInt]
     modalities: NotRequired[dict[str, dict[str, Any]]]
+    origin: NotRequired[ManifestFile]
+    origins: NotRequired[ManifestOrigins]
 
 
 class MergedManifest(TypedDict):
@@ -84,6 +95,7 @@ class MergedManifest(TypedDict):
     tokens: NonNegativeInt
     tokenizer: ManifestTokenizer
     parts: Annotated[list[str], Field(min_length=1)]
+    origins: NotRequired[ManifestOrigins]
 
 
 @dataclass(frozen=True)
@@ -127,12 +139,16 @@ class EncodedBatch:
     """(num_documents,) uint8, source.Source."""
     media: Sequence[tuple[int, MediaItem]] = ()
     """Document of the batch, and what it holds, in the order of documents and tokens."""
+    origins: Origins | None = None
+    """Where the documents came from; None if nothing is known of it."""
 
     @staticmethod
     def of(documents: Sequence[EncodedDocument]) -> "EncodedBatch":
         """Return `documents` as a batch."""
+        tokens = np.concatenate([np.zeros(0, np.uint16), *(np.asarray(document.tokens) for document in documents)])
+        is_narrow = tokens.size and 0 <= tokens.min() <= tokens.max() <= np.iinfo(np.uint16).max
         return EncodedBatch(
-            np.concatenate([np.zeros(0, np.uint16), *(np.asarray(document.tokens) for document in documents)]),
+            tokens.astype(np.uint16) if is_narrow else tokens,
             np.asarray([len(document.tokens) for document in documents], np.int32),
             np.asarray([document.source for document in documents], np.uint8),
             [(number, item) for number, document in enumerate(documents) for item in document.media],

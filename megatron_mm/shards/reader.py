@@ -42,6 +42,8 @@ from megatron_mm.shards.format import (
     TokenizerInfo,
     manifest_hash,
 )
+from megatron_mm.shards.origin_file import OriginReader, summed
+from megatron_mm.shards.origins import Origins
 from megatron_mm.shards.writer import write_manifest
 from megatron_mm.source import Source
 from megatron_mm.storage import make_folder
@@ -182,6 +184,18 @@ class ShardReader:
         ]
         return EncodedDocument(self.tokens(number), self.source(number), media)
 
+    def origins(self, start: int, stop: int) -> Origins | None:
+        """Return where documents [start, stop) came from; None if these shards do not say it of any.
+
+        Raises DataError if the file that says it is missing or damaged: nothing else needs it.
+        """
+        return None if self._origin_reader is None else self._origin_reader.read(start, stop)
+
+    @functools.cached_property
+    def _origin_reader(self) -> OriginReader | None:
+        summary = self.manifest.get("origin")
+        return None if summary is None else OriginReader(self.prefix, summary)
+
     def has_media(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return whether each of documents [start, stop) has media: (stop - start,) bool."""
         stop = self.num_documents if stop is None else stop
@@ -226,12 +240,21 @@ class ShardReader:
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Check every byte against the manifest's checksums; raise DataError at the first block that differs.
 
-        The tokenizer.json that is stored with the shards is checked too.
+        What is stored of the tokenizer, and of where documents came from, is checked too.
         """
         for suffix in self._summaries:
             for block, crc32 in enumerate(_block_checksums(self.prefix + suffix, progress)):
                 self._compare(suffix, block, crc32)
+        if self._origin_reader is not None:
+            self._origin_reader.verify(progress)
         stored_tokenizer(self.prefix)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that `verify` reads."""
+        origin = self.manifest.get("origin")
+        own = [*self._summaries.values(), *([] if origin is None else [origin])]
+        return sum(summary["bytes"] for summary in own)
 
     @property
     def blocks(self) -> list[tuple[str, int, int]]:
@@ -244,7 +267,7 @@ class ShardReader:
 
     @property
     def _summaries(self) -> dict[str, dict[str, Any]]:
-        """Size and checksums of each file, by its suffix."""
+        """Size and checksums of each file that training may read, by its suffix."""
         pages = self.manifest.get("pages")
         return self.manifest["files"] | ({PAGES_SUFFIX: pages} if pages is not None else {})
 
@@ -411,6 +434,9 @@ def merge(prefix: str | Path, parts: Sequence[str]) -> dict[str, Any]:
         "tokenizer": asdict(readers[0].tokenizer),
         "parts": [os.path.relpath(Path(reader.prefix).resolve(), folder) for reader in readers],
     }
+    origins = [reader.manifest["origins"] for reader in readers if "origins" in reader.manifest]
+    if origins:
+        manifest["origins"] = summed(origins)
     write_manifest(str(prefix), manifest)
     return manifest
 

@@ -1,6 +1,7 @@
 """Writing shards: appended to, committed now and then, and published whole."""
 
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.modalities import BY_NAME, MODALITIES, Geometries, default_geometries
 from megatron_mm.outside import parse_json
 from megatron_mm.settings import NonNegativeInt
+from megatron_mm.shards import origin_file
 from megatron_mm.shards.format import (
     BLOCK_BYTES,
     DOCUMENT,
@@ -40,12 +42,14 @@ from megatron_mm.shards.format import (
     TokenizerInfo,
     manifest_hash,
 )
+from megatron_mm.shards.origin_file import ORIGIN_SUFFIX
+from megatron_mm.shards.origins import Origins
 from megatron_mm.source import Source
 from megatron_mm.storage import PARTIAL, give_name, make_folder, remove_file, replacing
 
-PARTS = (".bin", ".media.bin", ".rejected.jsonl", ".lengths", ".documents", ".items")
-"""Files that grow while shards are written; the last three become the two indexes."""
-SUFFIXES = (".rejected.jsonl", PAGES_SUFFIX, ".bin", ".media.bin", ".media.idx", ".idx")
+PARTS = (".bin", ".media.bin", ".rejected.jsonl", ".lengths", ".documents", ".items", ".origins")
+"""Files that grow while shards are written; the last four become the two indexes and the column of origins."""
+SUFFIXES = (".rejected.jsonl", PAGES_SUFFIX, ORIGIN_SUFFIX, ".bin", ".media.bin", ".media.idx", ".idx")
 """Files of finished shards, in the order in which they get their names."""
 REPORT_SUFFIX = ".report.json"
 """What became of all that a run took in; for people, and the only file that no checksum covers."""
@@ -133,6 +137,8 @@ class ShardWriter:
         tokens, lengths = batch.tokens, batch.lengths
         if len(tokens) != lengths.sum(dtype=np.int64) or len(lengths) != len(batch.sources):
             raise DataError(f"{self.prefix}: {len(tokens)} tokens came for documents of {lengths.sum()}.")
+        if batch.origins is not None and batch.origins.count != len(lengths):
+            raise DataError(f"{self.prefix}: {batch.origins.count} origins came for {len(lengths)} documents.")
         if not len(lengths):
             return
         if lengths.min() < 1:
@@ -151,6 +157,7 @@ class ShardWriter:
         self._files[".bin"].write(tokens.astype(self._dtype, copy=False))
         self._files[".lengths"].write(lengths.astype(np.int32, copy=False))
         self._files[".documents"].write(documents)
+        self._files[".origins"].write((batch.origins or Origins(len(lengths))).to_line())
         self._num_items += len(batch.media)
         self.counts.add(batch)
 
@@ -206,7 +213,7 @@ class ShardWriter:
         if self.resume_key is not None:
             path = _partial(self.prefix + ".journal")
             lines = _whole_lines(path)
-            start = json.dumps({"key": self.resume_key}).encode() + b"\n"
+            start = json.dumps({"key": self.resume_key, "parts": PARTS}).encode() + b"\n"
             if lines[:1] == [start]:
                 states = [parse_json(line, Journal, where=path, hint="Remove it.") for line in lines[1:]]
             while states and not all(
@@ -259,12 +266,15 @@ class ShardWriter:
         finished = {suffix: self._files[suffix] for suffix in (".rejected.jsonl", ".bin", ".media.bin")}
         finished |= {".media.idx": self._media_index(), ".idx": self._token_index()}
         finished[PAGES_SUFFIX] = self._page_checksums([finished[suffix] for suffix in PAGED])
+        origins = self._origin_columns(finished)
         for file in finished.values():
             file.sync()
         files = {suffix: finished[suffix].summary() for suffix in (".bin", ".idx", ".media.bin", ".media.idx")}
         modalities = {own.name: own.fingerprint(self._geometries[own.name]) for own in MODALITIES}
         manifest = {"version": MANIFEST_VERSION, **asdict(self.counts), "tokenizer": asdict(self.tokenizer)}
         manifest |= {"modalities": modalities, "files": files, "pages": finished[PAGES_SUFFIX].summary()}
+        if origins is not None:
+            manifest |= {"origin": finished[ORIGIN_SUFFIX].summary(), "origins": origins}
         # megatron-core's reader asks for no manifest and takes a .bin with any .idx beside it: .idx is the first of the
         # old files to go, and the last of the new ones but the manifest to come.
         for suffix in (".json", ".idx"):
@@ -273,8 +283,11 @@ class ShardWriter:
         for suffix in (".journal", *set(PARTS) - set(SUFFIXES)):
             Path(_partial(self.prefix + suffix)).unlink(missing_ok=True)
         for suffix in SUFFIXES:
-            give_name(Path(_partial(self.prefix + suffix)), Path(self.prefix + suffix))
-            finished[suffix].close()
+            if suffix in finished:
+                give_name(Path(_partial(self.prefix + suffix)), Path(self.prefix + suffix))
+                finished[suffix].close()
+            elif Path(self.prefix + suffix).exists():
+                remove_file(Path(self.prefix + suffix))
         if self.report is None:
             remove_file(Path(self.prefix + REPORT_SUFFIX))
         else:
@@ -312,6 +325,15 @@ class ShardWriter:
             for elements in self._elements(part, dtype):
                 index.write(elements)
         return index
+
+    def _origin_columns(self, finished: dict[str, "CheckedFile"]) -> dict[str, Any] | None:
+        """Write where the documents came from and return its summary; None, and no file, if nothing of it is known."""
+        path = _partial(self.prefix + ".origins")
+        if not any(batch.is_known for batch in origin_file.read_lines(path)):
+            return None
+        finished[ORIGIN_SUFFIX] = CheckedFile(_partial(self.prefix + ORIGIN_SUFFIX))
+        finished[ORIGIN_SUFFIX].restore([])
+        return origin_file.write_columns(origin_file.read_lines(path), Sink(finished[ORIGIN_SUFFIX]))
 
     def _page_checksums(self, files: Sequence["CheckedFile"]) -> "CheckedFile":
         """Write the checksum of each page of `files` as they are read back. Raises DataError if they differ by then."""
@@ -391,6 +413,26 @@ class CheckedFile:
         """Return what the manifest says of the file."""
         open_block = [self._crc32] if self.num_bytes % BLOCK_BYTES else []
         return {"bytes": self.num_bytes, "block_crc32": [*self._blocks, *open_block]}
+
+
+class Sink(io.RawIOBase):
+    """Lets a library write into a CheckedFile."""
+
+    def __init__(self, file: CheckedFile) -> None:
+        self._checked = file
+
+    def writable(self) -> bool:
+        """Tell that it can be written to."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Append `data`."""
+        self._checked.write(bytes(data))
+        return len(data)
+
+    def tell(self) -> int:
+        """Return the bytes that were written."""
+        return self._checked.num_bytes
 
 
 def write_manifest(prefix: str, manifest: dict[str, Any]) -> None:

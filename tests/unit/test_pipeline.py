@@ -25,14 +25,13 @@ from megatron_mm.ingest.records import read_lines
 from megatron_mm.ingest.report import Report
 from megatron_mm.ingest.work_items import Options
 from megatron_mm.ingest.workers import Limits, Workers
-from megatron_mm.shards import EncodedBatch, ShardReader, merge, open_shards, writer
+from megatron_mm.shards import ShardReader, merge, open_shards, writer
 from megatron_mm.shards.writer import CheckedFile
 from megatron_mm.tokenizer import HARD_TEXTS, TextTokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
-OUTPUTS = {"p.bin", "p.idx", "p.crc", "p.media.bin", "p.media.idx", "p.json", "p.tokenizer", "p.rejected.jsonl"} | {
-    "p.report.json"
-}
+OUTPUTS = {"p.bin", "p.idx", "p.crc", "p.media.bin", "p.media.idx", "p.json", "p.tokenizer", "p.rejected.jsonl"}
+OUTPUTS |= {"p.origin.parquet", "p.report.json"}
 
 
 @pytest.fixture
@@ -337,11 +336,12 @@ def test_the_short_way_reads_lines_as_the_long_one(corpus: Path, tmp_path: Path)
     tokenizer = TextTokenizer(tmp_path / "tokenizer.json")
     whole = work_items.WorkItem(path, start=0, stop=path.stat().st_size)
     documents, rejected = read_lines(path)
-    slow, failed = encode_documents(documents, tokenizer, work_items.DEFAULTS, place="x")
+    names = ["x"] * len(documents)
+    expected, failed = encode_documents(documents, tokenizer, work_items.DEFAULTS, names=names, file=str(path))
     batch, rejections = encode_lines(whole, tokenizer, work_items.DEFAULTS)
-    expected = EncodedBatch.of(slow)
     np.testing.assert_array_equal(batch.tokens, expected.tokens)
     np.testing.assert_array_equal(batch.lengths, expected.lengths)
+    assert batch.origins.to_line() == expected.origins.to_line()
     assert len(batch.lengths) > 8 and len(rejections) > 12
     assert [rejection for rejection in rejections if "surrogate" not in rejection.reason] == rejected
     assert len(rejections) == len(rejected) + len(failed)

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megatron_mm.checkpoint.format import OWNER, Fence, commit, name_of, remove_
 from megatron_mm.checkpoint.verify import find_damage
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.encode import encode_document
-from megatron_mm.shards import EncodedDocument, ShardReader, ShardWriter, TokenizerInfo
+from megatron_mm.shards import EncodedBatch, EncodedDocument, Origins, ShardReader, ShardWriter, TokenizerInfo
 from megatron_mm.storage import publish_folder, replacing
 from megatron_mm.tokenizer import TextTokenizer
 
@@ -100,8 +101,8 @@ def write_shards(root: Path, *, copies: int = 1) -> None:
     tokenizer, content, made = encoded()
     with ShardWriter(root / "shards" / "train", tokenizer=tokenizer, tokenizer_content=content) as writer:
         writer.add_rejection(REJECTED)
-        for document in [document for document in made if document.media][:1] * copies:
-            writer.add(document)
+        batch = EncodedBatch.of([document for document in made if document.media][:1] * copies)
+        writer.add_batch(replace(batch, origins=Origins(copies, "a file")))
 
 
 def are_whole_shards_or_none(folder: Path, done: bool) -> bool:

@@ -99,8 +99,9 @@ def test_an_image_without_a_size_is_a_rejection(tmp_path: Path) -> None:
     tokenizer = TextTokenizer(save_tokenizer(tmp_path / "tokenizer.json"))
     documents = [Document([ImageSegment(data)], Source.IMAGE) for data in (b"nonsense", photo(900, 300))]
     options = Options(geometries=default_geometries() | {"image": SIX})
-    encoded, rejections = encode_documents(documents, tokenizer, options, place="here")
-    assert [document.media[0].num_tokens for document in encoded] == [196 * 4]
+    names = ["here, document 1", "here, document 2"]
+    batch, rejections = encode_documents(documents, tokenizer, options, names=names, file="here")
+    assert [(number, item.num_tokens) for number, item in batch.media] == [(0, 196 * 4)]
     (rejection,) = rejections
     assert rejection.path == "here, document 1"
     assert rejection.reason == "an image of 8 bytes has no size that can be read, which its tiles depend on"
