@@ -2,7 +2,7 @@
 
 verify: check every byte against the checksums in the manifests. merge: make the shards of several runs one, by a
 manifest that lists them; no data are copied, and the parts must stay where they are. deduplicate: copy shards without
-the documents that they hold twice, exactly or nearly.
+the documents that they hold twice, exactly or nearly. show: list documents, with the file that each came from.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_mm import endings
 from megatron_mm.ingest.deduplicate import deduplicate
+from megatron_mm.ingest.listing import list_documents, render_one, render_table
 from megatron_mm.printable import line
 from megatron_mm.shards import merge, open_shards
 from megatron_mm.shards.writer import REPORT_SUFFIX
@@ -37,6 +38,12 @@ def main() -> int:
         help="leave out texts that share this part of their runs of five tokens with an earlier one too, 0 to 1 (0.8 "
         "is usual)",
     )
+    show = actions.add_parser("show", help="list documents and where they came from")
+    show.add_argument("prefix", metavar="P", help="a prefix of shards")
+    show.add_argument("--document", type=endings.at_least(0), metavar="N", help="all that is known of one of them")
+    show.add_argument(
+        "--limit", type=endings.at_least(1), default=20, metavar="K", help="documents to list (default %(default)s)"
+    )
     arguments = parser.parse_args()
     return endings.run(lambda: _run(arguments))
 
@@ -44,6 +51,8 @@ def main() -> int:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.action == "verify":
         _verify(arguments.prefixes)
+    elif arguments.action == "show":
+        _show(arguments.prefix, arguments.document, arguments.limit)
     elif arguments.action == "deduplicate":
         _deduplicate(arguments.prefixes, arguments.output_prefix, arguments.near)
     else:
@@ -64,9 +73,20 @@ def _deduplicate(prefixes: list[str], output_prefix: str, near: float | None) ->
     print(f"{total} documents: {counts.documents} stay, {counts.rejected} are listed in {listed}")
 
 
+def _show(prefix: str, document: int | None, limit: int) -> None:
+    if document is not None:
+        for row in list_documents(prefix, start=document, stop=document + 1):
+            print(render_one(row))
+        return
+    rows = list(list_documents(prefix, stop=limit))
+    if not any(row[name] for row in rows for name in ("file", "url")):
+        print("where they came from is not recorded: these shards are of an older version, or were adopted")
+    print(render_table(rows) if rows else f"{line(prefix)} holds no documents")
+
+
 def _verify(prefixes: list[str]) -> None:
     readers = open_shards(prefixes)
-    total = sum(file["bytes"] for reader in readers for file in reader.manifest["files"].values())
+    total = sum(reader.num_bytes for reader in readers)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as progress:
         for reader in readers:
             reader.verify(progress.update)
