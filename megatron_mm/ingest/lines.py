@@ -44,7 +44,8 @@ def encode_lines(work: WorkItem, tokenizer: TextTokenizer, options: Options) -> 
     shapes: Counter[tuple[str, ...]] = Counter()
     texts: list[str] = []
     numbers: list[int] = []
-    spans: list[tuple[int, int]] = []
+    starts: list[int] = []
+    stops: list[int] = []
     said: list[Said] = []
     others: dict[int, list[Document]] = {}
     rejections: list[Rejection] = []
@@ -67,21 +68,22 @@ def encode_lines(work: WorkItem, tokenizer: TextTokenizer, options: Options) -> 
             else:
                 texts.append(record["text"])
                 numbers.append(number)
-                spans.append((start, start + len(line)))
+                starts.append(start)
+                stops.append(start + len(line))
                 said.append(said_of(record))
         start += len(line) + 1
     _count(shapes)
     if len(texts) + len(others) + left_out != filled:
         raise DataError(f"{work.path}: {filled} lines from line {work.first_line} gave {len(texts)} texts.")
     if others:
-        documents, places = _in_order(texts, numbers, spans, said, others)
+        documents, places = _in_order(texts, numbers, (starts, stops), said, others)
         names = [f"{work.path}:{place}" for place in places]
         batch, failed = encode_documents(documents, tokenizer, options, names=names, file=str(work.path))
         return batch, [*rejections, *failed]
     batch = encode_texts(texts, tokenizer)
     if len(batch.lengths) != len(texts):
         raise DataError(f"{work.path}: {len(texts)} texts gave {len(batch.lengths)} documents.")
-    batch = replace(batch, origins=origins_of_lines(str(work.path), spans, said))
+    batch = replace(batch, origins=origins_of_lines(str(work.path), starts, stops, said))
     if options.min_tokens > 1 or options.max_tokens is not None:
         reasons = [wrong_length(length, options) for length in batch.lengths.tolist()]
         rejections += [
@@ -152,13 +154,13 @@ def _read_line(path: Path, start: int, stop: int, number: int, schemas: Schemas)
 def _in_order(
     texts: Sequence[str],
     numbers: Sequence[int],
-    spans: Sequence[tuple[int, int]],
+    spans: tuple[Sequence[int], Sequence[int]],
     said: Sequence[Said],
     others: dict[int, list[Document]],
 ) -> tuple[list[Document], list[int]]:
     """Return the texts and the other documents in the order of their lines, and the number of the line of each."""
     made = dict(others)
-    for text, number, (start, stop), (url, licence, date) in zip(texts, numbers, spans, said, strict=True):
+    for text, number, start, stop, (url, licence, date) in zip(texts, numbers, *spans, said, strict=True):
         made[number] = [Document([TextSegment(text)], Source.TEXT, Origin(url, licence, date, start, stop))]
     ordered = sorted(made.items())
     return [document for _, own in ordered for document in own], [number for number, own in ordered for _ in own]

@@ -1,6 +1,7 @@
 """Where documents come from: what their records say of it, and the columns that shards keep."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,13 @@ def _first(record: Mapping[str, Any], names: Sequence[str]) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def origins_of_lines(file: str, spans: Sequence[tuple[int, int]], said: Sequence[Said]) -> Origins:
+def origins_of_lines(file: str, starts: Sequence[int], stops: Sequence[int], said: Sequence[Said]) -> Origins:
     """Return the origins of lines of a file, by the bytes that they take and what they say."""
-    start, stop = np.asarray(spans, np.int64).reshape(-1, 2).T
-    url, licence, date = ([one[field] for one in said] for field in range(3))
-    return Origins(len(spans), file, start, stop, url=shared(url), licence=shared(licence), date=shared(date))
+    origins = Origins(len(starts), file, np.asarray(starts, np.int64), np.asarray(stops, np.int64))
+    if all(one is NOTHING for one in said):
+        return origins
+    url, licence, date = (shared([one[field] for one in said]) for field in range(3))
+    return replace(origins, url=url, licence=licence, date=date)
 
 
 def origins_of(file: str, found: Sequence[Origin]) -> Origins:

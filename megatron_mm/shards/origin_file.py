@@ -19,7 +19,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.retry import retrying
 from megatron_mm.shards.checksums import differs
 from megatron_mm.shards.format import BLOCK_BYTES
-from megatron_mm.shards.origins import COLUMNS, SPANS, Origins, shared
+from megatron_mm.shards.origins import COLUMNS, SPANS, WORDS, Origins, shared
 
 ORIGIN_SUFFIX = ".origin.parquet"
 ROW_GROUP = 65_536
@@ -94,21 +94,26 @@ def write_columns(batches: Iterable[Origins], sink: BinaryIO) -> dict[str, Any]:
     summary = OriginSummary()
     with pyarrow.parquet.ParquetWriter(sink, schema, **how) as writer:
         for group in _groups(batches, summary):
-            writer.write_table(pyarrow.table(group, schema), row_group_size=ROW_GROUP)
+            words = {name: [value for batch in group for value in batch.column(name)] for name in WORDS}
+            spans = {name: np.concatenate([batch.span(name) for batch in group]) for name in SPANS}
+            arrays = {name: pyarrow.array(values, mask=values < 0) for name, values in spans.items()}
+            writer.write_table(pyarrow.table(words | arrays, schema), row_group_size=ROW_GROUP)
     return summary.said()
 
 
-def _groups(batches: Iterable[Origins], summary: OriginSummary) -> Iterator[dict[str, list[Any]]]:
-    """Yield the columns of ROW_GROUP documents at a time, the last of fewer; `summary` counts them."""
-    waiting: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+def _groups(batches: Iterable[Origins], summary: OriginSummary) -> Iterator[list[Origins]]:
+    """Yield origins of ROW_GROUP documents at a time, the last of fewer; `summary` counts them."""
+    waiting: list[Origins] = []
+    room = ROW_GROUP
     for batch in batches:
         summary.add(batch)
-        for name, values in waiting.items():
-            values += batch.column(name)
-        while len(waiting["file"]) >= ROW_GROUP:
-            yield {name: values[:ROW_GROUP] for name, values in waiting.items()}
-            waiting = {name: values[ROW_GROUP:] for name, values in waiting.items()}
-    if waiting["file"]:
+        while batch.count >= room:
+            yield [*waiting, batch.part(0, room)]
+            batch = batch.part(room, batch.count)
+            waiting, room = [], ROW_GROUP
+        waiting.append(batch)
+        room -= batch.count
+    if room < ROW_GROUP:
         yield waiting
 
 

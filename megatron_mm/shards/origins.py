@@ -1,6 +1,6 @@
 """Where documents came from, in columns, as workers hand it to a writer and a reader gives it back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,16 +38,25 @@ class Origins:
             return [value] * self.count
         return value if name in WORDS else [None if number < 0 else number for number in value.tolist()]
 
+    def span(self, name: str) -> np.ndarray:
+        """Return `start` or `stop` in full: (count,) int64, -1 where there is none."""
+        value = getattr(self, name)
+        return np.full(self.count, -1) if value is None else value
+
     def take(self, numbers: np.ndarray) -> "Origins":
         """Return those of some documents: `numbers` is of integers."""
-        picked: dict[str, Any] = {}
-        for name in COLUMNS:
-            value = getattr(self, name)
-            if isinstance(value, np.ndarray):
-                picked[name] = value[numbers]
-            elif value is not None and not isinstance(value, str):
-                picked[name] = [value[number] for number in numbers.tolist()]
-        return replace(self, count=len(numbers), **picked)
+        return self._with_columns(len(numbers), lambda column: [column[number] for number in numbers.tolist()])
+
+    def part(self, start: int, stop: int) -> "Origins":
+        """Return those of documents [start, stop)."""
+        return self._with_columns(stop - start, lambda column: column[start:stop])
+
+    def _with_columns(self, count: int, change: Callable[[Any], Any]) -> "Origins":
+        """Return `count` of them: `change` is given each column that is not of one value."""
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        full = {name: column for name, column in columns.items() if column is not None and not isinstance(column, str)}
+        spans = {name: np.asarray(change(full.pop(name)), np.int64) for name in SPANS if name in full}
+        return replace(self, count=count, **spans, **{name: change(column) for name, column in full.items()})
 
     @property
     def is_known(self) -> bool:
