@@ -9,6 +9,7 @@ import torch
 
 from megatron_mm import config as configs
 from megatron_mm.config import Config
+from megatron_mm.hf.sources import describe_data
 from megatron_mm.hf.weight_map import MediaMap
 from megatron_mm.modalities import BY_NAME, MODALITIES
 from megatron_mm.modalities.exports import Exports, Stock
@@ -212,7 +213,7 @@ def _processor(config: Config, kind: str) -> tuple[dict[str, dict[str, Any]], di
 
 
 def model_card(config: Config, *, kind: str, step: int, figures: dict[str, Any]) -> str:
-    """Return the README.md of an export: what it is, how it was trained, what was checked, how to load it."""
+    """Return the README.md of an export: what it is, what was checked, on which data and how it was trained."""
     loading = {
         "text": "AutoModelForCausalLM.from_pretrained(folder)",
         "full": "AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)",
@@ -254,6 +255,9 @@ stated here: whoever publishes the weights adds it.
 |---|---|
 {checks}
 
+## The data
+
+{describe_data(config)}
 ## The run
 
 ```yaml

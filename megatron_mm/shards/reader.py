@@ -406,12 +406,19 @@ def fingerprints(prefix: str) -> list[tuple[str, str]]:
     there are no finished shards.
     """
     found = []
-    for part in _parts(prefix):
-        manifest = _read_manifest(part)
+    for part, manifest in manifests(prefix):
         if manifest["documents"]:
             content = {"tokenizer": manifest["tokenizer"]["sha256"], "files": manifest["files"]}
             found.append((part, hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()))
     return found
+
+
+def manifests(prefix: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return (own prefix, manifest) of each set of shards that `prefix` stands for, in order.
+
+    Raises DataError if there are no finished shards.
+    """
+    return [(part, _read_manifest(part)) for part in _parts(prefix)]
 
 
 def merge(prefix: str | Path, parts: Sequence[str]) -> dict[str, Any]:

@@ -17,7 +17,9 @@ import pyarrow.parquet
 import pytest
 from small import VOCAB_SIZE, save_tokenizer, write_shards
 
+from megatron_mm import config as configs
 from megatron_mm.errors import ConfigError, DataError
+from megatron_mm.hf.files import model_card
 from megatron_mm.ingest import pipeline, work_items
 from megatron_mm.ingest.deduplicate import deduplicate
 from megatron_mm.ingest.listing import list_documents, render_one, render_table
@@ -298,3 +300,16 @@ def test_media_are_counted_in_a_listing(shards: Path) -> None:
 def test_shards_are_read_without_a_library_for_columns() -> None:
     code = "import sys, megatron_mm.shards; assert 'pyarrow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_card_names_files_and_licences(made: tuple[Path, str], tmp_path: Path) -> None:
+    plain(tmp_path / "old|er", None)
+    datasets = f"{{'{made[1]},{tmp_path / 'gone'}': 0.5, '{tmp_path / 'old|er'}': 0.5}}"
+    config = configs.load("tiny", [f"data.train={datasets}", "data.validation=[]", f"run_dir={tmp_path}"])
+    card = model_card(config, kind="text", step=3, figures={})
+    section = card.partition("## The data\n")[2].partition("## The run")[0]
+    shard = ShardReader(made[1])
+    assert f"| {made[1]} | 5 | 63 | {shard.num_tokens:,} |" in section
+    assert f"| {tmp_path}/old\\|er | not recorded | 4 | 8 |" in section
+    assert f"| CC0 | {shard.manifest['origins']['documents_by_licence']['CC0']} |" in section
+    assert f"Nothing is said of {tmp_path / 'gone'}: the shards were not there" in section
