@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ LOOKED_AT = 5
 """Lines that must be objects."""
 PDF_HEAD = 1024
 """Bytes in which %PDF- may stand: readers skip junk before it, libmagic does not."""
+PAGE = re.compile(rb"<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+"""What libmagic does not see in a page with zero bytes."""
 
 
 def detect(path: Path, *, trust_content: bool = False) -> Kind:
@@ -92,14 +95,16 @@ def _kind_by_marks(path: Path) -> Kind:
         return kinds.OFFICE if is_office(path) else kinds.ARCHIVE
     if b"%PDF-" in head:
         return kinds.PDF
+    if PAGE.search(head):
+        return kinds.HTML
     if head.startswith(OLE_MARK) and path.suffix.lower() in LEGACY_SUFFIXES:
         return kinds.LEGACY
-    from megatron_mm.ingest.text import decode_text
+    from megatron_mm.ingest.charset import decode_utf8
 
     if path.stat().st_size > MAX_FILE_BYTES:
         return kinds.UNKNOWN
     try:
-        decode_text(path.read_bytes())
+        decode_utf8(path.read_bytes())
     except DataError:
         return kinds.UNKNOWN
     return kinds.TEXT

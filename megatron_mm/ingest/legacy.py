@@ -25,7 +25,7 @@ def read_legacy(path: Path) -> tuple[list[Segment], list[Rejection]]:
         raise DataError(f"the document is damaged or encrypted: {error}") from error
     if not page.rstrip().endswith("</html>"):
         raise DataError(f"the document has more than {MAX_CHARACTERS:,} characters")
-    segments, rejections = read_page(page.encode(), name=str(path), fetch=lambda address: None)
+    segments, rejections = read_page(page, name=str(path), fetch=lambda address: None)
     if not segments:
         raise DataError("the document holds no text")
     return segments, rejections

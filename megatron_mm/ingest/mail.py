@@ -75,7 +75,7 @@ class _MailReader:
             shown.add(id(part))
             return part.get_payload(decode=True)
 
-        segments, rejections = read_page(_text(body).encode(), name=str(self.path), fetch=fetch)
+        segments, rejections = read_page(_text(body), name=str(self.path), fetch=fetch)
         self.segments += segments
         self.rejections += rejections
         return shown

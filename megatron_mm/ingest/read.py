@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import account, kinds, layouts
 from megatron_mm.ingest.archive import MAX_DEPTH, decompress, unpack
+from megatron_mm.ingest.charset import NoText
 from megatron_mm.ingest.detect import MAX_FILE_BYTES, detect, mime_of
 from megatron_mm.ingest.document import (
     NOWHERE,
@@ -24,7 +25,6 @@ from megatron_mm.ingest.mail import read_mail
 from megatron_mm.ingest.records import element_ranges, read_elements, read_lines, read_rows, read_table
 from megatron_mm.ingest.sidecars import read_beside, read_film, read_recording
 from megatron_mm.ingest.table_rows import Table
-from megatron_mm.ingest.text import NoText
 
 CONTAINERS = frozenset(
     {

@@ -14,11 +14,11 @@ import pyarrow.parquet
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import account, table_rows
+from megatron_mm.ingest.charset import decode_utf8
 from megatron_mm.ingest.detect import ARROW_FILE
 from megatron_mm.ingest.document import Document, Reading, Rejection, unexpected
 from megatron_mm.ingest.fields import DEFAULTS, Schemas
 from megatron_mm.ingest.table_rows import Table
-from megatron_mm.ingest.text import decode_text
 
 ROWS_AT_ONCE = 64
 """Rows that are Python objects at a time."""
@@ -283,7 +283,7 @@ def _reason(error: Exception) -> str:
 
 def _parse(text: bytes) -> Any:
     try:
-        return json.loads(decode_text(text))
+        return json.loads(decode_utf8(text))
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise

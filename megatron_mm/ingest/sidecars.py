@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import account
+from megatron_mm.ingest.charset import decode_text
 from megatron_mm.ingest.document import AudioSegment, Origin, Rejection, Segment, TextSegment
 from megatron_mm.ingest.fields import Schemas
-from megatron_mm.ingest.text import decode_text
 from megatron_mm.ingest.transcripts import Cue, read_cues
 
 ORDER = (".vtt", ".srt", ".tsv", ".txt", ".caption", ".cap", ".json", ".cls")

@@ -1,7 +1,6 @@
 """Text files and web pages."""
 
 import base64
-import codecs
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,10 @@ from lxml import etree, html
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.beside import file_beside
+from megatron_mm.ingest.charset import decode_page, decode_text
 from megatron_mm.ingest.document import Rejection, Segment, TextSegment
 from megatron_mm.ingest.image import read_image
 
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 INVISIBLE = {"script", "style", "noscript", "template", "head", "svg", "iframe", "object", "nav", "form", "button"}
 BLOCKS = {
     *("address", "article", "aside", "blockquote", "body", "br", "dd", "div", "dl", "dt", "fieldset", "figcaption"),
@@ -44,24 +43,6 @@ NOT_IN_DATA = (BLOCKS | INVISIBLE | {"img"}) - {"p"}
 """What a row of a table that lays out a page holds, and one of data does not."""
 
 
-class NoText(DataError):
-    """A file of text holds none, but white space."""
-
-
-def decode_text(data: bytes) -> str:
-    """Return the text of `data`: UTF-8, or UTF-16 with a byte-order mark. Raises DataError if it is neither."""
-    encoding = "utf-16" if data.startswith(UTF16_MARKS) else "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise DataError(f"it is not {encoding.upper()} text: byte {error.start} cannot be decoded") from error
-    if not text.strip():
-        raise NoText("it holds no text")
-    if "\0" in text:
-        raise DataError("it holds zero bytes, which text does not have")
-    return text.replace("\r\n", "\n")
-
-
 def read_text(path: Path) -> list[Segment]:
     """Return the text of a file as one segment. Raises DataError if it is not text."""
     return [TextSegment(decode_text(path.read_bytes()))]
@@ -88,15 +69,19 @@ def read_html(path: Path) -> tuple[list[Segment], list[Rejection]]:
     return segments, rejections
 
 
-def read_page(data: bytes, *, name: str, fetch: Fetch) -> tuple[list[Segment], list[Rejection]]:
-    """Return what a reader of a page sees, and the images left out; `fetch` finds its images. Raises DataError."""
+def read_page(page: bytes | str, *, name: str, fetch: Fetch) -> tuple[list[Segment], list[Rejection]]:
+    """Return what a reader of a page sees, and the images left out; `fetch` finds its images.
+
+    Bytes are decoded as the page declares, a string has been. Raises DataError.
+    """
     try:
         # Without huge_tree, what follows 10 MB of text in one element or 256 levels is dropped in silence.
         parser = html.HTMLParser(encoding="utf-8", huge_tree=True)
-        page = html.document_fromstring(decode_text(data).encode(), parser=parser)
-        body = page.find("body")
+        text = page if isinstance(page, str) else decode_page(page)
+        tree = html.document_fromstring(text.encode(), parser=parser)
+        body = tree.find("body")
         visitor = _PageReader(name, fetch)
-        visitor.visit(page if body is None else body)
+        visitor.visit(tree if body is None else body)
     except (etree.ParserError, etree.XMLSyntaxError) as error:
         raise DataError(f"the page cannot be read: {error}") from error
     except RecursionError:

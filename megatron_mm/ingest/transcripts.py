@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.text import decode_text
+from megatron_mm.ingest.charset import decode_text
 
 TIMES = re.compile(r"\s*((?:\d+:)?\d+:\d+[.,]\d+)\s*-->\s*((?:\d+:)?\d+:\d+[.,]\d+)")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|<[\d:.]+>|\{\\[^}]*\}")

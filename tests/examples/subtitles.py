@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from megatron_mm.errors import DataError
+from megatron_mm.ingest.charset import decode_text
 from megatron_mm.ingest.document import TextSegment
 from megatron_mm.ingest.kinds import Parts
-from megatron_mm.ingest.text import decode_text
 
 CUE = re.compile(r"\d+\s*\n\d{2}:\d{2}:\d{2},\d{3} --> [^\n]*\n")
 
