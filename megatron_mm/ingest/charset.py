@@ -54,13 +54,16 @@ def decode_page(data: bytes, declared: str | None = None) -> str:
     return _without_zeros(text, "\0", "")
 
 
-def decode_text(data: bytes) -> str:
-    """Return the text of a file that declares no charset, with line ends as "\\n".
+def decode_text(data: bytes, declared: str | None = None) -> str:
+    """Return the text of a plain file, with line ends as "\\n"; `declared` is the charset of its HTTP header.
 
-    It is UTF-8, also with a few bytes that are not, UTF-16 with a byte-order mark, or what chardet takes it for. Raises
-    DataError if it is no text or holds none.
+    Without one it is UTF-8, also with a few bytes that are not, UTF-16 with a byte-order mark, or what chardet takes it
+    for. Raises DataError if it is no text or holds none.
     """
     mark, label = _marked(data)
+    if label is None and (label := _known(declared)) is not None:
+        account.count(DECLARED, label)
+        return _checked(_without_zeros(_decode(data, label), "\0", ""))
     return _checked(_decode_undeclared(data) if label is None else _decode(data[mark:], label))
 
 

@@ -52,8 +52,8 @@ def detect(path: Path, *, trust_content: bool = False) -> Kind:
             return records
     if named is not None and found.textual and named.textual:
         return named
-    if {found, named} == {kinds.AUDIO, kinds.VIDEO}:
-        return found  # containers of both go by either name
+    if {found, named} == {kinds.AUDIO, kinds.VIDEO} or (found, named) == (kinds.WARC, kinds.COMPRESSED):
+        return found  # containers of both go by either name, and WARC files by that of their compression
     if named is not None and found != named and not trust_content:
         if found == kinds.UNKNOWN:
             raise DataError(f"its content is {mime}, which is not a kind of file that is read")
@@ -76,6 +76,10 @@ def _kind_of(path: Path, mime: str) -> Kind:
         from megatron_mm.ingest.video import has_pictures
 
         return kinds.VIDEO if has_pictures(path) else kinds.AUDIO
+    if found == kinds.COMPRESSED:
+        from megatron_mm.ingest.warc_file import is_warc
+
+        return kinds.WARC if is_warc(path) else found
     if found is not None:
         return found
     return _kind_by_marks(path)

@@ -127,6 +127,14 @@ COMPRESSED = Kind(
     mimes=("application/gzip", "application/x-bzip2", "application/zstd", "application/x-xz"),
     unbounded=True,
 )
+WARC = Kind(
+    words="web archive (WARC)",
+    source=Source.TEXT,
+    suffixes=(".warc", ".wet", ".wat"),
+    mimes=("application/warc",),
+    unbounded=True,
+)
+"""Most are compressed, and named as that."""
 UNKNOWN = Kind(words="unknown", source=Source.TEXT, reader="read.describe")
 
 KINDS = tuple(value for value in list(globals().values()) if isinstance(value, Kind))

@@ -102,7 +102,9 @@ def _take_in(
 
 
 def _place(item: WorkItem) -> str:
-    return str(item.path) if item.stop is None else f"{item.path}:{item.first_line}"
+    if item.stop is None:
+        return str(item.path)
+    return f"{item.path}:{item.start if item.kind == kinds.WARC else item.first_line}"
 
 
 def _names(place: str, count: int) -> list[str]:
@@ -132,7 +134,7 @@ def _resume_key(plan: WorkPlan, tokenizer: TextTokenizer, skip_bad: bool, option
         skip_bad,
         options.fingerprint(),
         asdict(plan.share),
-        work_items.LINES_BYTES,
+        [work_items.LINES_BYTES, work_items.ARCHIVE_BYTES],
     ]
     return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
 

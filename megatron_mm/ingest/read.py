@@ -25,12 +25,13 @@ from megatron_mm.ingest.mail import read_mail
 from megatron_mm.ingest.records import element_ranges, read_elements, read_lines, read_rows, read_table
 from megatron_mm.ingest.sidecars import read_beside, read_film, read_recording
 from megatron_mm.ingest.table_rows import Table
+from megatron_mm.ingest.warc import read_warc
 
 CONTAINERS = frozenset(
     {
         *(".tfrecord", ".tfrecords", ".npz", ".npy", ".pkl", ".pickle", ".pt", ".pth", ".h5", ".hdf5", ".mds", ".avro"),
         *(".orc", ".msgpack", ".lmdb", ".mdb", ".sqlite", ".sqlite3", ".db", ".rar", ".7z", ".cab", ".iso", ".beton"),
-        *(".safetensors", ".mat", ".rec", ".wat"),
+        *(".safetensors", ".mat", ".rec"),
     }
 )
 """Names of files that hold other things and are not opened: a line about one would be no document."""
@@ -168,6 +169,7 @@ CONTAINERS_OF = {
     kinds.JSON_ARRAY: Reader._read_array,
     kinds.ARCHIVE: Reader.read_archive,
     kinds.COMPRESSED: Reader._read_compressed,
+    kinds.WARC: lambda reader, path: read_warc(path),
 }
 """Who reads files that hold several documents."""
 

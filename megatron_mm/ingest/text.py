@@ -82,7 +82,9 @@ def read_page(page: bytes | str, *, name: str, fetch: Fetch) -> tuple[list[Segme
         body = tree.find("body")
         visitor = _PageReader(name, fetch)
         visitor.visit(tree if body is None else body)
-    except (etree.ParserError, etree.XMLSyntaxError) as error:
+    except etree.ParserError:  # there is no element in it
+        return [], []
+    except etree.XMLSyntaxError as error:
         raise DataError(f"the page cannot be read: {error}") from error
     except RecursionError:
         raise DataError("the page is nested too deeply") from None

@@ -51,6 +51,8 @@ class WorkItem:
     start: int = 0
     stop: int | None = None
     first_line: int = 1
+    window: tuple[int, int] | None = None
+    """Of a range of a web archive, which records to read, counted from 0; None: all."""
     marks: tuple[int, ...] = ()
     """Where the samples of a range of a tar start, and last where it stops."""
     size: int | None = None
@@ -101,7 +103,7 @@ DEFAULTS = Options()
 
 
 def cut_entry(entry: Entry) -> Iterator[WorkItem]:
-    """Yield the work of reading one file: JSON lines and tables are cut when they are long, any other is one piece."""
+    """Yield the work of reading one file: JSON lines, tables and web archives are cut when they are long."""
     if entry.refusal:
         yield WorkItem(entry.path, refusal=entry.refusal, size=0)
         return
@@ -112,8 +114,33 @@ def cut_entry(entry: Entry) -> Iterator[WorkItem]:
         yield from _cut_rows(replace(whole, size=size), -(-size // ARCHIVE_BYTES))
     elif kinds.by_suffix(entry.path) == kinds.JSONL and size > LINES_BYTES:
         yield from (replace(item, layout=entry.layout) for item in _line_ranges(entry.path))
+    elif kinds.by_suffix(entry.path) in (kinds.COMPRESSED, kinds.WARC, None) and _is_warc(entry.path):
+        yield from (replace(item, layout=entry.layout) for item in _warc_ranges(entry.path))
     else:
         yield WorkItem(entry.path, entry.layout, entry.beside)
+
+
+def _is_warc(path: Path) -> bool:
+    from megatron_mm.ingest.warc_file import is_warc
+
+    try:
+        return is_warc(path)
+    except OSError:  # its reader will say so
+        return False
+
+
+def _warc_ranges(path: Path) -> Iterator[WorkItem]:
+    """Cut a web archive into ranges of bytes: a range begins with the first record in it, whoever reads it."""
+    from megatron_mm.ingest.warc_file import is_seekable, refusal
+
+    size = path.stat().st_size
+    if reason := refusal(path):
+        yield WorkItem(path, refusal=reason)
+        return
+    step = ARCHIVE_BYTES if is_seekable(path) else size
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        yield WorkItem(path, kind=kinds.WARC, start=start, stop=stop, size=stop - start, position=start)
 
 
 def _line_ranges(path: Path) -> Iterator[WorkItem]:
@@ -146,6 +173,8 @@ def read_work(work: WorkItem, options: Options) -> Reading | Cut[WorkItem]:
     import pyarrow
 
     try:
+        if work.kind == kinds.WARC:
+            return _read_warc(work)
         with account.kept_if_whole():
             if work.kind is not None or work.table is not None:
                 return _read_part(work, options)
@@ -181,6 +210,17 @@ def _read_part(work: WorkItem, options: Options) -> Reading:
     if work.kind == kinds.ARCHIVE:
         return _reader(options).read_archive(work.path, start=start, stop=stop)
     return read_rows(work.path, start=start, stop=stop, schemas=schemas)
+
+
+def _read_warc(work: WorkItem) -> Reading | Cut[WorkItem]:
+    from megatron_mm.ingest.warc import read_warc
+    from megatron_mm.ingest.warc_file import LongStream, RecordReader
+
+    try:
+        return read_warc(work.path, start=work.start, stop=work.stop, window=work.window, is_bounded=True)
+    except LongStream:
+        windows = RecordReader(work.path, work.start, work.stop).windows()
+        return Cut(_parts_of(work, [replace(work, window=window) for window in windows]))
 
 
 def read_all(work: WorkItem, options: Options) -> Iterator[Reading]:
@@ -229,7 +269,7 @@ def _parts_of(work: WorkItem, parts: Sequence[WorkItem]) -> list[WorkItem]:
 
 
 def cut_work(work: WorkItem) -> list[WorkItem]:
-    """Return the parts of `work` to try alone when it fails: lines, samples of a tar, runs of rows; or itself."""
+    """Return the parts of `work` to try alone when it fails: lines, records, samples, runs of rows; or itself."""
     return _parts_of(work, _cut(work))
 
 
@@ -246,6 +286,8 @@ def _cut(work: WorkItem) -> list[WorkItem]:
             replace(work, start=start, stop=stop, first_line=number, size=stop - start)
             for start, stop, number in element_ranges_of(work.path, work.start, work.stop, work.first_line)
         ]
+    if work.kind == kinds.WARC:
+        return _cut_records(work)
     if work.kind is None and kinds.by_suffix(work.path) == kinds.JSONL:
         work = replace(work, kind=kinds.JSONL, stop=work.num_bytes)
     if work.kind != kinds.JSONL or work.stop is None:
@@ -258,6 +300,23 @@ def _cut(work: WorkItem) -> list[WorkItem]:
             parts.append(replace(work, start=start, stop=stop, first_line=number, size=len(line)))
             start = stop
     return parts
+
+
+def _cut_records(work: WorkItem) -> list[WorkItem]:
+    """Cut a range of a web archive into records, by where they begin or, if many begin in one stream, by number."""
+    if work.window is None:
+        from megatron_mm.ingest.warc_file import record_marks
+
+        try:
+            marks, count = record_marks(work.path, work.start, work.stop)
+        except OSError:
+            return [work]
+        if len(marks) > 1:
+            spans = pairwise([*marks, work.stop])
+            return [replace(work, start=start, stop=stop, size=stop - start) for start, stop in spans]
+        return [replace(work, window=(number, number + 1)) for number in range(count)] if count > 1 else [work]
+    first, last = work.window
+    return [replace(work, window=(number, number + 1)) for number in range(first, last)]
 
 
 def _cut_rows(work: WorkItem, count: int) -> list[WorkItem]:
