@@ -162,10 +162,11 @@ class Schemas:
         """Pass if records with these columns can be documents. Raises DataError for tables of pictures' addresses."""
         there = set(columns)
         fields = next(fields for fields in (*self.own, *built_in()) if fields.fits(there))
+        has_media = not (fields.columns & there).isdisjoint(MEDIA_NAMES)
+        if not has_media and there & SIZE_COLUMNS and not there.isdisjoint(ADDRESS_COLUMNS):
+            raise DataError(ADDRESSES_ONLY)
         if there.isdisjoint(fields.columns):
             raise DataError(f"its columns are {list(columns)}, and none is known to be text or media. {HOW_TO_NAME}")
-        if not fields.columns & there & MEDIA_NAMES and there & SIZE_COLUMNS and not there.isdisjoint(ADDRESS_COLUMNS):
-            raise DataError(ADDRESSES_ONLY)
 
 
 HOW_TO_NAME = "Say which columns are what with --fields"

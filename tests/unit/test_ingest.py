@@ -17,6 +17,7 @@ from PIL import Image
 from small import png, save_tokenizer, tone
 
 from megatron_mm.errors import DataError
+from megatron_mm.ingest import account
 from megatron_mm.ingest.audio import read_audio
 from megatron_mm.ingest.document import AudioSegment, ImageSegment, TextSegment
 from megatron_mm.ingest.encode import encode_document
@@ -613,7 +614,10 @@ def test_a_mislabelled_file_is_rejected_or_trusted(
 
 def test_what_holds_no_text_is_rejected(tmp_path: Path) -> None:
     assert "it is no text" in reason_of(tmp_path / "bytes.txt", b"\xff\xff\xff")
-    assert "no text" in reason_of(tmp_path / "blank.txt", b" \n\t\n ")
+    (tmp_path / "blank.txt").write_bytes(b" \n\t\n ")
+    with account.collected() as counted:
+        assert read_file(tmp_path / "blank.txt") == ([], [])
+    assert counted == {account.INPUTS: {"text": 1}, account.OTHERS: {"files of white space": 1}}
     assert "nothing to see" in reason_of(tmp_path / "blank.html", b"<html><body><script>x</script></body></html>")
 
 
