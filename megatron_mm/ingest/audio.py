@@ -1,6 +1,7 @@
 """Sound of any container, codec and rate to 16 kHz mono FLAC."""
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -15,6 +16,8 @@ from megatron_mm.modalities.audio.spec import SAMPLE_RATE, audio_frames, decode_
 
 MISSING_FRACTION = 0.02
 """A recording that is shorter than its header says by more than this is taken to be cut off."""
+LATE_SECONDS = 0.25
+"""How much longer than a recording the list of its clips may say that it is: codecs pad and cut their ends."""
 ALONE = {"protocol_whitelist": ""}
 """Lets FFmpeg open nothing but what it is given: a playlist would have it open files and addresses that it names."""
 STREAMED_RIFF_BYTES = 0xFFFFFF00
@@ -43,6 +46,18 @@ def cut_at(recording: AudioSegment, seconds: Sequence[int]) -> list[AudioSegment
     samples = decode_flac(recording.data)
     clips = np.split(samples, [SAMPLE_RATE * second for second in seconds if SAMPLE_RATE * second < len(samples)])
     return [AudioSegment(encode_flac(clip), len(clip)) for clip in clips if audio_frames(len(clip))]
+
+
+def cut_between(recording: AudioSegment, start: float, stop: float) -> AudioSegment:
+    """Return what a recording says from one second to another. Raises DataError if it ends before."""
+    samples = decode_flac(recording.data)
+    end = len(samples) / SAMPLE_RATE
+    if start >= end or (stop != math.inf and stop > end + LATE_SECONDS):
+        raise DataError(f"it ends after {end:.2f} seconds, and {start:g} to {stop:g} are asked for")
+    clip = samples[round(start * SAMPLE_RATE) : None if stop == math.inf else round(stop * SAMPLE_RATE)]
+    if not audio_frames(len(clip)):
+        raise DataError(f"{start:g} to {stop:g} seconds are too few for one frame")
+    return AudioSegment(encode_flac(clip), len(clip))
 
 
 def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:

@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.ingest import account
+from megatron_mm.ingest import account, kinds
 from megatron_mm.ingest.beside import file_beside
 from megatron_mm.ingest.document import Document, Origin, Segment, TextSegment
 from megatron_mm.ingest.origins import said_of
@@ -32,6 +32,9 @@ MEDIA_NAMES = frozenset(
     }
 )
 """Columns that are media by their names: a record that fills one that no schema reads is refused."""
+FILE_NAMES = ("file_name", "image_file_name", "audio_file_name", "video_file_name")
+LISTS_OF_FILE_NAMES = tuple(f"{name}s" for name in FILE_NAMES)
+"""Columns that Hugging Face's folders of media name files by: they are media only if the suffix says so."""
 MEDIA_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".wav", ".flac", ".mp3", ".ogg", ".opus"),
     *(".m4a", ".mp4", ".mkv", ".webm", ".avi", ".mov"),
@@ -62,6 +65,14 @@ class Part(_Strict):
     image: Names = []
     audio: Names = []
     video: Names = []
+    media: Names = []
+    """Files whose suffix says which of these they are; other files that the columns name are left alone."""
+    start: Names = []
+    """The second of a recording at which it is cut out of its file; none: its first."""
+    seconds: Names = []
+    """How long it is; none: all that follows."""
+    cues: Names = []
+    """A list of words with the seconds between which a recording says them: each is laid where it ends."""
     conversation: Names = []
     """Turns, as `{from, value}` or `{role, content}`; media where `<image>` and the like stand in them, or before."""
     interleaved: Names = []
@@ -78,8 +89,9 @@ class Part(_Strict):
     @property
     def names(self) -> set[str]:
         """Every column that this part may read."""
-        lists = (self.text, self.image, self.audio, self.video, self.conversation, self.interleaved)
-        return {name for names in (*lists, self.matched, self.segments) for name in names}
+        lists = (self.text, self.image, self.audio, self.video, self.media, self.start, self.seconds, self.cues)
+        more = (self.conversation, self.interleaved, self.matched, self.segments)
+        return {name for names in (*lists, *more) for name in names}
 
 
 class Fields(_Strict):
@@ -99,6 +111,19 @@ class Fields(_Strict):
     def columns(self) -> frozenset[str]:
         """Every column that the schema may read."""
         return frozenset(name for part in self.parts for name in part.names)
+
+    def declaring(self, media: Mapping[str, str]) -> "Fields":
+        """Return this with columns that a file declares to be media, by kind: first, or in its conversation."""
+        new = {name: kind for name, kind in media.items() if name not in self.columns}
+        parts = list(self.parts)
+        talk = next((number for number, part in enumerate(parts) if part.conversation), None)
+        if talk is None:
+            parts = [*(Part.model_validate({kind: name}) for name, kind in new.items()), *parts]
+        else:
+            more = {kind: [name for name, own in new.items() if own == kind] for kind in MEDIA}
+            lists = {kind: [*getattr(parts[talk], kind), *names] for kind, names in more.items()}
+            parts[talk] = parts[talk].model_copy(update=lists)
+        return Fields(name=self.name, needs=self.needs, parts=parts, ignore=self.ignore)
 
 
 def load_fields(path: Path) -> tuple[Fields, ...]:
@@ -136,6 +161,14 @@ class Schemas:
     also: tuple[Path, ...] = ()
     """Folders in which files are looked for that are not in that of the records."""
     render: Callable[[Sequence[tuple[str, str]]], str] | None = None
+    declared: Mapping[str, str] = field(default_factory=dict)
+    """Columns that the file of the records declares to be media, by kind."""
+
+    @functools.cached_property
+    def known(self) -> tuple[Fields, ...]:
+        """Every schema, in the order in which they are tried; the user's say by themselves what is media."""
+        known = built_in()
+        return (*self.own, *(tuple(one.declaring(self.declared) for one in known) if self.declared else known))
 
     def fingerprint(self) -> Any:
         """Return, as JSON, what differs if documents may."""
@@ -144,7 +177,7 @@ class Schemas:
     def of(self, record: Mapping[str, Any]) -> Fields:
         """Return the schema of a record: by the columns that it fills."""
         columns = {name for name, value in record.items() if value is not None}
-        return next(fields for fields in (*self.own, *built_in()) if fields.fits(columns))
+        return next(fields for fields in self.known if fields.fits(columns))
 
     def words(self, record: Mapping[str, Any]) -> tuple[str, Origin]:
         """Return the text of a record that lies beside a medium, "" if it has none, and what it says of its origin."""
@@ -161,7 +194,7 @@ class Schemas:
     def check_columns(self, columns: Sequence[str]) -> None:
         """Pass if records with these columns can be documents. Raises DataError for tables of pictures' addresses."""
         there = set(columns)
-        fields = next(fields for fields in (*self.own, *built_in()) if fields.fits(there))
+        fields = next(fields for fields in self.known if fields.fits(there))
         has_media = not (fields.columns & there).isdisjoint(MEDIA_NAMES)
         if not has_media and there & SIZE_COLUMNS and not there.isdisjoint(ADDRESS_COLUMNS):
             raise DataError(ADDRESSES_ONLY)
@@ -236,7 +269,10 @@ class _Reading:
         else:
             for kind in MEDIA:
                 for value in self._values(getattr(part, kind)):
-                    yield from self._read(kind, value, part)
+                    read = self._read(kind, value, part)
+                    yield from self._timed(read, part) if kind == "audio" else read
+            for kind, value in self._by_suffix(part.media):
+                yield from self._read(kind, value, part)
         if (text := self.text(part)).strip():
             yield TextSegment(text)
 
@@ -250,6 +286,31 @@ class _Reading:
             return []
         self._name = name
         return [one for one in value if one is not None] if isinstance(value, list) else [value]
+
+    def _by_suffix(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Yield (kind, name) of each file that some columns name and whose suffix says that it is a medium."""
+        for name in names:
+            value = self.record.get(name)
+            files = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+            named = [(medium_of(file), file) for file in files]
+            if any(kind for kind, _ in named):
+                self.used.add(name)
+                self._name = name
+                yield from ((kind, file) for kind, file in named if kind)
+
+    def _timed(self, segments: Sequence[Segment], part: Part) -> Sequence[Segment]:
+        """Return a recording cut as the record says, and with the words that it has times for."""
+        if not (part.start or part.seconds or part.cues):
+            return segments
+        from megatron_mm.ingest import timed, transcripts  # reading text takes a while to load
+
+        (_, start), (_, seconds) = self._take(part.start), self._take(part.seconds)
+        if start is not None or seconds is not None:
+            segments = [timed.cut_out(segments[0], start, seconds)]
+        name, said = self._take(part.cues)
+        if said is None:
+            return segments
+        return timed.read_recording(segments[0], transcripts.record_cues(name, said))
 
     def _nested(self, name: str, records: Any) -> Iterator[Segment]:
         if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
@@ -354,6 +415,12 @@ class _Reading:
                 yield from self._read(piece, media[piece].popleft(), part)
             elif piece.strip():
                 yield TextSegment(piece)
+
+
+def medium_of(name: str) -> str:
+    """Return which medium a file is by its name, "" if it is none; an address is none."""
+    kind = kinds.by_suffix(Path(name)) if "://" not in name else None
+    return kind.words if kind is not None and kind.words in MEDIA else ""
 
 
 PLACEHOLDER = re.compile(r"<(image|audio|video)>\n?")

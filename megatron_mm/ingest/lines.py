@@ -13,7 +13,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.ingest import account
 from megatron_mm.ingest.document import Document, Origin, Reading, Rejection, TextSegment
 from megatron_mm.ingest.encode import encode_texts, encode_together
-from megatron_mm.ingest.fields import MEDIA_NAMES, MEDIA_SUFFIXES, SIZE_COLUMNS, Schemas, built_in
+from megatron_mm.ingest.fields import LISTS_OF_FILE_NAMES, MEDIA_NAMES, MEDIA_SUFFIXES, SIZE_COLUMNS, Schemas, built_in
 from megatron_mm.ingest.filters import document_text, select, wrong_language, wrong_length
 from megatron_mm.ingest.origins import Said, origins_of, origins_of_lines, said_of
 from megatron_mm.ingest.work_items import Options, WorkItem
@@ -23,6 +23,7 @@ from megatron_mm.tokenizer import TextTokenizer
 
 OTHER_FIELDS = (
     MEDIA_NAMES
+    | set(LISTS_OF_FILE_NAMES)
     | SIZE_COLUMNS
     | {name for fields in built_in() for names in fields.needs for name in names if name != "text"}
 )

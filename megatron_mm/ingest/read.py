@@ -23,8 +23,9 @@ from megatron_mm.ingest.fields import DEFAULTS, Schemas
 from megatron_mm.ingest.kinds import Kind, Parts
 from megatron_mm.ingest.mail import read_mail
 from megatron_mm.ingest.records import element_ranges, read_elements, read_lines, read_rows, read_table
-from megatron_mm.ingest.sidecars import read_beside, read_film, read_recording
+from megatron_mm.ingest.sidecars import read_beside
 from megatron_mm.ingest.table_rows import Table
+from megatron_mm.ingest.timed import read_film, read_recording
 from megatron_mm.ingest.warc import read_warc
 
 CONTAINERS = frozenset(

@@ -17,6 +17,7 @@ from megatron_mm.ingest import account, table_rows
 from megatron_mm.ingest.charset import decode_utf8
 from megatron_mm.ingest.detect import ARROW_FILE
 from megatron_mm.ingest.document import Document, Reading, Rejection, unexpected
+from megatron_mm.ingest.features import declared_media
 from megatron_mm.ingest.fields import DEFAULTS, Schemas
 from megatron_mm.ingest.table_rows import Table
 
@@ -147,6 +148,7 @@ def read_rows(path: Path, *, start: int = 0, stop: int | None = None, schemas: S
     """
     try:
         with open_rows(path) as rows:
+            schemas = replace(schemas, declared=declared_media(rows.metadata))
             schemas.check_columns(rows.names)
             return read_records(_rows(rows, path, start, stop), path.parent, schemas, kind=rows.kind)
     except (pyarrow.ArrowException, OSError) as error:
@@ -205,6 +207,7 @@ class ParquetRows:
         self._source = path.open("rb")  # pyarrow opens no names that are not UTF-8
         self._file = pyarrow.parquet.ParquetFile(self._source)
         self.names: list[str] = self._file.schema_arrow.names
+        self.metadata = self._file.schema_arrow.metadata
         counts = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self.marks = _marks(counts)
 
@@ -235,7 +238,7 @@ class ArrowRows:
         else:
             reader = pyarrow.ipc.open_stream(buffer)
             self._batches = list(reader)
-        self.names = reader.schema.names
+        self.names, self.metadata = reader.schema.names, reader.schema.metadata
         self.marks = _marks(batch.num_rows for batch in self._batches)
 
     def group(self, number: int) -> pyarrow.Table:

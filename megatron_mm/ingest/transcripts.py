@@ -77,6 +77,16 @@ def _json_cues(path: Path) -> list[Cue] | None:
     return [cue for cue in cues if cue is not None and cue.text]
 
 
+def record_cues(name: str, segments: Any) -> list[Cue]:
+    """Return the words of a field of a record in the order of their times. Raises DataError if they have none."""
+    if not isinstance(segments, list) or not all(isinstance(one, dict) for one in segments):
+        raise DataError(f"{name} is not a list of words with their times")
+    cues = [_json_cue(one) for one in segments]
+    if not cues or any(cue is None for cue in cues):
+        raise DataError(f"{name}: its words have no times, or its times no words")
+    return sorted((cue for cue in cues if cue is not None and cue.text), key=lambda cue: cue.start)
+
+
 def _json_cue(segment: Mapping[str, Any]) -> Cue | None:
     start, stop = segment.get("startTime", segment.get("start")), segment.get("endTime", segment.get("end"))
     words = segment.get("body", segment.get("text"))

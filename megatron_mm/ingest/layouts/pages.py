@@ -11,12 +11,15 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_mm.ingest import kinds
-from megatron_mm.ingest.fields import MEDIA_NAMES
+from megatron_mm.ingest.fields import FILE_NAMES, LISTS_OF_FILE_NAMES, MEDIA_NAMES
 from megatron_mm.ingest.layouts.pairs import is_captioned
 from megatron_mm.ingest.layouts.tree import Tree, head
 
 IMAGE_OF_PAGE = re.compile(rb"""<img\b[^>]*?\bsrc\s*=\s*["']?([^"'>]+)""", re.IGNORECASE)
-MEDIA_KEY = re.compile("|".join(f'"{name}"' for name in sorted(MEDIA_NAMES)))
+KEYS = MEDIA_NAMES | set(FILE_NAMES) | set(LISTS_OF_FILE_NAMES)
+MEDIA_KEY = re.compile("|".join(f'"{name}"' for name in sorted(KEYS)))
+LINES = re.compile(r"\{[^\n]*\}[ \t\r]*\n\s*\{")
+"""How JSON lines begin, whatever they are named."""
 LOOKED_AT = 20
 """Lines of a file by which it is told whether its records name files."""
 
@@ -41,8 +44,11 @@ def _names(path: Path) -> Iterable[str]:
         return _names_in_lines(path)
     if kind == kinds.PARQUET:
         return _names_in_rows(path)
-    if path.suffix == ".json" and (start := head(path).lstrip()).startswith("[") and MEDIA_KEY.search(start):
-        return _names_in(orjson.loads(path.read_bytes()))
+    if path.suffix == ".json" and MEDIA_KEY.search(start := head(path).lstrip()):
+        if start.startswith("["):
+            return _names_in(orjson.loads(path.read_bytes()))
+        if LINES.match(start):
+            return _names_in_lines(path)
     return ()
 
 
@@ -68,9 +74,9 @@ def _names_in(record: Any) -> Iterator[str]:
             yield from _names_in(one)
     elif isinstance(record, dict):
         for key, value in record.items():
-            if key in MEDIA_NAMES and isinstance(value, str):
+            if key in KEYS and isinstance(value, str):
                 yield value
-            elif key in MEDIA_NAMES and isinstance(value, list):
+            elif key in KEYS and isinstance(value, list):
                 yield from (one for one in value if isinstance(one, str))
             elif isinstance(value, list | dict):
                 yield from _names_in(value)
@@ -79,7 +85,7 @@ def _names_in(record: Any) -> Iterator[str]:
 def _names_in_rows(path: Path) -> Iterator[str]:
     try:
         with path.open("rb") as source, pyarrow.parquet.ParquetFile(source) as file:
-            columns = [field.name for field in file.schema_arrow if field.name in MEDIA_NAMES and field.type in STRINGS]
+            columns = [field.name for field in file.schema_arrow if field.name in KEYS and field.type in STRINGS]
             for batch in file.iter_batches(columns=columns) if columns else ():
                 for column in batch.columns:
                     yield from (name for name in column.to_pylist() if name)
