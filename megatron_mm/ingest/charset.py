@@ -13,8 +13,9 @@ DECLARED = "charsets declared"
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16le"), (codecs.BOM_UTF16_BE, "utf-16be"))
 META_BYTES = 65_536
 """How far into a page its <meta> is looked for; browsers also follow one that stands behind the first 1,024 bytes."""
-UNMARKED = re.compile(rb"<!--.*?-->|<script\b.*?</script>", re.DOTALL | re.IGNORECASE)
-META = re.compile(rb"<meta\b[^>]*?\bcharset\s*=\s*[\"']?\s*([^\s\"'/>;]+)", re.IGNORECASE)
+UNSEEN = ((b"<!--", b"-->"), (b"<script", b"</script"))
+"""What a <meta> does not count in."""
+META = re.compile(rb"<meta\b[^>]*?\bcharset\s*=\s*[\"']?\s*([^\s\"'/>;]+)")
 XML = re.compile(rb"<\?xml\b[^>]*?\bencoding\s*=\s*[\"']\s*([\w.:-]+)")
 CODECS = {"gbk": "gb18030", "iso-2022-kr": "iso2022_kr", "hz-gb-2312": "hz"}
 """Python's codecs for charsets that webencodings has none or a narrower one for: the Encoding standard decodes GBK as
@@ -110,17 +111,19 @@ def _known(label: str | None) -> str | None:
 
 def _meta(data: bytes) -> str | None:
     """Return the charset that a page itself declares."""
-    head = data[:META_BYTES]
+    head = data[:META_BYTES].lower()
     if found := XML.match(head.lstrip()):
         return found[1].decode("ascii")
-    found = META.search(head)
-    if found and (b"<!--" in head[: found.start()] or b"<script" in head[: found.start()]):
-        found = META.search(UNMARKED.sub(b"", head))
-    if not found:
+    found = next((one for one in META.finditer(head) if not _is_unseen(head, one.start())), None)
+    if found is None:
         return None
     label = _known(found[1].decode("ascii", "replace"))
     # A page whose <meta> can be read is not in UTF-16 (HTML standard, "prescan a byte stream").
     return "utf-8" if label and label.startswith("utf-16") else label
+
+
+def _is_unseen(head: bytes, place: int) -> bool:
+    return any(head.rfind(start, 0, place) > head.rfind(stop, 0, place) for start, stop in UNSEEN)
 
 
 def _decode_undeclared(data: bytes) -> str:
