@@ -18,6 +18,8 @@ OLE_MARK = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 """What files of these names begin with, also where they are too damaged for libmagic."""
 MAX_FILE_BYTES = 2**30
 """Larger files are refused where a file is read whole: all kinds but JSON lines, Parquet and archives."""
+SPHERE = b"NIST_1A\n"
+"""What NIST's SPHERE recordings begin with."""
 ARROW_FILE = b"ARROW1"
 ARROW_STREAM = b"\xff\xff\xff\xff"
 """What Arrow's two forms of file begin with."""
@@ -89,6 +91,8 @@ def _kind_by_marks(path: Path) -> Kind:
     """Look for what libmagic has no name for, or names by what the file is wrapped in."""
     with path.open("rb") as file:
         head = file.read(PDF_HEAD)
+    if head.startswith(SPHERE):
+        return kinds.AUDIO
     if head.startswith(b"PAR1"):
         return kinds.PARQUET
     if head.startswith(ARROW_FILE) or (head.startswith(ARROW_STREAM) and path.suffix.lower() in kinds.ARROW.suffixes):

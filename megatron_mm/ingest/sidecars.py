@@ -13,7 +13,7 @@ from megatron_mm.ingest.document import Origin, Segment, TextSegment
 from megatron_mm.ingest.fields import Schemas
 from megatron_mm.ingest.transcripts import Cue, read_cues
 
-ORDER = (".vtt", ".srt", ".tsv", ".txt", ".caption", ".cap", ".json", ".cls")
+ORDER = (".vtt", ".srt", ".stm", ".tsv", ".txt", ".caption", ".cap", ".json", ".cls")
 """Which of several texts counts, if they are alike: words with times, a conversation, words."""
 PREFERRED = ("", "original", "caption", "en")
 """Of NAME.WORD.txt and the like, the word that counts; others come by the alphabet."""

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import orjson
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.fields import Fields
+from megatron_mm.ingest.fields import Fields, medium_of
 
 MAX_BYTES = 2**30
 """A table is held in memory."""
@@ -29,6 +29,10 @@ class Table:
     """Names of the columns; none if the first row has them."""
     has_quotes: bool = False
     """Whether cells may be quoted, as in CSV; if not, quotes are text."""
+    read: Callable[[Path], Iterator[dict[str, Any]]] | None = None
+    """Who reads it, if it is no table of cells."""
+    anywhere: str = ""
+    """A column of names or stems without folders: each of the only file below `base` that has it."""
     num_rows: int = 0
     skipped: frozenset[int] = frozenset()
     """Rows whose file an earlier table has, counted from 0."""
@@ -47,7 +51,24 @@ def read_rows(path: Path, table: Table) -> list[dict[str, Any]]:
     """Return the rows of a table by the names of its columns. Raises DataError if it is damaged or too large."""
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"the table has {path.stat().st_size:,} bytes, and tables are read up to 1 GiB")
-    return list(_rows(path, table))
+    rows = list(_rows(path, table) if table.read is None else table.read(path))
+    if table.anywhere:
+        places = _places(table.base)
+        for row in rows:
+            if table.anywhere in row:
+                row[table.anywhere] = places.get(row[table.anywhere]) or row[table.anywhere]
+    return rows
+
+
+def _places(base: Path) -> dict[str, str]:
+    """Return where the media below a folder lie, by their names and their stems; "" for what several have."""
+    places: dict[str, str] = {}
+    for path in sorted(base.rglob("*")):
+        place = path.relative_to(base)
+        if medium_of(path.name) and not any(part.startswith(".") for part in place.parts):
+            for name in {path.name, path.stem}:
+                places[name] = "" if name in places else str(place)
+    return places
 
 
 def _rows(path: Path, table: Table) -> Iterator[dict[str, Any]]:

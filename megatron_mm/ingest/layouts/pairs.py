@@ -17,8 +17,13 @@ def is_captioned(path: Path) -> bool:
 
 def arrange(tree: Tree) -> None:
     """Take each image, recording and video that has a text beside it: NAME.txt, NAME.jpg.txt or NAME.WORD.txt."""
+    used = {(path.parent, name) for path in tree.used() if is_captioned(path) for name in (path.stem, path.name)}
     for folder in tree.folders():
         _arrange_folder(tree, tree.files(folder))
+        for file in tree.files(folder) if used else ():
+            names = {file.stem, file.stem.rpartition(".")[0]}
+            if file.suffix.lower() in TEXT_SUFFIXES and any((folder, name) in used for name in names):
+                tree.set_aside(file, "the text of a medium that another file names and has words for")
 
 
 def _arrange_folder(tree: Tree, files: list[Path]) -> None:

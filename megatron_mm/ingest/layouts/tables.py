@@ -19,6 +19,8 @@ LOOKED_AT = 64
 """Rows by which a table is told."""
 LEAST_NAMED = 0.5
 """The part of them whose cell must name a file that is there."""
+ANYWHERE = "*"
+"""Stands for a suffix where names are those of files in several folders."""
 KIND_OF = {kinds.IMAGE: "image", kinds.AUDIO: "audio", kinds.VIDEO: "video"}
 TEXTS = frozenset(built_in()[-1].parts[-1].text)
 
@@ -88,6 +90,24 @@ class Media:
         first = next(path for found in places for path, own, _ in found if own == base)
         return first, base, suffix
 
+    def is_in(self, folder: Path, cell: str) -> bool:
+        """Tell whether a cell names a file from a folder."""
+        return any(own == folder for _, own, _ in self.named(cell))
+
+    def find_scattered(self, cells: list[str], folder: Path) -> tuple[Path, Path, str] | None:
+        """Return the same of a column of names whose files lie in several folders, in or beside that of the table."""
+        found = [path for cell in cells if (path := self.only(cell, folder)) is not None]
+        if len(found) < LEAST_NAMED * len(cells) or len({path.parent for path in found}) < 2:
+            return None
+        is_inside = all(path.is_relative_to(folder) for path in found)
+        return found[0], folder if is_inside else folder.parent, ANYWHERE
+
+    def only(self, cell: str, folder: Path) -> Path | None:
+        """Return the one file that has a name, or a stem, in or below the folder above that of a table."""
+        files = {*self._by_name.get(cell, []), *self._by_stem.get(cell, [])}
+        below = [path for path in files if path.is_relative_to(folder.parent)]
+        return below[0] if len(below) == 1 else None
+
 
 def recognise(path: Path, media: Media) -> Table | str | None:
     """Return how to read a table of media, why it cannot be, or None for what is no such table."""
@@ -104,7 +124,8 @@ def recognise(path: Path, media: Media) -> Table | str | None:
         return None
     column, folder, suffix, kind = where
     base = path.parent if folder.is_relative_to(path.parent) else path.parent.parent
-    has_header = not any(own == folder for _, own, _ in media.named(rows[0][column]))
+    first = rows[0][column]
+    has_header = not (media.only(first, path.parent) if suffix == ANYWHERE else media.is_in(folder, first))
     names = rows[0] if has_header else [f"column {number}" for number in range(len(rows[0]))]
     if has_header:
         texts = [name for name in names if name in TEXTS]
@@ -117,10 +138,11 @@ def recognise(path: Path, media: Media) -> Table | str | None:
         texts = [names[number] for number in range(len(names)) if number != column and _is_text(rows, number)][:1]
         if not texts:
             return None
-    part = Part.model_validate({kind: names[column], "folder": str(folder.relative_to(base)), "suffix": suffix})
+    where_it_lies = {"folder": str(folder.relative_to(base)), "suffix": suffix} if suffix != ANYWHERE else {}
+    part = Part.model_validate({kind: names[column], **where_it_lies})
     fields = Fields(name="table", parts=[part, Part(text=_by_preference(texts))])
-    columns = () if has_header else tuple(names)
-    return Table(fields, base, delimiter, columns, has_quotes=delimiter == ",")
+    columns, anywhere = () if has_header else tuple(names), names[column] if suffix == ANYWHERE else ""
+    return Table(fields, base, delimiter, columns, has_quotes=delimiter == ",", anywhere=anywhere)
 
 
 def _find_column(rows: list[list[str]], folder: Path, media: Media) -> tuple[int, Path, str, str] | None:
@@ -128,7 +150,7 @@ def _find_column(rows: list[list[str]], folder: Path, media: Media) -> tuple[int
     body = rows[1:] or rows
     for column in range(max(map(len, rows))):
         cells = [row[column] for row in body if len(row) > column and row[column]]
-        where = media.find(cells, folder)
+        where = media.find_scattered(cells, folder) or media.find(cells, folder)
         if where is not None:
             path, base, suffix = where
             return column, base, suffix, KIND_OF[kinds.by_suffix(path)]

@@ -102,6 +102,10 @@ class Tree:
         self._used.add(path)
         self._forget(path)
 
+    def used(self) -> frozenset[Path]:
+        """Return the files that others name."""
+        return frozenset(self._used)
+
     def was_used(self, path: Path) -> bool:
         """Tell whether another file names a file."""
         return path in self._used
