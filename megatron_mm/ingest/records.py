@@ -19,7 +19,7 @@ from megatron_mm.ingest.detect import ARROW_FILE
 from megatron_mm.ingest.document import Document, Reading, Rejection, unexpected
 from megatron_mm.ingest.features import declared_media
 from megatron_mm.ingest.fields import DEFAULTS, Schemas
-from megatron_mm.ingest.table_rows import Table
+from megatron_mm.ingest.table_rows import Row, Table
 
 ROWS_AT_ONCE = 64
 """Rows that are Python objects at a time."""
@@ -174,9 +174,9 @@ class _Kept:
     """The rows of the table that was read last, for the next range of the same one."""
 
     key: tuple[Path, int] | None = None
-    rows: list[dict[str, Any]]
+    rows: list[Row]
 
-    def of(self, path: Path, table: Table) -> list[dict[str, Any]]:
+    def of(self, path: Path, table: Table) -> list[Row]:
         key = (path, path.stat().st_mtime_ns)
         if self.key != key:
             self.rows, self.key = table_rows.read_rows(path, table), key
@@ -193,7 +193,10 @@ def read_table(path: Path, table: Table, schemas: Schemas, *, start: int, stop: 
     skipped = stop - start - len(numbers)
     account.count(account.INPUTS, "rows of tables", skipped)
     account.count(account.OTHERS, "rows of tables about a file that an earlier row has", skipped)
-    raws = (Raw(f"{path}, row {number + 1}", rows[number], number) for number in numbers)
+    joined = sum(rows[number].joined for number in numbers)
+    account.count(account.INPUTS, "rows of tables", joined)
+    account.count(account.OTHERS, "rows of tables that were joined to an earlier one of the same file", joined)
+    raws = (Raw(f"{path}, row {rows[one].number + 1}", rows[one].cells, rows[one].number) for one in numbers)
     own = replace(schemas, own=(*schemas.own, table.fields))
     return read_records(raws, table.base, own, kind="rows of tables")
 

@@ -33,9 +33,12 @@ class Table:
     """Who reads it, if it is no table of cells."""
     anywhere: str = ""
     """A column of names or stems without folders: each of the only file below `base` that has it."""
+    joined_by: str = ""
+    """A column of names: rows that name one file are one, with the texts of all."""
     num_rows: int = 0
+    """How many there are after joining."""
     skipped: frozenset[int] = frozenset()
-    """Rows whose file an earlier table has, counted from 0."""
+    """Which of them are about a file that an earlier table has, counted from 0."""
 
     @classmethod
     def of(cls, path: Path, fields: Fields, *, delimiter: str, columns: tuple[str, ...] = ()) -> Self:
@@ -47,17 +50,46 @@ class Table:
         return replace(self, num_rows=num_rows, skipped=skipped)
 
 
-def read_rows(path: Path, table: Table) -> list[dict[str, Any]]:
-    """Return the rows of a table by the names of its columns. Raises DataError if it is damaged or too large."""
+@dataclass
+class Row:
+    """A row of a table."""
+
+    number: int
+    """Its place in the table, from 0."""
+    cells: dict[str, Any]
+    """What it says, by the names of columns."""
+    joined: int = 0
+    """How many later rows were joined to it."""
+
+
+def read_rows(path: Path, table: Table) -> list[Row]:
+    """Return the rows of a table. Raises DataError if it is damaged or too large."""
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"the table has {path.stat().st_size:,} bytes, and tables are read up to 1 GiB")
-    rows = list(_rows(path, table) if table.read is None else table.read(path))
+    cells = _rows(path, table) if table.read is None else table.read(path)
+    rows = [Row(number, one) for number, one in enumerate(cells)]
     if table.anywhere:
         places = _places(table.base)
         for row in rows:
-            if table.anywhere in row:
-                row[table.anywhere] = places.get(row[table.anywhere]) or row[table.anywhere]
-    return rows
+            if table.anywhere in row.cells:
+                row.cells[table.anywhere] = places.get(row.cells[table.anywhere]) or row.cells[table.anywhere]
+    return _join(rows, table) if table.joined_by else rows
+
+
+def _join(rows: list[Row], table: Table) -> list[Row]:
+    """Return rows of which no two name one file: each with all texts that are said of its file, in their order."""
+    names = {name for part in table.fields.parts for name in part.text}
+    first: dict[Any, Row] = {}
+    for row in rows:
+        key = row.cells.get(table.joined_by, ("no file", row.number))
+        one = first.setdefault(key, row)
+        if one is not row:
+            one.joined += 1
+            for name in names & row.cells.keys():
+                said = one.cells.get(name, [])
+                said = said if isinstance(said, list) else [said]
+                one.cells[name] = said if row.cells[name] in said else [*said, row.cells[name]]
+    return list(first.values())
 
 
 def _places(base: Path) -> dict[str, str]:
@@ -90,8 +122,10 @@ def _rows(path: Path, table: Table) -> Iterator[dict[str, Any]]:
     for row in cells:
         if not row:
             continue
+        if table.delimiter == "|":  # Flickr30k writes a space behind each
+            row = [cell.strip() for cell in row]
         if not columns:
-            columns = row
+            columns = [name.strip() for name in row]
             continue
         yield {name: cell for name, cell in zip(columns, row) if cell != ""}
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_mm.errors import ConfigError
 from megatron_mm.ingest.layouts import (
+    addresses,
     coco,
     common_voice,
     empty,
@@ -56,6 +57,7 @@ LAYOUTS = (
     Layout("kaldi", kaldi.arrange),
     Layout("tedlium", tedlium.arrange),
     Layout("table", tables.arrange),
+    Layout("addresses", addresses.arrange),
     Layout("pages", pages.arrange),
     Layout("pairs", pairs.arrange),
 )

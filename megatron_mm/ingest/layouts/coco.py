@@ -27,7 +27,7 @@ def _take(tree: Tree, path: Path) -> None:
     said = orjson.loads(path.read_bytes())
     if not isinstance(said, dict) or not {"images", "annotations"} <= said.keys():
         return
-    if not any("caption" in one for one in said["annotations"][:1]):
+    if not said["images"] or not any("caption" in one for one in said["annotations"][:1]):
         tree.set_aside(path, "COCO's annotations that are no captions")
         return
     media, name = Media(tree), said["images"][0]["file_name"]

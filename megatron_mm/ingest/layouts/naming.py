@@ -10,7 +10,7 @@ from megatron_mm.ingest.table_rows import Table, read_rows
 
 
 def take_table(tree: Tree, path: Path, table: Table) -> bool:
-    """Have a table read, its files with it; of a file that two rows name, the first counts. Return whether it was.
+    """Have a table read, its files with it; rows whose files others have are skipped. Return whether it was.
 
     A table whose files have all been taken by others before is set aside.
     """
@@ -23,7 +23,8 @@ def take_table(tree: Tree, path: Path, table: Table) -> bool:
     skipped: set[int] = set()
     used: list[Path] = []
     for number, row in enumerate(rows):
-        named = [named_file(table.base, part, row[name]) for part, name in parts if isinstance(row.get(name), str)]
+        cells = row.cells
+        named = [named_file(table.base, part, cells[name]) for part, name in parts if isinstance(cells.get(name), str)]
         if named and all(tree.was_used(file) for file in named):
             skipped.add(number)
         for file in named:

@@ -22,7 +22,8 @@ LEAST_NAMED = 0.5
 ANYWHERE = "*"
 """Stands for a suffix where names are those of files in several folders."""
 KIND_OF = {kinds.IMAGE: "image", kinds.AUDIO: "audio", kinds.VIDEO: "video"}
-TEXTS = frozenset(built_in()[-1].parts[-1].text)
+TEXTS = frozenset({*built_in()[-1].parts[-1].text, "comment"})
+"""Columns of text; Flickr30k's captions are comments."""
 
 
 def arrange(tree: Tree) -> None:
@@ -126,7 +127,7 @@ def recognise(path: Path, media: Media) -> Table | str | None:
     base = path.parent if folder.is_relative_to(path.parent) else path.parent.parent
     first = rows[0][column]
     has_header = not (media.only(first, path.parent) if suffix == ANYWHERE else media.is_in(folder, first))
-    names = rows[0] if has_header else [f"column {number}" for number in range(len(rows[0]))]
+    names = [name.strip() for name in rows[0]] if has_header else [f"column {number}" for number in range(len(rows[0]))]
     if has_header:
         texts = [name for name in names if name in TEXTS]
         if not texts:
@@ -142,7 +143,8 @@ def recognise(path: Path, media: Media) -> Table | str | None:
     part = Part.model_validate({kind: names[column], **where_it_lies})
     fields = Fields(name="table", parts=[part, Part(text=_by_preference(texts))])
     columns, anywhere = () if has_header else tuple(names), names[column] if suffix == ANYWHERE else ""
-    return Table(fields, base, delimiter, columns, has_quotes=delimiter == ",", anywhere=anywhere)
+    joined_by, has_quotes = names[column], delimiter == ","
+    return Table(fields, base, delimiter, columns, has_quotes, anywhere=anywhere, joined_by=joined_by)
 
 
 def _find_column(rows: list[list[str]], folder: Path, media: Media) -> tuple[int, Path, str, str] | None:
