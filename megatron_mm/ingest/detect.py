@@ -25,8 +25,12 @@ ARROW_STREAM = b"\xff\xff\xff\xff"
 """What Arrow's two forms of file begin with."""
 CONTAINERS = {"application/ogg", "video/x-ms-asf", "application/vnd.rn-realmedia", "audio/x-m4a", "application/mxf"}
 """What may hold audio alone or pictures too, beside every kind of video."""
-MAY_BE_RECORDS = ("", ".json", ".txt", ".text")
+MAY_BE_RECORDS = ("", ".json", ".txt", ".text", ".xml")
 """Suffixes of text that may be records: of .json alone nobody knows, and JSON lines go by any name."""
+DUMP_HEAD = 4096
+"""Bytes in which a dump in XML says what it is."""
+WIKI_ROOT = re.compile(rb"\A\s*(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*\?>\s*)?<mediawiki\s[^>]*mediawiki\.org/xml/export-")
+POSTS_ROOT = re.compile(rb"\A\s*(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*\?>\s*)?<posts>\s*<row\s+Id=")
 RECORD_HEAD = 2**20
 """Bytes by which records are told from other text: a first one that is longer is not found."""
 LOOKED_AT = 5
@@ -49,7 +53,9 @@ def detect(path: Path, *, trust_content: bool = False) -> Kind:
     mime = mime_of(path)
     named, found = kinds.by_suffix(path), _kind_of(path, mime)
     if found.textual and (named is None or named == kinds.TEXT) and path.suffix.lower() in MAY_BE_RECORDS:
-        records = _is_of_records(path)
+        with path.open("rb") as file:
+            head = file.read(RECORD_HEAD)
+        records = _kind_of_records(head, is_whole=len(head) < RECORD_HEAD)
         if records is not None:
             return records
     if named is not None and found.textual and named.textual:
@@ -118,14 +124,27 @@ def _kind_by_marks(path: Path) -> Kind:
     return kinds.TEXT
 
 
-def _is_of_records(path: Path) -> Kind | None:
-    """Return what records a file of text is made of, by its first bytes: objects on lines, or in an array."""
-    with path.open("rb") as file:
-        head = file.read(RECORD_HEAD)
+def records_of(head: bytes, path: Path, *, is_whole: bool) -> Kind | None:
+    """Return what records a file is made of by its first bytes and its name, None if it is not text, or not of records.
+
+    `is_whole` says that `head` is all of it.
+    """
+    found, named = kinds.by_mime(magic.from_buffer(head, mime=True)), kinds.by_suffix(path)
+    if found is None or not found.textual:
+        return None
+    if named == kinds.JSONL:
+        return named
+    is_open = named in (None, kinds.TEXT) and path.suffix.lower() in MAY_BE_RECORDS
+    return _kind_of_records(head, is_whole=is_whole) if is_open else None
+
+
+def _kind_of_records(head: bytes, *, is_whole: bool) -> Kind | None:
+    """Return what records a text is made of, by its first bytes: objects on lines or in an array, pages, posts."""
+    if (kind := _dump_of(head)) is not None:
+        return kind
     text = head.decode("utf-8-sig", "ignore").lstrip()
     if text[:1] not in ("{", "["):
         return None
-    is_whole = len(head) < RECORD_HEAD
     if text.startswith("["):
         record = _first_object(text[1:].lstrip())
         return kinds.JSON_ARRAY if record is not None and is_known(record) else None
@@ -133,6 +152,13 @@ def _is_of_records(path: Path) -> Kind | None:
     whole_lines = lines if is_whole else lines[:-1]
     are_objects = len(whole_lines) > 1 and all(_first_object(line) is not None for line in whole_lines[:LOOKED_AT])
     return kinds.JSONL if are_objects else None
+
+
+def _dump_of(head: bytes) -> Kind | None:
+    start = head[:DUMP_HEAD]
+    if WIKI_ROOT.match(start):
+        return kinds.WIKI
+    return kinds.POSTS if POSTS_ROOT.match(start) else None
 
 
 def _first_object(text: str) -> dict[str, Any] | None:

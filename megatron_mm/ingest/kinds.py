@@ -135,6 +135,9 @@ WARC = Kind(
     unbounded=True,
 )
 """Most are compressed, and named as that."""
+WIKI = Kind(words="MediaWiki dump", source=Source.TEXT, unbounded=True)
+POSTS = Kind(words="dump of posts (Stack Exchange)", source=Source.TEXT, unbounded=True)
+"""Dumps of records in XML; only their content tells them from other XML, which is text."""
 UNKNOWN = Kind(words="unknown", source=Source.TEXT, reader="read.describe")
 
 KINDS = tuple(value for value in list(globals().values()) if isinstance(value, Kind))

@@ -38,10 +38,7 @@ def encode_lines(work: WorkItem, tokenizer: TextTokenizer, options: Options) -> 
     Plain text goes the short way; whatever else a line may be, `read_lines` reads it. Raises DataError if documents
     and rejections do not account for every line.
     """
-    assert work.stop is not None
-    with work.path.open("rb") as file:
-        file.seek(work.start)
-        lines = file.read(work.stop - work.start).split(b"\n")
+    lines = work.read().split(b"\n")
     shapes: Counter[tuple[str, ...]] = Counter()
     texts: list[str] = []
     numbers: list[int] = []
@@ -58,7 +55,7 @@ def encode_lines(work: WorkItem, tokenizer: TextTokenizer, options: Options) -> 
             if record is not None:
                 shapes[tuple(record)] += 1
             if record is None:
-                documents, bad = _read_line(work.path, start, start + len(line), number, options.schemas)
+                documents, bad = _read_line(work.path, line, start, number, options.schemas)
                 rejections += bad
                 if documents:
                     others[number] = documents
@@ -145,11 +142,11 @@ def encode_documents(
     return replace(EncodedBatch.of(encoded), origins=origins_of(file, origins)), rejections
 
 
-def _read_line(path: Path, start: int, stop: int, number: int, schemas: Schemas) -> Reading:
+def _read_line(path: Path, line: bytes, start: int, number: int, schemas: Schemas) -> Reading:
     # The readers of media take half a second to load, which runs over plain text are spared.
     from megatron_mm.ingest.records import read_lines
 
-    return read_lines(path, start=start, stop=stop, first_line=number, schemas=schemas)
+    return read_lines(path, start=start, data=line, first_line=number, schemas=schemas)
 
 
 def _in_order(

@@ -91,7 +91,7 @@ def _take_in(
         raise EncodingMismatch(result)
     if isinstance(result, Failure):
         counted = {account.INPUTS: {"what could not be read": 1}}
-        result = (EncodedBatch.of([]), [Rejection(_place(item), result.reason)]), counted
+        result = (EncodedBatch.of([]), [Rejection(item.place, result.reason)]), counted
     (batch, rejections), counted = result
     plan.take_in(counted)
     if not skip_bad and (bad := [rejection for rejection in rejections if not rejection.is_filtered]):
@@ -99,12 +99,6 @@ def _take_in(
     writer.add_batch(batch)
     for rejection in rejections:
         writer.add_rejection(asdict(rejection))
-
-
-def _place(item: WorkItem) -> str:
-    if item.stop is None:
-        return str(item.path)
-    return f"{item.path}:{item.start if item.kind == kinds.WARC else item.first_line}"
 
 
 def _names(place: str, count: int) -> list[str]:
@@ -157,20 +151,20 @@ def _make_task(
         batch, rejections = encoded
         whole = sum(not one.is_part for one in rejections)
         if wrong := account.imbalance(counted, documents=len(batch.lengths), rejected=whole):
-            raise AssertionError(f"{_place(work)}: {wrong}")
+            raise AssertionError(f"{work.place}: {wrong}")
         return encoded, counted
 
     return read_and_encode
 
 
 def _read_and_encode(work: WorkItem, tokenizer: TextTokenizer, options: Options) -> Encoded | Cut[WorkItem]:
-    if work.kind == kinds.JSONL:
+    if work.kind == kinds.JSONL and not work.refusal:
         return encode_lines(work, tokenizer, options)
     reading = read_work(work, options)
     if isinstance(reading, Cut):
         return reading
     documents, rejections = reading
-    names = _names(_place(work), len(documents))
+    names = _names(work.place, len(documents))
     batch, failed = encode_documents(documents, tokenizer, options, names=names, file=str(work.path))
     return batch, [*rejections, *failed]
 

@@ -13,7 +13,7 @@ from megatron_mm.ingest.work_items import WorkItem, cut_entry
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the inputs one of several runs reads: the files, or ranges of lines, that begin in its bytes."""
+    """Which part of the inputs one of several runs reads: files, streams, ranges of lines that begin in its bytes."""
 
     task: int = 0
     tasks: int = 1
@@ -81,6 +81,8 @@ class WorkPlan:
                 for piece, item in enumerate(cut_entry(entry)):
                     begins = before + item.position
                     is_own = self._from <= begins and (begins < self._until or is_last)
+                    if item.is_streamed and not is_own:
+                        break  # it is read from its start, so it is whole the task's in whose bytes it begins
                     if is_own and (number, piece) >= (first_file, first_piece):
                         self._started.append(_Started(number, piece, item))
                         yield item

@@ -139,7 +139,7 @@ class Reader:
         inner = self._deeper("archives are")
         with tempfile.TemporaryDirectory(prefix="archive-") as folder:
             target = Path(folder) / (path.stem if path.suffix.lower() != ".tgz" else f"{path.stem}.tar")
-            decompress(path, target, mime=mime_of(path))
+            decompress(path, target)
             documents, rejections = inner.read(target)
         return documents, _within(path, folder, rejections)
 

@@ -63,16 +63,25 @@ def read_records(
 
 
 def read_lines(
-    path: Path, *, start: int = 0, stop: int | None = None, first_line: int = 1, schemas: Schemas = DEFAULTS
+    path: Path,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    data: bytes | None = None,
+    first_line: int = 1,
+    schemas: Schemas = DEFAULTS,
 ) -> Reading:
     """Return the documents of the JSON lines in bytes [start, stop) of a file; a bad line is a rejection of its own.
+
+    The bytes are `data`, if they have been read before.
 
     A line is an object with `text`, with `image` or `audio` naming a file beside this one (the text follows it), with
     `segments`, a list of such objects in reading order, or of another of the `schemas`.
     """
-    with path.open("rb") as file:
-        file.seek(start)
-        data = file.read() if stop is None else file.read(stop - start)
+    if data is None:
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read() if stop is None else file.read(stop - start)
     documents, rejections = read_records(
         _lines(data, str(path), start, first_line), path.parent, schemas, kind="JSON lines", parse=_parse
     )

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import resource
 import signal
 import tempfile
@@ -195,6 +196,11 @@ class _Worker:
         with endings.out_of_reach_of_ctrl_c():
             self.process.start()
         other.close()
+        # A process that is at work does not receive: whoever sends it more than the pipe holds would wait for it, and
+        # it, with its result, for him.
+        self._outbox: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send, daemon=True)
+        self._sender.start()
         self.deadline = time.monotonic() + START_SECONDS
 
     def give(self, slot: _Slot) -> None:
@@ -202,8 +208,12 @@ class _Worker:
         self.given.append(slot)
         if self.ready and len(self.given) == 1:
             self.deadline = time.monotonic() + self.limits.wall_seconds
+        self._outbox.put(slot)
+
+    def _send(self) -> None:
         with contextlib.suppress(OSError):  # it is dead: receive() will find out
-            self.connection.send(slot.item)
+            while (slot := self._outbox.get()) is not None:
+                self.connection.send(slot.item)
 
     def receive(self) -> Failure | None:
         """Take in one message; return why the process failed, if it did. Raises RuntimeError if it did not start."""
@@ -234,6 +244,8 @@ class _Worker:
         """End the process, whatever it does."""
         self.process.kill()
         self.process.join()
+        self._outbox.put(None)
+        self._sender.join()
         self.connection.close()
 
 

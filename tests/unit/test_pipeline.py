@@ -1,5 +1,6 @@
 """The preprocessing tool: the same shards from any number of workers, every input accounted for, nothing half done."""
 
+import gzip
 import json
 import os
 import signal
@@ -221,7 +222,8 @@ def test_runs_killed_at_20_random_moments_end_in_the_bytes_of_one(
     rng = np.random.default_rng(0)
     (corpus / "8.txt").write_bytes(b"\xff\xff\xff")
     lines = [json.dumps({"text": sentence(rng, 200)}) + ("," if number % 97 == 0 else "") for number in range(2_000)]
-    (corpus / "long.jsonl").write_text("\n".join(lines))
+    (corpus / "long.jsonl").write_text("\n".join(lines[:1_000]))
+    (corpus / "packed.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[1_000:]).encode()))
     prefix = tmp_path / "out" / "p"
     kills, finished, resumed = 0, 0, set()
     while kills < 20:

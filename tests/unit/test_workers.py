@@ -102,6 +102,27 @@ def test_work_that_fails_is_cut_and_its_good_parts_are_kept() -> None:
     assert [result for _, result in results if not isinstance(result, Failure)] == [[1, 4], [9], [16], [25]]
 
 
+def make_echo() -> Callable[[bytes], bytes]:
+    def echo(work: bytes) -> bytes:
+        if work.startswith(b"hang"):
+            hang()
+        return work
+
+    return echo
+
+
+def test_items_and_results_may_be_larger_than_a_pipe() -> None:
+    # A worker that sends its result while it is sent its next item must not wait for ever.
+    work = [bytes([number]) * 5 * 2**20 for number in range(12)]
+    with Workers(2, make_echo, limits=Limits(wall_seconds=20.0)) as workers:
+        assert [result for _, result in workers.run(work)] == work
+    work[3] = b"hang" * 2**20
+    with Workers(1, make_echo, limits=Limits(wall_seconds=3.0)) as workers:
+        results = [result for _, result in workers.run(work)]
+    assert [number for number, result in enumerate(results) if isinstance(result, Failure)] == [3]
+    assert results[4:] == work[4:]
+
+
 def test_a_worker_that_cannot_start_ends_the_run() -> None:
     with Workers(1, make_nothing) as workers, pytest.raises(RuntimeError, match="cannot start: (.|\n)*no tokenizer"):
         list(workers.run([Numbers((1,))]))
