@@ -25,6 +25,12 @@ NO_CHARSETS = {"replacement", "x-user-defined"}
 DETECTED = frozenset(webencodings.LABELS.values()) - {"utf-8", "utf-16le", "utf-16be", *NO_CHARSETS}
 """What chardet chooses from. Of 742 texts of 60 to 2,000 bytes in 28 languages and 22 charsets (translations of Django)
 it was right about 731, chardetng about 721, resiliparse 664, cchardet 652, charset-normalizer three in four."""
+LOOKED_AT_WHOLE = 1_024
+"""Longer data is looked at only where it is not ASCII. Of 84 texts of 2,000 bytes among 36 kB of markup and scripts, all
+were told by what stands between tags and line ends and is not ASCII, and 23 by the whole."""
+PIECES = re.compile(rb"[\n<>]")
+"""What no charset has within a character."""
+DETECT_BYTES = 2**14
 MIN_CONFIDENCE = 0.005
 """Below, chardet sees no text: it says 0.002 of three bytes 0xFF, 0.04 of four words with two typographic quotes."""
 ESCAPES = (b"\x1b$", b"\x1b(")
@@ -136,7 +142,7 @@ def _decode_undeclared(data: bytes) -> str:
     bad = _num_replaced(text, data)
     beyond_ascii = len(text) - len(text.encode("ascii", "ignore"))
     is_utf8 = beyond_ascii >= 2 * bad > 0  # at least as many characters are UTF-8 as are not
-    found = None if is_utf8 else chardet.detect(data, include_encodings=DETECTED)
+    found = None if is_utf8 else chardet.detect(_telling(data), include_encodings=DETECTED)
     label = _known(found["encoding"]) if found and found["confidence"] >= MIN_CONFIDENCE else None
     if label is not None:
         account.count(account.GUESSED, f"charset {label}")
@@ -145,6 +151,13 @@ def _decode_undeclared(data: bytes) -> str:
         raise DataError("it is no text: it is neither UTF-8 nor in another charset that is known")
     account.count(account.REPLACED, "utf-8", bad)
     return text
+
+
+def _telling(data: bytes) -> bytes:
+    """Return what the charset of `data` is told by."""
+    if len(data) > LOOKED_AT_WHOLE and not data.isascii():
+        data = b"\n".join(piece for piece in PIECES.split(data) if not piece.isascii())
+    return data[:DETECT_BYTES]
 
 
 def _decode(data: bytes, label: str) -> str:

@@ -99,6 +99,12 @@ def test_what_declares_nothing_is_guessed_and_counted(text: str, codec: str, lab
     assert read(page(text, "utf-8")) == (page(text, "utf-8").decode(), {})
 
 
+@pytest.mark.parametrize(("text", "codec"), [(RUSSIAN, "koi8-r"), (GERMAN, "cp1252"), (CHINESE, "gb18030")])
+def test_markup_does_not_hide_a_charset(text: str, codec: str) -> None:
+    markup = "<script>function foo(){return 'bar'}</script>\n<div class='a b'><a href='/x/y'>Home</a></div>" * 300
+    assert text in read(markup.encode() + page(text, codec) + markup.encode())[0]
+
+
 def test_a_bad_byte_or_a_zero_costs_no_page() -> None:
     text, counted = read(b"<meta charset=utf-8><p>good \xef\xbf\xbd one</p><p>bad \xe9 byte\0s\0</p>")
     assert text == "<meta charset=utf-8><p>good \ufffd one</p><p>bad \ufffd bytes</p>"
