@@ -1,12 +1,11 @@
 """Text files and web pages."""
 
 import base64
-import re
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from lxml import etree, html
+from lxml import etree
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.beside import file_beside
@@ -74,21 +73,25 @@ def read_page(page: bytes | str, *, name: str, fetch: Fetch) -> tuple[list[Segme
 
     Bytes are decoded as the page declares, a string has been. Raises DataError.
     """
+    text = page if isinstance(page, str) else decode_page(page)
+    visitor = _PageReader(name, fetch)
     try:
-        # Without huge_tree, what follows 10 MB of text in one element or 256 levels is dropped in silence.
-        parser = html.HTMLParser(encoding="utf-8", huge_tree=True)
-        text = page if isinstance(page, str) else decode_page(page)
-        tree = html.document_fromstring(text.encode(), parser=parser)
-        body = tree.find("body")
-        visitor = _PageReader(name, fetch)
-        visitor.visit(tree if body is None else body)
-    except etree.ParserError:  # there is no element in it
-        return [], []
+        tree = _parse(text)
+        body = None if tree is None else tree.find("body")
+        if tree is not None:
+            visitor.visit(tree if body is None else body)
     except etree.XMLSyntaxError as error:
         raise DataError(f"the page cannot be read: {error}") from error
     except RecursionError:
         raise DataError("the page is nested too deeply") from None
     return visitor.finish(), visitor.rejections
+
+
+def _parse(text: str) -> etree._Element | None:
+    """Return the root of a page without its comments; None of one that holds no element."""
+    # Without huge_tree, what follows 10 MB of text in one element or 256 levels is dropped in silence.
+    parser = etree.HTMLParser(encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True)
+    return etree.fromstring(text.encode(), parser)
 
 
 def _beside(path: Path, address: str) -> bytes | None:
@@ -111,42 +114,46 @@ class _PageReader:
         self._is_row = False
         """Whether the last block is a row of a table, so that the next one follows on the next line."""
 
-    def visit(self, element: html.HtmlElement) -> None:
-        tag = element.tag if isinstance(element.tag, str) else "script"  # comments have a function for a tag
+    def visit(self, element: etree._Element) -> None:
+        tag = element.tag
         if tag not in INVISIBLE:
-            if tag in BLOCKS:
+            is_block = tag in BLOCKS
+            if is_block:
                 self._end_block()
             if tag == "img":
                 self._add_image(element)
             elif tag == "tr" and _is_data(element):
                 self._add_row(element)
             elif tag == "pre":
-                self._add_block(element.text_content().strip("\n"))
+                self._add_block("".join(element.itertext()).strip("\n"))
             else:
-                self._line.append(element.text or "")
+                if text := element.text:
+                    self._line.append(text)
                 for child in element:
                     self.visit(child)
-            if tag in BLOCKS:
+            if is_block:
                 self._end_block()
-        self._line.append(element.tail or "")
+        if tail := element.tail:
+            self._line.append(tail)
 
     def finish(self) -> list[Segment]:
         self._end_text()
         return self._segments
 
     def _end_block(self) -> None:
-        line = re.sub(r"\s+", " ", "".join(self._line)).strip()
-        self._line = []
-        if line:
-            self._add_block(line)
+        if self._line:
+            line = _in_one_line("".join(self._line))
+            self._line = []
+            if line:
+                self._add_block(line)
 
     def _add_block(self, text: str) -> None:
         self._blocks.append(text)
         self._is_row = False
 
-    def _add_row(self, row: html.HtmlElement) -> None:
-        cells = (cell.text_content() for cell in row if cell.tag in CELLS)
-        text = "\t".join(re.sub(r"\s+", " ", cell).strip() for cell in cells).rstrip()
+    def _add_row(self, row: etree._Element) -> None:
+        cells = ("".join(cell.itertext()) for cell in row if cell.tag in CELLS)
+        text = "\t".join(map(_in_one_line, cells)).rstrip()
         if text and self._is_row and self._blocks:
             self._blocks[-1] += f"\n{text}"
         elif text:
@@ -159,7 +166,7 @@ class _PageReader:
             self._segments.append(TextSegment("\n\n".join(self._blocks) + "\n"))
         self._blocks = []
 
-    def _add_image(self, element: html.HtmlElement) -> None:
+    def _add_image(self, element: etree._Element) -> None:
         address = element.get("src", "")
         try:
             inline = address.startswith("data:image/")
@@ -174,7 +181,11 @@ class _PageReader:
         self._segments.append(segment)
 
 
-def _is_data(row: html.HtmlElement) -> bool:
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _is_data(row: etree._Element) -> bool:
     """Tell whether the cells of a row are lines of text, and not parts of a page."""
     for cell in row:
         num_paragraphs = 0
