@@ -1,0 +1,144 @@
+"""Web archives to shards, ours beside datatrove's reader and Trafilatura: pages and MB a CPU-second, and memory.
+
+    python benchmarks/make_corpus.py build/corpus
+    python benchmarks/make_warc.py build/corpus
+    python -m venv peers && peers/bin/pip install 'datatrove[processing]==0.10.0' orjson
+    python benchmarks/warc.py --corpus build/corpus --datatrove-python peers/bin/python
+
+Whole processes are measured, start-up and children included, in interleaved rounds. Ours writes shards of tokens, with
+one worker and with two. datatrove reads the same file with its WarcReader, takes the text out with Trafilatura in its
+default form, and writes JSON lines: it tokenizes nothing. Both must give a document for every page, and ours must hold
+every paragraph of every article in order. `--memory` reads 1 and 5 GB, the same members over and over, once.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+from preprocess import Run, measure
+from verdict import finish
+
+from megatron_mm.shards import ShardReader
+from megatron_mm.tokenizer import TextTokenizer
+
+ROUNDS = 3
+BAR = 5.0
+MAX_GROWTH = 1.1
+"""Memory of reading 5 GB over that of reading 1 GB."""
+GIGABYTES = (1, 5)
+ROOT = Path(__file__).parents[1]
+OURS, TWO_WORKERS, PEER = "ours, 1 worker", "ours, 2 workers", "datatrove and Trafilatura"
+DATATROVE = """
+import sys
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.extractors import Trafilatura
+from datatrove.pipeline.readers import WarcReader
+from datatrove.pipeline.writers import JsonlWriter
+if __name__ == "__main__":
+    folder, name, out = sys.argv[1:]
+    writer = JsonlWriter(out, compression=None)
+    steps = [WarcReader(folder, glob_pattern=name), Trafilatura(timeout=30), writer]
+    LocalPipelineExecutor(steps, logging_dir=out + "/logs").run()
+"""
+
+
+def main() -> None:
+    """Measure everything and say whether the bar holds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="the folder that make_warc.py wrote to")
+    parser.add_argument("--datatrove-python", type=Path, required=True, help="a Python that has datatrove")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"interleaved rounds (default {ROUNDS})")
+    parser.add_argument("--memory", action="store_true", help="measure memory over 1 and 5 GB too")
+    arguments = parser.parse_args()
+    work = arguments.corpus / "work-warc"
+    work.mkdir(exist_ok=True)
+    path = arguments.corpus / "pages.warc.gz"
+    commands = {
+        OURS: ours(arguments.corpus, path, work, 1),
+        TWO_WORKERS: ours(arguments.corpus, path, work, 2),
+        PEER: [str(arguments.datatrove_python), "-c", DATATROVE, str(path.parent), path.name, str(work / "out")],
+    }
+    paragraphs = json.loads((arguments.corpus / "pages.json").read_text())
+    runs: dict[str, list[Run]] = {tool: [] for tool in commands}
+    found: dict[str, list[str]] = {}
+    for number in range(arguments.rounds):
+        for tool, command in commands.items():
+            runs[tool].append(measure(command, work / "out", env=environment()))
+            print(f"round {number} {tool}: {runs[tool][-1]}", flush=True)
+            found[tool] = written_by_peer(work / "out") if tool == PEER else written(work / "out" / "p")
+    complete = check(found, paragraphs)
+    growth = memory(arguments.corpus, path, work) if arguments.memory else None
+    report(runs, len(paragraphs), path.stat().st_size / 1e6, holds=complete and (growth is None or growth < MAX_GROWTH))
+
+
+def ours(corpus: Path, path: Path, work: Path, workers: int) -> list[str]:
+    """Return our command over `path`."""
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(path), "--workers", str(workers)]
+    return [*command, "--output-prefix", f"{work}/out/p", "--tokenizer", f"{corpus}/gpt2/tokenizer.json"]
+
+
+def environment() -> dict[str, str]:
+    """Return what the tools find in their environment: one thread a process."""
+    threads = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+    return {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def written(prefix: Path) -> list[str]:
+    """Return the text of each document of our shards."""
+    shard, tokenizer = ShardReader(prefix), TextTokenizer(Path(f"{prefix}.tokenizer"))
+    end = len(tokenizer.decode([tokenizer.special_ids["end_of_text"]]))
+    return [tokenizer.decode(shard.tokens(number).tolist())[:-end] for number in range(shard.num_documents)]
+
+
+def written_by_peer(out: Path) -> list[str]:
+    """Return the text of each document that datatrove wrote."""
+    (path,) = out.glob("*.jsonl")
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def check(found: dict[str, list[str]], paragraphs: dict[str, list[str]]) -> bool:
+    """Print what each tool found of the pages' articles; return whether ours gave all of them, in order."""
+    shares = {}
+    for tool, texts in found.items():
+        pages = zip(texts, paragraphs.values(), strict=False)
+        kept = [all(words in " ".join(text.split()) for words in own) for text, own in pages]
+        shares[tool] = sum(kept) / len(paragraphs)
+        print(f"{tool}: {len(texts)} documents of {len(paragraphs)} pages, {shares[tool]:.1%} with every paragraph")
+    return shares[OURS] == shares[TWO_WORKERS] == 1.0
+
+
+def memory(corpus: Path, path: Path, work: Path) -> float:
+    """Read files of GIGABYTES made of the same members; return by how much the memory of the last is larger."""
+    peaks = []
+    for size in GIGABYTES:
+        large = work / f"{size}GB.warc.gz"
+        with open(large, "wb") as target:
+            while target.tell() < size * 1e9:
+                with open(path, "rb") as source:
+                    shutil.copyfileobj(source, target)
+        run = measure(ours(corpus, large, work, 2), work / "out", env=environment())
+        large.unlink()
+        peaks.append(run.rss_mb)
+        print(f"{size} GB, 2 workers: {run.rss_mb:.0f} MB, {run.wall_seconds:.0f} s, {run.cpu_seconds:.0f} CPU s")
+    shutil.rmtree(work / "out")
+    return peaks[-1] / peaks[0]
+
+
+def report(runs: dict[str, list[Run]], num_pages: int, size_mb: float, *, holds: bool) -> None:
+    """Print the table and the verdict."""
+    cpu = {tool: statistics.median(run.cpu_seconds for run in own) for tool, own in runs.items()}
+    print(f"\n{num_pages} pages, {size_mb:.0f} MB of WARC.gz")
+    print(f"{'tool':<28}{'CPU s':>9}{'wall s':>9}{'pages / CPU s':>15}{'MB / CPU s':>12}{'peak MB':>9}")
+    for tool, own in runs.items():
+        wall, peak = statistics.median(run.wall_seconds for run in own), max(run.rss_mb for run in own)
+        rates = f"{num_pages / cpu[tool]:>15.0f}{size_mb / cpu[tool]:>12.2f}"
+        print(f"{tool:<28}{cpu[tool]:>9.1f}{wall:>9.1f}{rates}{peak:>9.0f}")
+    finish("warc", ours=cpu[OURS], peer=cpu[PEER], bar=1 / BAR, holds=holds)
+
+
+if __name__ == "__main__":
+    main()
