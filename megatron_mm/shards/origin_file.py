@@ -9,9 +9,9 @@ import itertools
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -19,7 +19,10 @@ from megatron_mm.errors import DataError
 from megatron_mm.retry import retrying
 from megatron_mm.shards.checksums import differs
 from megatron_mm.shards.format import BLOCK_BYTES
-from megatron_mm.shards.origins import COLUMNS, SPANS, WORDS, Origins, shared
+from megatron_mm.shards.origins import COLUMNS, SPANS, WORDS, Column, Origins, shared
+
+if TYPE_CHECKING:
+    import pyarrow
 
 ORIGIN_SUFFIX = ".origin.parquet"
 ROW_GROUP = 65_536
@@ -94,11 +97,21 @@ def write_columns(batches: Iterable[Origins], sink: BinaryIO) -> dict[str, Any]:
     summary = OriginSummary()
     with pyarrow.parquet.ParquetWriter(sink, schema, **how) as writer:
         for group in _groups(batches, summary):
-            words = {name: [value for batch in group for value in batch.column(name)] for name in WORDS}
             spans = {name: np.concatenate([batch.span(name) for batch in group]) for name in SPANS}
-            arrays = {name: pyarrow.array(values, mask=values < 0) for name, values in spans.items()}
-            writer.write_table(pyarrow.table(words | arrays, schema), row_group_size=ROW_GROUP)
+            columns = {name: pyarrow.array(values, mask=values < 0) for name, values in spans.items()}
+            columns |= {name: _word_column([getattr(batch, name) for batch in group], group) for name in WORDS}
+            writer.write_table(pyarrow.table(columns, schema), row_group_size=ROW_GROUP)
     return summary.said()
+
+
+def _word_column(values: Sequence[Column], group: Sequence[Origins]) -> "Sequence[str] | pyarrow.Array":
+    """Return a column of several batches in full; one value that all of them share is repeated at no cost."""
+    import pyarrow
+
+    if all(isinstance(value, str) and value == values[0] for value in values):
+        return pyarrow.repeat(values[0], sum(batch.count for batch in group))
+    parts = ([value] * batch.count if isinstance(value, str) else value for value, batch in zip(values, group))
+    return [value for part in parts for value in part]
 
 
 def _groups(batches: Iterable[Origins], summary: OriginSummary) -> Iterator[list[Origins]]:
