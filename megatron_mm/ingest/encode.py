@@ -41,13 +41,13 @@ def encode_together(
     max_audio_seconds: int = MAX_AUDIO_SECONDS,
 ) -> list[EncodedDocument | DataError]:
     """Return each document as `encode_document` does, or what it would raise; their texts are encoded as one batch."""
-    wrong = [_not_unicode(document) for document in documents]
-    good = [document for document, error in zip(documents, wrong, strict=True) if error is None]
-    ids = iter(tokenizer.encode_batch([text for document in good for text in _texts(document)]))
+    good = [all(map(is_unicode, _texts(document))) for document in documents]
+    texts = [text for document, is_good in zip(documents, good, strict=True) if is_good for text in _texts(document)]
+    ids = iter(tokenizer.encode_batch(texts))
     made: list[EncodedDocument | DataError] = []
-    for document, error in zip(documents, wrong, strict=True):
-        if error is not None:
-            made.append(error)
+    for document, is_good in zip(documents, good, strict=True):
+        if not is_good:
+            made.append(DataError("the text holds half of a surrogate pair, which no Unicode text does"))
             continue
         own = [next(ids) for _ in _texts(document)]  # before anything of the document can raise
         try:
@@ -61,13 +61,12 @@ def _texts(document: Document) -> Iterator[str]:
     return (segment.text for segment in document.segments if isinstance(segment, TextSegment))
 
 
-def _not_unicode(document: Document) -> DataError | None:
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be encoded: one from JSON may hold half of a surrogate pair."""
     try:
-        for text in _texts(document):
-            text.encode()
+        return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
-        return DataError("the text holds half of a surrogate pair, which no Unicode text does")
-    return None
+        return False
 
 
 def _assemble(

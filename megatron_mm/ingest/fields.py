@@ -153,6 +153,10 @@ def is_known(record: Mapping[str, Any]) -> bool:
     return not fields.columns.isdisjoint(columns)
 
 
+MAX_SHAPES = 1_000
+"""Sets of columns whose schema is remembered."""
+
+
 @dataclass(frozen=True)
 class Schemas:
     """The schemas that records are read by, those of the user first; and how conversations are written."""
@@ -176,8 +180,17 @@ class Schemas:
 
     def of(self, record: Mapping[str, Any]) -> Fields:
         """Return the schema of a record: by the columns that it fills."""
-        columns = {name for name, value in record.items() if value is not None}
-        return next(fields for fields in self.known if fields.fits(columns))
+        columns = tuple([name for name, value in record.items() if value is not None])
+        if columns not in self._by_columns:
+            if len(self._by_columns) == MAX_SHAPES:
+                self._by_columns.clear()
+            self._by_columns[columns] = next(fields for fields in self.known if fields.fits(set(columns)))
+        return self._by_columns[columns]
+
+    @functools.cached_property
+    def _by_columns(self) -> dict[tuple[str, ...], Fields]:
+        """The schema of the records with some columns that came: most files have few such."""
+        return {}
 
     def words(self, record: Mapping[str, Any]) -> tuple[str, Origin]:
         """Return the text of a record that lies beside a medium, "" if it has none, and what it says of its origin."""

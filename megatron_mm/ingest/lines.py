@@ -12,7 +12,7 @@ import orjson
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import account
 from megatron_mm.ingest.document import Document, Origin, Reading, Rejection, TextSegment
-from megatron_mm.ingest.encode import encode_texts, encode_together
+from megatron_mm.ingest.encode import encode_texts, encode_together, is_unicode
 from megatron_mm.ingest.fields import LISTS_OF_FILE_NAMES, MEDIA_NAMES, MEDIA_SUFFIXES, SIZE_COLUMNS, Schemas, built_in
 from megatron_mm.ingest.filters import document_text, select, wrong_language, wrong_length
 from megatron_mm.ingest.origins import Said, origins_of, origins_of_lines, said_of
@@ -78,19 +78,9 @@ def encode_lines(work: WorkItem, tokenizer: TextTokenizer, options: Options) -> 
         names = [f"{work.path}:{place}" for place in places]
         batch, failed = encode_documents(documents, tokenizer, options, names=names, file=str(work.path))
         return batch, [*rejections, *failed]
-    batch = encode_texts(texts, tokenizer)
-    if len(batch.lengths) != len(texts):
-        raise DataError(f"{work.path}: {len(texts)} texts gave {len(batch.lengths)} documents.")
-    batch = replace(batch, origins=origins_of_lines(str(work.path), starts, stops, said))
-    if options.min_tokens > 1 or options.max_tokens is not None:
-        reasons = [wrong_length(length, options) for length in batch.lengths.tolist()]
-        rejections += [
-            Rejection(f"{work.path}:{number}", reason)
-            for number, reason in zip(numbers, reasons, strict=True)
-            if reason
-        ]
-        batch = select(batch, np.asarray([not reason for reason in reasons], bool))
-    return batch, rejections
+    batch = replace(encode_texts(texts, tokenizer), origins=origins_of_lines(str(work.path), starts, stops, said))
+    batch, failed = _of_right_length(batch, options, [f"{work.path}:{number}" for number in numbers])
+    return batch, [*rejections, *failed]
 
 
 def plain_record(line: bytes) -> dict[str, Any] | None:
@@ -127,12 +117,26 @@ def encode_documents(
             rejections.append(Rejection(name, reason))
         else:
             taken.append((name, document))
+    batch, failed = _encode([document for _, document in taken], tokenizer, options, [name for name, _ in taken], file)
+    return batch, [*rejections, *failed]
+
+
+def _encode(
+    documents: Sequence[Document], tokenizer: TextTokenizer, options: Options, names: Sequence[str], file: str
+) -> Encoded:
+    texts = [_only_text(document) for document in documents]
+    if None not in texts:
+        batch = replace(
+            encode_texts(texts, tokenizer),
+            sources=np.asarray([document.source for document in documents], np.uint8),
+            origins=origins_of(file, [document.origin for document in documents]),
+        )
+        return _of_right_length(batch, options, names)
+    rejections: list[Rejection] = []
     how = {"geometries": options.geometries, "max_audio_seconds": options.max_audio_seconds}
     encoded: list[EncodedDocument] = []
     origins: list[Origin] = []
-    for (name, document), made in zip(
-        taken, encode_together([document for _, document in taken], tokenizer, **how), strict=True
-    ):
+    for name, document, made in zip(names, documents, encode_together(documents, tokenizer, **how), strict=True):
         reason = str(made) if isinstance(made, DataError) else wrong_length(len(made.tokens), options)
         if reason:
             rejections.append(Rejection(name, reason))
@@ -140,6 +144,23 @@ def encode_documents(
             encoded.append(made)
             origins.append(document.origin)
     return replace(EncodedBatch.of(encoded), origins=origins_of(file, origins)), rejections
+
+
+def _only_text(document: Document) -> str | None:
+    """Return the text of a document that is nothing but one, of Unicode; None of any other."""
+    if len(document.segments) != 1 or not isinstance(document.segments[0], TextSegment):
+        return None
+    text = document.segments[0].text
+    return text if is_unicode(text) else None
+
+
+def _of_right_length(batch: EncodedBatch, options: Options, names: Sequence[str]) -> Encoded:
+    """Return the text documents of a batch that are as long as `options` ask for, and the others as rejections."""
+    if options.min_tokens <= 1 and options.max_tokens is None:
+        return batch, []
+    reasons = [wrong_length(length, options) for length in batch.lengths.tolist()]
+    rejections = [Rejection(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
+    return select(batch, np.asarray([not reason for reason in reasons], bool)), rejections
 
 
 def _read_line(path: Path, line: bytes, start: int, number: int, schemas: Schemas) -> Reading:

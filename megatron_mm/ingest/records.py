@@ -16,7 +16,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.ingest import account, table_rows
 from megatron_mm.ingest.charset import decode_utf8
 from megatron_mm.ingest.detect import ARROW_FILE
-from megatron_mm.ingest.document import Document, Reading, Rejection, unexpected
+from megatron_mm.ingest.document import Document, Origin, Reading, Rejection, unexpected
 from megatron_mm.ingest.features import declared_media
 from megatron_mm.ingest.fields import DEFAULTS, Schemas
 from megatron_mm.ingest.table_rows import Row, Table
@@ -54,7 +54,9 @@ def read_records(
         account.count(account.INPUTS, kind)
         try:
             document = schemas.document(parse(raw.value), folder)
-            documents.append(replace(document, origin=replace(document.origin, start=raw.start, stop=raw.stop)))
+            said = document.origin
+            origin = Origin(said.url, said.licence, said.date, raw.start, raw.stop)
+            documents.append(Document(document.segments, document.source, origin))
         except MemoryError:
             raise
         except Exception as error:  # of a damaged file, libraries raise what they like
