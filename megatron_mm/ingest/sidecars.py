@@ -36,6 +36,14 @@ class Beside:
         """How much it says: 0 for no words."""
         return 3 if self.cues else 2 if self.record is not None else 1 if self.segments else 0
 
+    def repeats(self, other: "Beside") -> bool:
+        """Tell whether it says the words of another one: img2dataset writes each caption in two files."""
+        return self._words() == other._words()
+
+    def _words(self) -> list[str]:
+        said = [cue.text for cue in self.cues] or [part.text for part in self.segments if isinstance(part, TextSegment)]
+        return " ".join(said).split()
+
 
 def read_beside(media: Path, files: Sequence[Path], schemas: Schemas) -> Beside:
     """Return what the first of `files` that holds words says of a medium; the others are counted.
@@ -52,7 +60,7 @@ def read_beside(media: Path, files: Sequence[Path], schemas: Schemas) -> Beside:
     best = max(one.rank for _, one in with_words)
     taken = next(one for _, one in with_words if one.rank == best)
     for file, one in with_words:
-        if one is not taken:
+        if one is not taken and not one.repeats(taken):
             account.count(account.NOT_KEPT, f"another text of the same medium ({file.suffix.lower()})")
     return replace(taken, origin=next((one.origin for _, one in read if one.origin is not None), None))
 
