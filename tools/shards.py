@@ -2,20 +2,27 @@
 
 verify: check every byte against the checksums in the manifests. merge: make the shards of several runs one, by a
 manifest that lists them; no data are copied, and the parts must stay where they are. deduplicate: copy shards without
-the documents that they hold twice, exactly or nearly. show: list documents, with the file that each came from.
+the documents that they hold twice, exactly or nearly. show: list documents, with the file that each came from. adopt:
+make an existing pair of Megatron-LM, P.bin and P.idx, shards; nothing is copied or changed.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_mm import endings
+from megatron_mm.ingest.adopt import adopt
 from megatron_mm.ingest.deduplicate import deduplicate
 from megatron_mm.ingest.listing import list_documents, render_one, render_table
 from megatron_mm.printable import line
 from megatron_mm.shards import merge, open_shards
 from megatron_mm.shards.writer import REPORT_SUFFIX
+from megatron_mm.tokenizer import TextTokenizer
+
+ADOPTED_SHOWN = 3
+"""Documents of a pair that are shown, so that a wrong tokenizer is seen."""
 
 
 def main() -> int:
@@ -38,6 +45,14 @@ def main() -> int:
         help="leave out texts that share this part of their runs of five tokens with an earlier one too, 0 to 1 (0.8 "
         "is usual)",
     )
+    own = actions.add_parser("adopt", help="make a pair of Megatron-LM shards")
+    own.add_argument("prefix", metavar="P", help="the prefix of P.bin and P.idx, beside which the rest is written")
+    own.add_argument("--tokenizer", required=True, metavar="T", help="the tokenizer that the ids come from")
+    own.add_argument(
+        "--no-end-of-text",
+        action="store_true",
+        help="take documents that do not end in end-of-text: a model will not learn from them where a text ends",
+    )
     show = actions.add_parser("show", help="list documents and where they came from")
     show.add_argument("prefix", metavar="P", help="a prefix of shards")
     show.add_argument("--document", type=endings.at_least(0), metavar="N", help="all that is known of one of them")
@@ -51,6 +66,8 @@ def main() -> int:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.action == "verify":
         _verify(arguments.prefixes)
+    elif arguments.action == "adopt":
+        _adopt(arguments.prefix, arguments.tokenizer, end_of_text=not arguments.no_end_of_text)
     elif arguments.action == "show":
         _show(arguments.prefix, arguments.document, arguments.limit)
     elif arguments.action == "deduplicate":
@@ -71,6 +88,19 @@ def _deduplicate(prefixes: list[str], output_prefix: str, near: float | None) ->
         counts = deduplicate(prefixes, output_prefix=output_prefix, threshold=near, progress=progress.update)
     listed = f"{line(output_prefix)}.rejected.jsonl"
     print(f"{total} documents: {counts.documents} stay, {counts.rejected} are listed in {listed}")
+
+
+def _adopt(prefix: str, tokenizer: str, *, end_of_text: bool) -> None:
+    total = sum(path.stat().st_size for path in map(Path, (f"{prefix}.bin", f"{prefix}.idx")) if path.exists())
+    with (
+        endings.note(disk=f"the folder of {prefix}"),
+        tqdm(total=total, unit="B", unit_scale=True, desc="adopt") as progress,
+    ):
+        counts = adopt(prefix, TextTokenizer(tokenizer), end_of_text=end_of_text, progress=progress.update)
+    print(
+        f"{line(prefix)}: {counts.documents} documents, {counts.tokens:,} tokens. The first of them, by this tokenizer:"
+    )
+    print(render_table(list(list_documents(prefix, stop=ADOPTED_SHOWN))))
 
 
 def _show(prefix: str, document: int | None, limit: int) -> None:

@@ -11,6 +11,9 @@ from megatron_mm.data.native import _index
 from megatron_mm.shards import ShardReader
 from megatron_mm.source import Source
 
+LAID_BYTES = (2, 4)
+"""Sizes of ids that csrc/index lays; those of other sizes, in shards that were adopted, are laid by the reference."""
+
 
 class TokenRow:
     """Ids, labels, loss mask, origins and positions of `num_tokens` positions, filled piece after piece."""
@@ -35,10 +38,11 @@ class TokenRow:
         place = slice(self.position, self.position + int(lengths.sum()))
         rows = (self.tokens[place], self.labels[place], self.positions[place], self.origins[place])
         sources = shard.sources(documents)
-        if _index is not None:
+        laid = 0
+        if _index is not None and shard.token_bytes in LAID_BYTES:
             shard.check_tokens(documents)
             laid = _index.lay_pieces(*shard.token_index, documents, starts, lengths, sources, *rows)
-        if _index is None or laid < len(pieces):  # the reference says what is wrong, or reads what passed by now
+        if laid < len(pieces):  # the reference says what is wrong, or reads what passed by now
             lay_pieces_reference(shard, pieces, sources, rows)
         self.origins[place] += dataset * len(Source)
         self.loss_mask[place] = 1.0

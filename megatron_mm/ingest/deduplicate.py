@@ -45,7 +45,7 @@ def deduplicate(
     if threshold is not None and not 0.0 < threshold <= 1.0:
         raise ConfigError(f"--near {threshold} is no part of a text: give a number above 0 and up to 1.")
     finder = _Finder(threshold)
-    geometries = shards[0].geometries
+    geometries = next((shard for shard in shards if shard.manifest["media"]), shards[0]).geometries
     with ShardWriter(output_prefix, tokenizer=shards[0].tokenizer, geometries=geometries) as writer:
         for shard in shards:
             for start in range(0, shard.num_documents, BLOCK_DOCUMENTS):

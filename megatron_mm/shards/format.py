@@ -15,8 +15,11 @@ from megatron_mm.shards.origins import Origins
 from megatron_mm.source import Source
 
 TOKEN_MAGIC, TOKEN_VERSION = b"MMIDIDX\x00\x00", 1
-TOKEN_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
-"""megatron-core's codes of the two types that token ids are stored in."""
+TOKEN_DTYPES = {
+    **{1: np.dtype("<u1"), 2: np.dtype("<i1"), 3: np.dtype("<i2")},
+    **{4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")},
+}
+"""megatron-core's codes of the types that token ids are stored in: 4 or 8 here, any in shards that were adopted."""
 TOKEN_HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, code of the type, sequences, document boundaries: then lengths, pointers and boundaries."""
 MEDIA_MAGIC, MEDIA_VERSION = b"MMMEDIA\x00", 1

@@ -88,6 +88,11 @@ class ShardReader:
         """Media items of all documents."""
         return len(self._items)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of an id."""
+        return self._dtype.itemsize
+
     def length(self, document: int) -> int:
         """Return the tokens of a document. Raises DataError if the index disagrees about where it ends."""
         self._require_index(document, document + 1)
@@ -368,8 +373,9 @@ def open_shards(prefixes: Sequence[str]) -> list[ShardReader]:
         retrying(lambda part=part: ShardReader(part), what=part) for prefix in prefixes for part in _parts(str(prefix))
     ]
     check_tokenizers(readers)
-    for reader in readers[1:]:
-        reader.check_geometries(readers[0].geometries, whose=readers[0].prefix)
+    with_media = [reader for reader in readers if reader.manifest["media"]]
+    for reader in with_media[1:]:
+        reader.check_geometries(with_media[0].geometries, whose=with_media[0].prefix)
     return readers
 
 
@@ -459,6 +465,12 @@ def _read_manifest(prefix: str) -> dict[str, Any]:
     try:
         manifest = json.loads(retrying(Path(path).read_text, what=path))
     except FileNotFoundError:
+        if _is_index(prefix + ".idx") and Path(prefix + ".bin").exists():
+            raise DataError(
+                f"{path} is missing: {prefix}.bin and .idx are a pair of Megatron-LM, or shards that lost their "
+                f"manifest. Make the pair shards with `python tools/shards.py adopt {prefix} --tokenizer T`, which "
+                "copies nothing."
+            ) from None
         raise DataError(
             f"{path} is missing: {prefix} is not a finished set of shards. Make it with "
             f"`python tools/preprocess_data.py --output-prefix {prefix} ...`.{_hint(prefix)}"
@@ -489,6 +501,14 @@ def _read_manifest(prefix: str) -> dict[str, Any]:
         if file is None or len(file["block_crc32"]) != -(-file["bytes"] // BLOCK_BYTES):
             raise DataError(f"{path} lacks {suffix}, or checksums of it. Preprocess the inputs again.")
     return manifest
+
+
+def _is_index(path: str) -> bool:
+    """Tell whether a file begins as megatron-core's index does."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(TOKEN_MAGIC)) == TOKEN_MAGIC
 
 
 @functools.cache
