@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_mm.errors import ConfigError
 from megatron_mm.ingest.layouts import (
     addresses,
+    class_folders,
     coco,
     common_voice,
     empty,
@@ -24,6 +25,7 @@ from megatron_mm.ingest.layouts import (
     pages,
     pairs,
     save_to_disk,
+    source_tree,
     tables,
     tedlium,
     webdataset,
@@ -60,6 +62,8 @@ LAYOUTS = (
     Layout("addresses", addresses.arrange),
     Layout("pages", pages.arrange),
     Layout("pairs", pairs.arrange),
+    Layout("source-tree", source_tree.arrange),
+    Layout("class-folders", class_folders.arrange),
 )
 FILES = "files"
 """The layout of what none of these takes: each file by itself."""
