@@ -12,6 +12,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.ingest import kinds
 from megatron_mm.ingest.fields import is_known
 from megatron_mm.ingest.kinds import Kind
+from megatron_mm.ingest.mailbox import is_mailbox
 
 LEGACY_SUFFIXES = (".doc", ".dot", ".xls", ".xlt", ".ppt", ".pps", ".pot")
 OLE_MARK = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
@@ -55,9 +56,9 @@ def detect(path: Path, *, trust_content: bool = False) -> Kind:
     if found.textual and (named is None or named == kinds.TEXT) and path.suffix.lower() in MAY_BE_RECORDS:
         with path.open("rb") as file:
             head = file.read(RECORD_HEAD)
-        records = _kind_of_records(head, is_whole=len(head) < RECORD_HEAD)
-        if records is not None:
-            return records
+        by_content = _kind_of_text(head, is_whole=len(head) < RECORD_HEAD)
+        if by_content is not None:
+            return by_content
     if named is not None and found.textual and named.textual:
         return named
     if {found, named} == {kinds.AUDIO, kinds.VIDEO} or (found, named) == (kinds.WARC, kinds.COMPRESSED):
@@ -99,6 +100,8 @@ def _kind_by_marks(path: Path) -> Kind:
         head = file.read(PDF_HEAD)
     if head.startswith(SPHERE):
         return kinds.AUDIO
+    if is_mailbox(head):
+        return kinds.MAILBOX
     if head.startswith(b"PAR1"):
         return kinds.PARQUET
     if head.startswith(ARROW_FILE) or (head.startswith(ARROW_STREAM) and path.suffix.lower() in kinds.ARROW.suffixes):
@@ -136,6 +139,15 @@ def records_of(head: bytes, path: Path, *, is_whole: bool) -> Kind | None:
         return named
     is_open = named in (None, kinds.TEXT) and path.suffix.lower() in MAY_BE_RECORDS
     return _kind_of_records(head, is_whole=is_whole) if is_open else None
+
+
+def _kind_of_text(head: bytes, *, is_whole: bool) -> Kind | None:
+    """Return what a file of text is by its first bytes, None if it is nothing but text."""
+    if is_mailbox(head):
+        return kinds.MAILBOX
+    from megatron_mm.ingest.gutenberg import is_book
+
+    return kinds.GUTENBERG if is_book(head) else _kind_of_records(head, is_whole=is_whole)
 
 
 def _kind_of_records(head: bytes, *, is_whole: bool) -> Kind | None:

@@ -65,6 +65,19 @@ JSONL = Kind(
     textual=True,
     unbounded=True,
 )
+NOTEBOOK = Kind(
+    words="notebook", source=Source.TEXT, suffixes=(".ipynb",), reader="notebook.read_notebook", textual=True
+)
+GUTENBERG = Kind(words="book of Project Gutenberg", source=Source.TEXT, textual=True)
+"""Text files, which their first lines tell from others."""
+MAILBOX = Kind(
+    words="mailbox",
+    source=Source.OFFICE,
+    suffixes=(".mbox", ".mbx"),
+    mimes=("application/mbox",),
+    textual=True,
+    unbounded=True,
+)
 MAIL = Kind(words="e-mail", source=Source.OFFICE, suffixes=(".eml",), mimes=("message/rfc822",), textual=True)
 IMAGE = Kind(
     words="image",

@@ -20,8 +20,10 @@ from megatron_mm.ingest.document import (
     unexpected,
 )
 from megatron_mm.ingest.fields import DEFAULTS, Schemas
+from megatron_mm.ingest.gutenberg import read_book
 from megatron_mm.ingest.kinds import Kind, Parts
 from megatron_mm.ingest.mail import read_mail
+from megatron_mm.ingest.mailbox import read_messages
 from megatron_mm.ingest.records import element_ranges, read_elements, read_lines, read_rows, read_table
 from megatron_mm.ingest.sidecars import read_beside
 from megatron_mm.ingest.table_rows import Table
@@ -49,17 +51,20 @@ class Reader:
     """The one layout that archives are read by, if one was named."""
     depth: int = 0
 
-    def read(self, path: Path, *, beside: Sequence[Path] = (), table: Table | None = None) -> Reading:
+    def read(
+        self, path: Path, *, beside: Sequence[Path] = (), table: Table | None = None, kind: Kind | None = None
+    ) -> Reading:
         """Return the documents of a file; what files `beside` it say of it is read with it.
 
-        Never raises for what is in the file: a file that cannot be read is a rejection.
+        `kind` says what it is, if that is known. Never raises for what is in the file: what cannot be read is a
+        rejection.
         """
-        kind = kinds.UNKNOWN
+        known, kind = kind, kinds.UNKNOWN
         try:
             if table is not None:
                 with account.kept_if_whole():
                     return read_table(path, table, self.schemas, start=0, stop=table.num_rows)
-            kind = detect(path, trust_content=self.trust_content)
+            kind = known or detect(path, trust_content=self.trust_content)
             if not kind.unbounded and path.stat().st_size > MAX_FILE_BYTES:
                 raise DataError(f"it has {path.stat().st_size:,} bytes, and {kind.words} files are read up to 1 GiB")
             with account.kept_if_whole():
@@ -91,6 +96,8 @@ class Reader:
         if kind == kinds.MAIL:
             segments, rejections = self._read_mail(path)
             return Document(segments, kind.source), rejections
+        if kind == kinds.GUTENBERG:
+            return read_book(path), []
         media = [file for file in beside if layouts.is_captioned(file)]
         said = read_beside(path, [file for file in beside if file not in media], self.schemas)
         if said.record is not None:
@@ -148,6 +155,11 @@ class Reader:
         with tempfile.TemporaryDirectory(prefix="mail-") as folder, account.of_one_input():
             return read_mail(path, folder=Path(folder), read_attached=inner.read)
 
+    def read_mailbox(self, path: Path, *, start: int = 0, stop: int | None = None) -> Reading:
+        """Return the messages of a mailbox that begin in bytes [start, stop). Raises DataError if there is none."""
+        inner = self._deeper("messages and archives are")
+        return read_messages(path, read=lambda file: inner.read(file, kind=kinds.MAIL), start=start, stop=stop)
+
     def _deeper(self, what: str) -> "Reader":
         if self.depth == MAX_DEPTH:
             raise DataError(f"{what} nested more than {MAX_DEPTH} deep")
@@ -171,6 +183,7 @@ CONTAINERS_OF = {
     kinds.ARCHIVE: Reader.read_archive,
     kinds.COMPRESSED: Reader._read_compressed,
     kinds.WARC: lambda reader, path: read_warc(path),
+    kinds.MAILBOX: Reader.read_mailbox,
 }
 """Who reads files that hold several documents."""
 

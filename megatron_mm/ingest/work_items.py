@@ -55,7 +55,7 @@ class WorkItem:
     window: tuple[int, int] | None = None
     """Of a range of a web archive, which records to read, counted from 0; None: all."""
     marks: tuple[int, ...] = ()
-    """Where the samples of a range of a tar start, and last where it stops."""
+    """Where the samples of a range of a tar, or the messages of one of a mailbox, start, and last where it stops."""
     size: int | None = None
     """Bytes that this work reads, for the progress bar; None: those of the file."""
     position: int = 0
@@ -266,6 +266,8 @@ def _read_part(work: WorkItem, options: Options) -> Reading:
         return read_elements(work.path, start=start, stop=stop, first_element=work.first_line, schemas=schemas)
     if work.kind == kinds.ARCHIVE:
         return _reader(options).read_archive(work.path, start=start, stop=stop)
+    if work.kind == kinds.MAILBOX:
+        return _reader(options).read_mailbox(work.path, start=start, stop=stop)
     return read_rows(work.path, start=start, stop=stop, schemas=schemas)
 
 
@@ -298,6 +300,7 @@ def _cut_archive(work: WorkItem, options: Options) -> list[WorkItem]:
     if size <= ARCHIVE_BYTES or not is_cut or work.path.suffix.lower() == ".zip":
         return []
     from megatron_mm.ingest.archive import sample_ranges
+    from megatron_mm.ingest.mailbox import message_ranges
     from megatron_mm.ingest.records import element_ranges, row_groups
 
     kind = detect(work.path, trust_content=options.trust_content)
@@ -311,11 +314,12 @@ def _cut_archive(work: WorkItem, options: Options) -> list[WorkItem]:
         return [
             replace(part, start=start, stop=stop, first_line=first, size=stop - start) for start, stop, first in ranges
         ]
-    if kind != kinds.ARCHIVE:
+    if kind not in (kinds.ARCHIVE, kinds.MAILBOX):
         return []
+    ranges_of = sample_ranges if kind == kinds.ARCHIVE else message_ranges
     return [
         replace(part, start=marks[0], stop=marks[-1], marks=tuple(marks), size=marks[-1] - marks[0])
-        for marks in sample_ranges(work.path, num_bytes=ARCHIVE_BYTES)
+        for marks in ranges_of(work.path, num_bytes=ARCHIVE_BYTES)
     ]
 
 
@@ -331,7 +335,7 @@ def cut_work(work: WorkItem) -> list[WorkItem]:
 
 
 def _cut(work: WorkItem) -> list[WorkItem]:
-    if work.kind == kinds.ARCHIVE:
+    if work.kind in (kinds.ARCHIVE, kinds.MAILBOX):
         spans = list(pairwise(work.marks))
         return [replace(work, start=start, stop=stop, marks=(start, stop), size=stop - start) for start, stop in spans]
     if work.kind in (kinds.PARQUET, kinds.ARROW) or work.table is not None:

@@ -57,6 +57,7 @@ WRITES_BY_ITSELF = {
     "megatron_mm/planning/pictures.py": "pictures, for people",
     "megatron_mm/ingest/archive.py": "unpacked into a temporary folder",
     "megatron_mm/ingest/mail.py": "unpacked into a temporary folder",
+    "megatron_mm/ingest/mailbox.py": "a message in a temporary folder",
     "megatron_mm/ingest/warc.py": "unpacked into a temporary folder",
     "megatron_mm/modalities/audio/spec.py": "into memory",
     "tools/inspect_data.py": "a page, for people",
