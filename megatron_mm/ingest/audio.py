@@ -65,26 +65,60 @@ def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:
 
     Raises DataError if there is none, or it is damaged; if not `complete`, what comes before the damage is returned.
     """
-    parts: list[np.ndarray] = []
-    rate, declared = SAMPLE_RATE, None
+    resampled = _Resampled()
+    declared = None
     try:
         with av.open(file, options=ALONE) as container:
             if not container.streams.audio:
                 raise DataError("it holds no audio")
             stream = container.streams.audio[0]
             declared = float(stream.duration * stream.time_base) if stream.duration else None
-            rate = stream.rate
-            parts.extend(_to_mono(frame) for frame in container.decode(stream))
+            resampled.rate = stream.rate
+            for frame in container.decode(stream):
+                resampled.add(_to_mono(frame))
     except DataError:
         raise
     except (av.error.FFmpegError, ValueError) as error:
-        if complete or not parts:
+        if complete or not resampled.num_samples:
             raise DataError(f"the audio is damaged: {error}") from error
-    samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-    seconds = len(samples) / rate
+    seconds = resampled.num_samples / resampled.rate
     if complete and declared and seconds < declared * (1 - MISSING_FRACTION):
         raise DataError(f"the audio is cut off: {seconds:.2f} of {declared:.2f} seconds are there")
-    return soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
+    return resampled.finish()
+
+
+class _Resampled:
+    """Sound at 16 kHz, of which only that is held: an hour takes 230 MB, and 690 MB at the 48 kHz of a film."""
+
+    def __init__(self) -> None:
+        self.rate, self.num_samples = SAMPLE_RATE, 0
+        self._stream: soxr.ResampleStream | None = None
+        self._held: list[np.ndarray] = []
+        self._num_held = 0
+        self._parts: list[np.ndarray] = []
+
+    def add(self, samples: np.ndarray) -> None:
+        """Take in samples, (num_samples,) float32 at `rate`."""
+        self.num_samples += len(samples)
+        self._held.append(samples)
+        self._num_held += len(samples)
+        if self._num_held >= self.rate:
+            self._resample(last=False)
+
+    def finish(self) -> np.ndarray:
+        """Return all that was taken in, (num_samples,) float32 at 16 kHz."""
+        self._resample(last=True)
+        return np.concatenate(self._parts)
+
+    def _resample(self, *, last: bool) -> None:
+        samples = np.concatenate(self._held) if self._held else np.zeros(0, np.float32)
+        self._held, self._num_held = [], 0
+        if self.rate == SAMPLE_RATE:
+            self._parts.append(samples)
+            return
+        if self._stream is None:
+            self._stream = soxr.ResampleStream(self.rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+        self._parts.append(self._stream.resample_chunk(samples, last=last))
 
 
 def _check_riff_length(data: bytes) -> None:

@@ -29,6 +29,7 @@ from megatron_mm.ingest.sidecars import read_beside
 from megatron_mm.ingest.table_rows import Table
 from megatron_mm.ingest.timed import read_film, read_recording
 from megatron_mm.ingest.warc import read_warc
+from megatron_mm.ingest.workers import restart_limits
 
 CONTAINERS = frozenset(
     {
@@ -132,6 +133,7 @@ class Reader:
                 account.count(account.SET_ASIDE, one.what)
             documents: list[Document] = []
             for entry in entries:
+                restart_limits()  # they are those of a document, and not of all that are packed with it
                 if entry.refusal:
                     read, rejected = self._rejected(entry.path, kinds.UNKNOWN, entry.refusal)
                 else:

@@ -1,8 +1,5 @@
 """Video: frames at a set rate, each second's followed by its audio."""
 
-import io
-from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,13 +9,17 @@ from PIL import Image
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.audio import ALONE, decode_mono
 from megatron_mm.ingest.document import AudioSegment, ImageSegment, Rejection, Segment
-from megatron_mm.ingest.image import MAX_PIXELS, encode_pixels
+from megatron_mm.ingest.frames import frames_at, moving_pictures
+from megatron_mm.ingest.image import encode_pixels
+from megatron_mm.ingest.workers import restart_limits
 from megatron_mm.modalities.audio.spec import SAMPLE_RATE, audio_frames, encode_flac
 from megatron_mm.modalities.image.spec import ImageGeometry
 
 FRAMES_PER_SECOND = 1
 MAX_SECONDS = 3600
 """The rest of a longer video is left out."""
+LIMIT_PER_SECOND = 2
+"""Seconds, of CPU time too, that a second of film may take beyond what a file may: 60 frames of 4K HEVC take 1.2."""
 MAX_SIDE = 2 * ImageGeometry().image_size
 """Frames are kept with their shorter side at most this long; encoders see half of it."""
 
@@ -27,7 +28,7 @@ def has_pictures(path: Path) -> bool:
     """Tell whether a media file shows moving pictures: cover art is none. Raises DataError if it is damaged."""
     try:
         with path.open("rb") as file, av.open(file, options=ALONE) as container:
-            return _stream(container) is not None
+            return moving_pictures(container) is not None
     except (av.error.FFmpegError, ValueError) as error:
         raise DataError(f"the media file is damaged: {error}") from error
 
@@ -53,13 +54,16 @@ def read_seconds(
     try:
         with path.open("rb") as file, av.open(file, options=ALONE) as container:
             has_audio = bool(container.streams.audio)
-            for tick, frame in _frames(container, frames_per_second):
-                second = tick // frames_per_second
-                if second >= max_seconds:
-                    rejections.append(Rejection(f"{path}#t={max_seconds}", "what comes after is left out"))
-                    break
-                seconds.extend([] for _ in range(second + 1 - len(seconds)))
-                seconds[second].append(_picture(frame))
+            # A file that is damaged may declare anything.
+            declared = max_seconds if container.duration is None else container.duration // av.time_base + 1
+        restart_limits(LIMIT_PER_SECOND * max(0, min(declared, max_seconds)))
+        for tick, frame in frames_at(path, frames_per_second):
+            second = tick // frames_per_second
+            if second >= max_seconds:
+                rejections.append(Rejection(f"{path}#t={max_seconds}", "what comes after is left out"))
+                break
+            seconds.extend([] for _ in range(second + 1 - len(seconds)))
+            seconds[second].append(_picture(frame))
     except DataError:
         raise
     except (av.error.FFmpegError, ValueError) as error:
@@ -72,30 +76,6 @@ def read_seconds(
     for second, clip in enumerate(clips[: len(seconds)]):
         seconds[second].append(clip)
     return seconds, rejections
-
-
-def _stream(container: av.container.InputContainer) -> av.VideoStream | None:
-    cover = av.stream.Disposition.attached_pic
-    return next((stream for stream in container.streams.video if not stream.disposition & cover), None)
-
-
-def _frames(container: av.container.InputContainer, rate: int) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yield (tick, frame) for the first frame shown at or after each tick of 1 / rate seconds from the first frame."""
-    stream = _stream(container)
-    if stream is None:
-        raise DataError("the file has no moving pictures")
-    if stream.width * stream.height > MAX_PIXELS:
-        raise DataError(f"its frames have {stream.width} x {stream.height} pixels, more than {MAX_PIXELS:,}")
-    first: Fraction | None = None
-    following = 0
-    for number, frame in enumerate(container.decode(stream)):
-        unit = frame.time_base or stream.time_base
-        time = Fraction(number) / (stream.average_rate or 25) if frame.pts is None else frame.pts * unit
-        first = time if first is None else first
-        tick = int((time - first) * rate)
-        if tick >= following:
-            following = tick + 1
-            yield tick, frame
 
 
 def _picture(frame: av.VideoFrame) -> ImageSegment:
@@ -112,7 +92,8 @@ def _picture(frame: av.VideoFrame) -> ImageSegment:
 def _audio(path: Path, rejections: list[Rejection]) -> list[AudioSegment]:
     """Return the audio of each second, at 16 kHz; a last one too short for a frame is left out."""
     try:
-        samples = decode_mono(io.BytesIO(path.read_bytes()), complete=False)
+        with path.open("rb") as file:
+            samples = decode_mono(file, complete=False)
     except DataError as error:
         rejections.append(Rejection(f"{path}#audio", str(error)))
         return []

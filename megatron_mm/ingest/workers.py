@@ -30,7 +30,7 @@ START_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What one item may cost before its process is killed."""
+    """What one item may cost before its process is killed; of one that calls `restart_limits`, each part of it."""
 
     wall_seconds: float = 300.0
     """The most seconds that a task takes from its start to its result."""
@@ -173,6 +173,8 @@ class _Message:
     """Why the process could not start."""
     spoilt: str = ""
     """Why the process must not go on, with the item that it was doing."""
+    more_seconds: int | None = None
+    """How much longer than by the limits the rest of an item may take from now on; None: nothing is said of it."""
 
 
 @dataclass(eq=False)
@@ -225,6 +227,9 @@ class _Worker:
             raise RuntimeError(f"a worker cannot start: {self._death() if message is None else message.broken}")
         if message is None or message.spoilt:
             return Failure(self._death() if message is None else message.spoilt)
+        if message.more_seconds is not None:
+            self.deadline = time.monotonic() + self.limits.wall_seconds + message.more_seconds
+            return None
         if self.ready:
             slot = self.given.popleft()
             slot.result, slot.done = message.result, True
@@ -249,6 +254,19 @@ class _Worker:
         self.connection.close()
 
 
+_restart: Callable[[int], None] | None = None
+"""What a process that is a worker does to start its limits again."""
+
+
+def restart_limits(more_seconds: int = 0) -> None:
+    """Let the item that this process does take its limits of time again from now on, and `more_seconds`.
+
+    For an item of many documents, before each, and for one that is known to be long. Does nothing outside of workers.
+    """
+    if _restart is not None:
+        _restart(more_seconds)
+
+
 def _serve(connection: Connection, make_task: Callable[[], Callable[[Any], Any]], limits: Limits, folder: str) -> None:
     """Be a worker: do every item that arrives, within the limits that the system keeps."""
     with printable.guarded_streams():
@@ -268,6 +286,13 @@ def _work(connection: Connection, make_task: Callable[[], Callable[[Any], Any]],
     # RLIMIT_DATA and not RLIMIT_AS: libraries reserve address space that they never touch.
     num_bytes = int(limits.memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
+
+    def restart(more_seconds: int) -> None:
+        _allow_cpu(limits.cpu_seconds + more_seconds)
+        connection.send(_Message(more_seconds=more_seconds))
+
+    global _restart
+    _restart = restart
     connection.send(_Message())
     with contextlib.suppress(EOFError):
         while True:

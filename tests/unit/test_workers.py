@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from megatron_mm.ingest.workers import Failure, Limits, Workers
+from megatron_mm.ingest.workers import Failure, Limits, Workers, restart_limits
 
 LIMITS = Limits(wall_seconds=8.0, cpu_seconds=1, memory_gib=0.5)
 
@@ -121,6 +121,45 @@ def test_items_and_results_may_be_larger_than_a_pipe() -> None:
         results = [result for _, result in workers.run(work)]
     assert [number for number, result in enumerate(results) if isinstance(result, Failure)] == [3]
     assert results[4:] == work[4:]
+
+
+def make_slow() -> Callable[[Numbers], int]:
+    def work(item: Numbers) -> int:
+        for value in item.values:
+            if value > 0:
+                restart_limits(value)
+            until = time.process_time() + 0.75
+            while time.process_time() < until:
+                pass
+        return len(item.values)
+
+    return work
+
+
+def test_a_document_that_is_known_to_be_long_is_given_time() -> None:
+    # The system counts whole seconds, so that a limit of 1 is one of 1 to 2.
+    with Workers(1, make_slow, limits=Limits(wall_seconds=60.0, cpu_seconds=1)) as workers:
+        (_, long), (_, short) = workers.run([Numbers((9, 0, 0)), Numbers((0, 0, 0))])
+    assert long == 3
+    assert "of CPU time" in short.reason
+
+
+def make_sleeper() -> Callable[[Numbers], int]:
+    def work(item: Numbers) -> int:
+        for value in item.values:
+            if value:
+                restart_limits()
+            time.sleep(1.1)
+        return len(item.values)
+
+    return work
+
+
+def test_the_limits_of_an_item_are_those_of_each_of_its_documents() -> None:
+    with Workers(1, make_sleeper, limits=Limits(wall_seconds=3.0)) as workers:
+        results = [result for _, result in workers.run([Numbers((1, 1, 1)), Numbers((0, 0, 0))])]
+    assert results[0] == 3 and results[1] == Failure("reading it took more than 3 seconds")
+    restart_limits()  # outside of a worker nothing is limited
 
 
 def test_a_worker_that_cannot_start_ends_the_run() -> None:
