@@ -118,6 +118,13 @@ class TextTokenizer:
         vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         return TokenizerInfo(hashlib.sha256(self.content).hexdigest(), vocab_size, self.special_ids)
 
+    def special_id(self, spelling: str) -> int:
+        """Return the id of a special token of the file, by its spelling. Raises DataError if it has none."""
+        found = self._tokenizer.token_to_id(spelling)
+        if found is None:
+            raise DataError(f"{self.path} has no token {spelling!r}, which a chat template writes.")
+        return found
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without any special token. Raises DataError if it is not Unicode text."""
         (ids,) = self.encode_batch([text])

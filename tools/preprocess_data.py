@@ -18,6 +18,7 @@ from megatron_mm import endings
 from megatron_mm.environment import read_number
 from megatron_mm.errors import ConfigError
 from megatron_mm.ingest.check import check
+from megatron_mm.ingest.conversations import load_template
 from megatron_mm.ingest.fields import Schemas, load_fields
 from megatron_mm.ingest.find import find_files
 from megatron_mm.ingest.layouts import NAMES
@@ -69,6 +70,13 @@ def main() -> int:
         default=Options.max_audio_seconds,
         metavar="S",
         help="cut longer recordings into items of this length (default %(default)s)",
+    )
+    parser.add_argument(
+        "--conversations",
+        choices=("plain", "template"),
+        default="plain",
+        help="write conversations as text with the names of their speakers (plain, the default), or by the chat "
+        "template that lies beside the tokenizer (template)",
     )
     parser.add_argument(
         "--preset",
@@ -133,7 +141,7 @@ def _run(arguments: argparse.Namespace) -> None:
         min_tokens=arguments.min_tokens,
         max_tokens=arguments.max_tokens,
         layout=arguments.layout,
-        schemas=Schemas(load_fields(arguments.fields)) if arguments.fields is not None else Options.schemas,
+        schemas=_schemas(arguments),
         geometries=configs.geometries(configs.load_saved(arguments.preset, arguments.set)),
     )
     if arguments.check:
@@ -153,6 +161,13 @@ def _run(arguments: argparse.Namespace) -> None:
             follow_links=arguments.follow_links,
         )
     print(report.table(share.prefix(arguments.output_prefix)))
+
+
+def _schemas(arguments: argparse.Namespace) -> Schemas:
+    if arguments.conversations == "template" and arguments.tokenizer is None:
+        raise ConfigError("--conversations template is a template beside a tokenizer: give --tokenizer too.")
+    template = load_template(Path(arguments.tokenizer)) if arguments.conversations == "template" else None
+    return Schemas(load_fields(arguments.fields) if arguments.fields is not None else (), template=template)
 
 
 def _check(arguments: argparse.Namespace, options: Options) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 from megatron_mm.ingest import account
-from megatron_mm.ingest.document import Document, Segment, TextSegment
+from megatron_mm.ingest.document import Document, MediaSegment, Segment, SpecialToken, TextSegment
 from megatron_mm.ingest.layouts import Entry
 from megatron_mm.ingest.plan import WorkPlan
 from megatron_mm.ingest.report import table_of
@@ -70,12 +70,14 @@ def _look_at(item: WorkItem, *, options: Options) -> Seen:
 def _describe(document: Document) -> str:
     parts = " ".join(_short(segment) for segment in islice(document.segments, SEGMENTS))
     rest = document.segments[SEGMENTS:]
-    kinds = Counter("text" if isinstance(segment, TextSegment) else segment.modality for segment in rest)
+    kinds = Counter(segment.modality if isinstance(segment, MediaSegment) else "text" for segment in rest)
     more = ", ".join(f"{number} more {kind}" for kind, number in kinds.items())
     return f"{document.source.name.lower()}: {parts}" + (f" ... {more}" if more else "")
 
 
 def _short(segment: Segment) -> str:
+    if isinstance(segment, SpecialToken):
+        return segment.spelling
     if not isinstance(segment, TextSegment):
         return f"[{segment.modality} {len(segment.data):,} bytes]"
     text = segment.text.strip()

@@ -17,6 +17,13 @@ class TextSegment:
 
 
 @dataclass(frozen=True)
+class SpecialToken:
+    """One token of the tokenizer that is no text, by its spelling: the marks of a chat template."""
+
+    spelling: str
+
+
+@dataclass(frozen=True)
 class MediaSegment:
     """An item of a modality, as its decode reads it."""
 
@@ -39,7 +46,7 @@ class AudioSegment(MediaSegment):
     modality = "audio"
 
 
-Segment = TextSegment | MediaSegment
+Segment = TextSegment | SpecialToken | MediaSegment
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.document import Document, TextSegment
+from megatron_mm.ingest.document import Document, SpecialToken, TextSegment
 from megatron_mm.modalities import BY_NAME, Geometries, default_geometries
 from megatron_mm.shards import EncodedBatch, EncodedDocument, MediaItem
 from megatron_mm.tokenizer import TextTokenizer
@@ -84,6 +84,10 @@ def _assemble(
         if isinstance(segment, TextSegment):
             parts.append(next(following))
             num_tokens += len(parts[-1])
+            continue
+        if isinstance(segment, SpecialToken):
+            parts.append([tokenizer.special_id(segment.spelling)])
+            num_tokens += 1
             continue
         modality = BY_NAME[segment.modality]
         start, placeholder, end = (tokenizer.special_ids[role] for role in modality.special_tokens)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, Valida
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.ingest import account, kinds
 from megatron_mm.ingest.beside import file_beside
+from megatron_mm.ingest.conversations import PLACEHOLDER, ChatTemplate, Turns, plainly, turns_of
 from megatron_mm.ingest.document import Document, Origin, Segment, TextSegment
 from megatron_mm.ingest.origins import said_of
 from megatron_mm.source import Source
@@ -164,7 +165,8 @@ class Schemas:
     own: tuple[Fields, ...] = ()
     also: tuple[Path, ...] = ()
     """Folders in which files are looked for that are not in that of the records."""
-    render: Callable[[Sequence[tuple[str, str]]], str] | None = None
+    template: ChatTemplate | None = None
+    """What conversations are written by; without one they are plain text."""
     declared: Mapping[str, str] = field(default_factory=dict)
     """Columns that the file of the records declares to be media, by kind."""
 
@@ -176,7 +178,10 @@ class Schemas:
 
     def fingerprint(self) -> Any:
         """Return, as JSON, what differs if documents may."""
-        return [[fields.model_dump() for fields in self.own], self.render is not None]
+        return [
+            [fields.model_dump() for fields in self.own],
+            None if self.template is None else self.template.fingerprint(),
+        ]
 
     def of(self, record: Mapping[str, Any]) -> Fields:
         """Return the schema of a record: by the columns that it fills."""
@@ -374,7 +379,7 @@ class _Reading:
         if any(isinstance(text, dict) for text in texts):
             for image in images:
                 yield from self._read("image", image, part)
-            yield TextSegment(self._render(_turns(texts)))
+            yield from self._render(turns_of(texts))
             return
         if len(texts) != len(images):
             raise DataError(f"{len(texts)} texts and {len(images)} images are not places of one document")
@@ -409,66 +414,35 @@ class _Reading:
             return False
         return True
 
-    def _render(self, turns: Sequence[tuple[str, str]]) -> str:
-        return (self.schemas.render or plainly)(turns)
+    def _render(self, turns: Turns) -> list[Segment]:
+        return (self.schemas.template or plainly)(turns)
 
     def _conversation(self, part: Part) -> Iterator[Segment]:
         name, turns = self._take(part.conversation)
         media = {kind: deque(self._values(getattr(part, kind))) for kind in MEDIA}
-        text = self._render(_turns(turns))
-        marks = PLACEHOLDER.findall(text)
+        rendered = self._render(turns_of(turns))
+        marks = [mark for one in rendered if isinstance(one, TextSegment) for mark in PLACEHOLDER.findall(one.text)]
         for kind in MEDIA:
             if (expected := marks.count(kind)) and expected != len(media[kind]):
                 raise DataError(f"{name} has {expected} <{kind}>, and the record {len(media[kind])} of that kind")
             if not expected:
                 for value in media[kind]:
                     yield from self._read(kind, value, part)
-        for number, piece in enumerate(PLACEHOLDER.split(text)):
-            if number % 2:
-                yield from self._read(piece, media[piece].popleft(), part)
-            elif piece.strip():
-                yield TextSegment(piece)
+        for one in rendered:
+            if not isinstance(one, TextSegment):
+                yield one
+                continue
+            for number, piece in enumerate(PLACEHOLDER.split(one.text)):
+                if number % 2:
+                    yield from self._read(piece, media[piece].popleft(), part)
+                elif piece.strip() or self.schemas.template is not None:
+                    yield TextSegment(piece)
 
 
 def medium_of(name: str) -> str:
     """Return which medium a file is by its name, "" if it is none; an address is none."""
     kind = kinds.by_suffix(Path(name)) if "://" not in name else None
     return kind.words if kind is not None and kind.words in MEDIA else ""
-
-
-PLACEHOLDER = re.compile(r"<(image|audio|video)>\n?")
-SPEAKERS = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant", "system": "System"}
-
-
-def plainly(turns: Sequence[tuple[str, str]]) -> str:
-    """Return a conversation as text: each turn behind the name of its speaker."""
-    return "\n".join(f"{SPEAKERS.get(role, role)}: {text.strip()}" for role, text in turns) + "\n"
-
-
-def _turns(turns: Any) -> list[tuple[str, str]]:
-    """Return (role, text) of each turn of a conversation in any of the forms that data sets write."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError("its conversation is not a list of turns")
-    found: list[tuple[str, str]] = []
-    for turn in turns:
-        if "user" in turn and "assistant" in turn:
-            found += [("user", str(turn["user"])), ("assistant", str(turn["assistant"]))]
-            continue
-        role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if isinstance(content, list):
-            content = "".join(_content(one) for one in content)
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise DataError(f"a turn has {sorted(turn)}, not `from` and `value` or `role` and `content`")
-        found.append((role, content))
-    return found
-
-
-def _content(piece: Any) -> str:
-    """Return a piece of a turn as text; media as their placeholder."""
-    if isinstance(piece, str):
-        return piece
-    kind = piece.get("type")
-    return f"<{kind}>" if kind in MEDIA else _text("content", piece.get("text"))
 
 
 def _text(name: str, value: Any) -> str:

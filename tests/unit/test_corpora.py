@@ -13,17 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from small import png, tone
+from small import png, save_tokenizer, tone
 
 from megatron_mm.errors import ConfigError
 from megatron_mm.ingest import account
+from megatron_mm.ingest.conversations import load_template
 from megatron_mm.ingest.document import Document, Rejection, TextSegment
+from megatron_mm.ingest.encode import encode_document
 from megatron_mm.ingest.fields import Schemas, load_fields
 from megatron_mm.ingest.find import find_files
 from megatron_mm.ingest.plan import EVERYTHING, WorkPlan
 from megatron_mm.ingest.read import read_file
 from megatron_mm.ingest.work_items import Options, read_all
 from megatron_mm.modalities.audio.spec import SAMPLE_RATE, encode_flac
+from megatron_mm.tokenizer import TextTokenizer
 
 RNG = np.random.default_rng(0)
 PICTURE, OTHER = png(RNG), png(RNG, 32, 32)
@@ -583,3 +586,41 @@ def test_a_member_of_an_archive_is_named(tmp_path: Path) -> None:
     inner = zipped({"deep/a.txt": "one"})
     documents, _ = read_file(write(tmp_path, {"x.tar": tar({"b.zip": inner})}) / "x.tar")
     assert [document.origin.member for document in documents] == ["b.zip/deep/a.txt"]
+
+
+QWEN = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+)
+
+
+def test_a_conversation_is_written_by_the_template_beside_the_tokenizer(tmp_path: Path) -> None:
+    path = save_tokenizer(tmp_path / "tokenizer.json")
+    state = json.loads(path.read_text())
+    first = 1 + max(token["id"] for token in state["added_tokens"])
+    for number, token in enumerate(("<|im_start|>", "<|im_end|>")):
+        state["added_tokens"].append(state["added_tokens"][0] | {"id": first + number, "content": token})
+    path.write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match="nor a chat_template in .* write conversations plainly"):
+        load_template(path)
+    write(tmp_path, {"tokenizer_config.json": json.dumps({"chat_template": QWEN})})
+    options = Options(schemas=Schemas(template=load_template(path)))
+    human, gpt = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A heron."}
+    records = [{"conversations": [human, gpt], "image": "a.png"}]
+    records += [
+        {"conversations": [{"role": "tool", "content": "x"}]},
+        {"conversations": [gpt | {"value": "<|im_end|>"}]},
+    ]
+    corpus = read(tmp_path / "in", {"x.jsonl": lines(*records), "a.png": PICTURE}, options=options)
+    assert (
+        "a turn spells <|im_end|>" in corpus.reasons
+        and "the chat template does not take it: no tools" in corpus.reasons
+    )
+    tokenizer = TextTokenizer(path)
+    (document,) = corpus.documents
+    ids = encode_document(document, tokenizer).tokens.tolist()
+    image = encode_document(Document([document.segments[2]], document.source), tokenizer).tokens.tolist()[:-1]
+    start, end = tokenizer.special_id("<|im_start|>"), tokenizer.special_id("<|im_end|>")
+    asked = [start, *tokenizer.encode("user\n"), *image, *tokenizer.encode("What?"), end, *tokenizer.encode("\n")]
+    answered = [start, *tokenizer.encode("assistant\nA heron."), end, *tokenizer.encode("\n")]
+    assert ids == [*asked, *answered, tokenizer.special_ids["end_of_text"]]
