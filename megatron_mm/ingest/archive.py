@@ -1,6 +1,7 @@
 """Archives, unpacked within limits into a folder of their own, and tar files cut into ranges of samples."""
 
 import lzma
+import re
 import tarfile
 import zipfile
 import zlib
@@ -20,6 +21,8 @@ MAX_SAMPLES = 1000
 """The most samples of a range of a tar, so that the list of where they start stays short."""
 MAX_DEPTH = 4
 """Archives within archives, compressed files included."""
+ARXIV = re.compile(r"\d{4}\.\d{4,5}(?=\.(?:gz|pdf|tar)$)")
+"""The number of a paper of arXiv, whose sources or print a member is."""
 ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
 """What the standard library raises on a damaged archive."""
 
@@ -82,6 +85,12 @@ def decompress(path: Path, target: Path) -> None:
             file.write(block)
 
 
+def sample_key(name: str) -> str:
+    """Return what the members of a sample share: their name up to its first dot; in numbers of arXiv is one."""
+    found = ARXIV.match(name)
+    return found[0] if found else name.partition(".")[0]
+
+
 def sample_ranges(path: Path, *, num_bytes: int) -> Iterator[list[int]]:
     """Yield, for each stretch of about `num_bytes` of a tar, where its samples start, and last where the stretch ends.
 
@@ -92,8 +101,8 @@ def sample_ranges(path: Path, *, num_bytes: int) -> Iterator[list[int]]:
     with tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
             folder, _, name = member.name.rpartition("/")
-            if (folder, name.partition(".")[0]) != key:
-                key, start = (folder, name.partition(".")[0]), end
+            if (folder, sample_key(name)) != key:
+                key, start = (folder, sample_key(name)), end
                 if marks and (start - marks[0] >= num_bytes or len(marks) == MAX_SAMPLES):
                     yield [*marks, start]
                     marks = []

@@ -44,9 +44,17 @@ class Kind:
 TEXT = Kind(
     words="text",
     source=Source.TEXT,
-    suffixes=(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".csv", ".tsv", ".json", ".xml"),
+    suffixes=(".txt", ".text", ".md", ".markdown", ".rst", ".csv", ".tsv", ".json", ".xml"),
     mimes=("text/", "application/json", "application/xml", "application/javascript", "image/svg+xml"),
     reader="text.read_plain",
+    textual=True,
+)
+LATEX = Kind(
+    words="LaTeX",
+    source=Source.TEXT,
+    suffixes=(".tex", ".ltx", ".latex"),
+    mimes=("text/x-tex",),
+    reader="latex.read_paper",
     textual=True,
 )
 HTML = Kind(

@@ -63,6 +63,17 @@ def read_pdf(path: Path) -> tuple[list[Segment], list[Rejection]]:
     return segments, reader.rejections
 
 
+def render_first_page(path: Path) -> ImageSegment:
+    """Return a picture of the first page of a PDF, as of a figure that a paper shows. Raises DataError."""
+    try:
+        with pdfium.PdfDocument(path) as document:
+            if not len(document):
+                raise DataError("the PDF has no page")
+            return _render(document[0])
+    except pdfium.PdfiumError as error:
+        raise DataError(f"the PDF cannot be read: {error}") from error
+
+
 def page_pieces(page: pdfium.PdfPage) -> list[Piece]:
     """Return the lines, images and drawn figures of a page in reading order; pictures are found, not made.
 

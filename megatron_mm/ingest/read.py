@@ -73,7 +73,7 @@ class Reader:
                     return CONTAINERS_OF[kind](self, path)
                 document, rejections = self._document(path, kind, beside)
         except NoText as error:
-            if kind != kinds.TEXT:
+            if kind not in (kinds.TEXT, kinds.LATEX):
                 return self._rejected(path, kind, str(error))
             account.count(account.INPUTS, kind.words)
             account.count(account.OTHERS, "files of white space")

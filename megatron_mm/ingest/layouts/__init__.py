@@ -20,6 +20,7 @@ from megatron_mm.ingest.layouts import (
     hub_cache,
     img2dataset,
     kaldi,
+    latex,
     librispeech,
     mmc4,
     pages,
@@ -46,6 +47,7 @@ class Layout:
 
 LAYOUTS = (
     Layout("empty", empty.arrange),
+    Layout("latex", latex.arrange),
     Layout("webdataset", webdataset.arrange),
     Layout("hub-cache", hub_cache.arrange),
     Layout("save-to-disk", save_to_disk.arrange),

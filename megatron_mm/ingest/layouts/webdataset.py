@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_mm.ingest import kinds
+from megatron_mm.ingest.archive import sample_key
 from megatron_mm.ingest.layouts.pairs import TEXT_SUFFIXES, is_captioned
 from megatron_mm.ingest.layouts.tree import Tree
 
@@ -15,7 +16,7 @@ def arrange(tree: Tree) -> None:
         return
     samples: dict[tuple[Path, str], list[Path]] = {}
     for path in tree.all():
-        samples.setdefault((path.parent, path.name.partition(".")[0]), []).append(path)
+        samples.setdefault((path.parent, sample_key(path.name)), []).append(path)
     for members in samples.values():
         if len(members) > 1:
             _take_sample(tree, members)
