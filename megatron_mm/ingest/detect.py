@@ -31,7 +31,10 @@ MAY_BE_RECORDS = ("", ".json", ".txt", ".text", ".xml")
 DUMP_HEAD = 4096
 """Bytes in which a dump in XML says what it is."""
 WIKI_ROOT = re.compile(rb"\A\s*(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*\?>\s*)?<mediawiki\s[^>]*mediawiki\.org/xml/export-")
-POSTS_ROOT = re.compile(rb"\A\s*(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*\?>\s*)?<posts>\s*<row\s+Id=")
+STACK_EXCHANGE_ROOT = re.compile(
+    rb"\A\s*(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*\?>\s*)?"
+    rb"<(posts|comments|users|votes|badges|tags|posthistory|postlinks)>\s*<row\s+Id="
+)
 RECORD_HEAD = 2**20
 """Bytes by which records are told from other text: a first one that is longer is not found."""
 LOOKED_AT = 5
@@ -170,7 +173,10 @@ def _dump_of(head: bytes) -> Kind | None:
     start = head[:DUMP_HEAD]
     if WIKI_ROOT.match(start):
         return kinds.WIKI
-    return kinds.POSTS if POSTS_ROOT.match(start) else None
+    root = STACK_EXCHANGE_ROOT.match(start)
+    if root is not None and root[1] != b"posts":
+        raise DataError(f"it is the table {root[1].decode()} of a dump of Stack Exchange, of which Posts.xml is read")
+    return None if root is None else kinds.POSTS
 
 
 def _first_object(text: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from megatron_mm.ingest.document import (
     TextSegment,
     unexpected,
 )
+from megatron_mm.ingest.dumps import read_dump
 from megatron_mm.ingest.fields import DEFAULTS, Schemas
 from megatron_mm.ingest.gutenberg import read_book
 from megatron_mm.ingest.kinds import Kind, Parts
@@ -184,6 +185,8 @@ CONTAINERS_OF = {
     kinds.JSON_ARRAY: Reader._read_array,
     kinds.ARCHIVE: Reader.read_archive,
     kinds.COMPRESSED: Reader._read_compressed,
+    kinds.WIKI: lambda reader, path: read_dump(path, kinds.WIKI),
+    kinds.POSTS: lambda reader, path: read_dump(path, kinds.POSTS),
     kinds.WARC: lambda reader, path: read_warc(path),
     kinds.MAILBOX: Reader.read_mailbox,
 }

@@ -56,15 +56,14 @@ def kind_of_stream(path: Path) -> Kind | None:
     is_dump = path.suffix.lower() == ".xml"
     if not is_dump and named not in (kinds.COMPRESSED, None):
         return None
+    name = path.with_suffix("") if named == kinds.COMPRESSED else path
     try:
-        inside = is_compressed(path)
-        if inside == is_dump:
+        if is_compressed(path) == is_dump:
             return None
         head = read_head(path, RECORD_HEAD)
+        kind = records_of(head[:RECORD_HEAD], name, is_whole=len(head) < RECORD_HEAD)
     except (DataError, OSError):  # its reader says so
         return None
-    name = path.with_suffix("") if named == kinds.COMPRESSED else path
-    kind = records_of(head[:RECORD_HEAD], name, is_whole=len(head) < RECORD_HEAD)
     return kind if kind in ENDS else None
 
 
@@ -165,6 +164,16 @@ class _Cutter:
         piece = Piece(data, self._start, self._first, num_read - self._num_read, length, **what)
         self._start, self._first, self._num_read = self._start + length, self._first + records, num_read
         return piece
+
+
+def records_in(data: bytes, kind: Kind) -> Iterator[bytes]:
+    """Yield each record of a piece, and last what stands behind the end of the last one."""
+    end, start = ENDS[kind], 0
+    while start < len(data):
+        found = data.find(end, start)
+        stop = len(data) if found < 0 else found + len(end)
+        yield data[start:stop]
+        start = stop
 
 
 def count_of(end: bytes, data: "bytes | memoryview") -> int:

@@ -1,6 +1,5 @@
 """Inputs cut into pieces of work: a file, or a part of one that can be read by itself."""
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -16,7 +15,15 @@ from megatron_mm.ingest.fields import DEFAULTS as AS_KNOWN
 from megatron_mm.ingest.fields import Schemas
 from megatron_mm.ingest.kinds import Kind
 from megatron_mm.ingest.layouts import Entry
-from megatron_mm.ingest.streams import MAX_RECORD_BYTES, count_of, head_of, kind_of_stream, pieces
+from megatron_mm.ingest.streams import (
+    ENDS,
+    MAX_RECORD_BYTES,
+    count_of,
+    head_of,
+    kind_of_stream,
+    pieces,
+    records_in,
+)
 from megatron_mm.ingest.table_rows import Table
 from megatron_mm.ingest.workers import Cut
 from megatron_mm.modalities import Geometries, default_geometries
@@ -262,6 +269,11 @@ def _read_part(work: WorkItem, options: Options) -> Reading:
         return read_table(work.path, work.table, schemas, start=start, stop=stop)
     if work.kind == kinds.JSONL:
         return read_lines(work.path, start=start, data=work.read(), first_line=work.first_line, schemas=schemas)
+    if work.kind in (kinds.WIKI, kinds.POSTS):
+        from megatron_mm.ingest.dumps import read_records_of_dump
+
+        how = {"head": work.head, "start": start, "first": work.first_line}
+        return read_records_of_dump(work.kind, work.read(), path=work.path, **how)
     if work.kind == kinds.JSON_ARRAY:
         return read_elements(work.path, start=start, stop=stop, first_element=work.first_line, schemas=schemas)
     if work.kind == kinds.ARCHIVE:
@@ -351,14 +363,13 @@ def _cut(work: WorkItem) -> list[WorkItem]:
         return _cut_records(work)
     if work.kind is None and kinds.by_suffix(work.path) == kinds.JSONL:
         work = replace(work, kind=kinds.JSONL, stop=work.num_bytes)
-    if work.kind != kinds.JSONL or work.stop is None:
+    if work.kind not in ENDS or work.stop is None:
         return [work]
     parts, start = [], work.start
-    for number, line in enumerate(io.BytesIO(work.read()), work.first_line):
-        stop = start + len(line)
-        own = replace(work, start=start, stop=stop, first_line=number, size=len(line))
-        parts.append(replace(own, data=line) if work.is_streamed else own)
-        start = stop
+    for number, record in enumerate(records_in(work.read(), work.kind), work.first_line):
+        own = replace(work, start=start, stop=start + len(record), first_line=number, size=len(record))
+        parts.append(replace(own, data=record) if work.is_streamed else own)
+        start += len(record)
     return parts
 
 
