@@ -7,79 +7,84 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace megatron_mm {
 
-// Which of the numbers 0..size-1 are in a set, as a 64-ary tree of bits in which the next one is found in a few steps.
-class Bits {
+// Numbers of 1..largest, taken in descending order; what is added meanwhile is below the one that was taken last.
+class Descending {
  public:
-  explicit Bits(int size) : words_((size >> 6) + 1), summary_((words_.size() >> 6) + 1) {}
+  explicit Descending(int largest) : words_((largest >> 6) + 1), word_(words_.size() - 1) {}
 
-  void add(int number) {
-    words_[number >> 6] |= 1ULL << (number & 63);
-    summary_[number >> 12] |= 1ULL << ((number >> 6) & 63);
-  }
+  void add(int number) { words_[number >> 6] |= 1ULL << (number & 63); }
 
-  void remove(int number) {
-    words_[number >> 6] &= ~(1ULL << (number & 63));
-    if (!words_[number >> 6]) summary_[number >> 12] &= ~(1ULL << ((number >> 6) & 63));
-  }
-
-  // Returns the smallest number >= wanted, or -1; wanted is below the size.
-  int smallest(int wanted) const {
-    size_t word = wanted >> 6;
-    uint64_t found = words_[word] & (~0ULL << (wanted & 63));
-    if (found) return static_cast<int>(word << 6) + __builtin_ctzll(found);
-    size_t block = (word + 1) >> 6;
-    if (block >= summary_.size()) return -1;
-    found = summary_[block] & (~0ULL << ((word + 1) & 63));
-    while (!found) {
-      if (++block >= summary_.size()) return -1;
-      found = summary_[block];
+  // Returns the largest number and takes it out; 0 if there is none.
+  int take() {
+    while (!words_[word_]) {
+      if (!word_) return restart();
+      --word_;
     }
-    word = (block << 6) + __builtin_ctzll(found);
-    return static_cast<int>(word << 6) + __builtin_ctzll(words_[word]);
+    const int bit = 63 - __builtin_clzll(words_[word_]);
+    words_[word_] &= ~(1ULL << bit);
+    return static_cast<int>(word_ << 6) + bit;
   }
 
  private:
-  std::vector<uint64_t> words_, summary_;
+  int restart() {
+    word_ = words_.size() - 1;
+    return 0;
+  }
+
+  std::vector<uint64_t> words_;
+  size_t word_;
 };
 
-// Writes the bin of each piece, the longest first, and returns the number of bins. Lengths are in 1..capacity.
-inline int32_t pack_best_fit(const int32_t* lengths, int64_t count, int capacity, int32_t* bin_of_piece) {
-  // The pieces by their length: the first one of each, and the one after each piece.
-  Bits present(capacity + 1), rooms(capacity + 1);
-  std::vector<int32_t> first(capacity + 1, -1), next(count);
-  for (int64_t piece = count - 1; piece >= 0; --piece) {
-    const int length = lengths[piece];
+// Writes the bin of each piece, the longest first, and returns the number of bins. Lengths are in 1..capacity. Stops once
+// bin `wanted` is full, if there is one to stop at: pieces that have no bin by then keep what stood there.
+//
+// No bin is searched for: bins with room for the pieces at hand form a stack, the fullest on top, since a bin that was
+// just filled is fuller than all others of the stack, and so is one for which the pieces have only now become short
+// enough. Until then a bin waits with the others of its room.
+inline int32_t pack_best_fit(const int32_t* lengths, int64_t count, int capacity, int32_t* bin_of_piece,
+                             int64_t wanted = -1) {
+  struct Bin {
+    int32_t number, room;
+  };
+  Descending sizes(capacity);  // lengths of pieces, and rooms of bins that wait
+  // The pieces by their length: the first one of each, and the one after each piece. They are counted from 1, as bins
+  // are, so that 0 is none.
+  std::vector<int32_t> first(capacity + 1), next(count + 1);
+  for (int64_t piece = count; piece > 0; --piece) {
+    const int length = lengths[piece - 1];
     next[piece] = first[length];
     first[length] = static_cast<int32_t>(piece);
-    present.add(capacity - length);  // reversed, so that the longest comes first
+    sizes.add(length);
   }
-  // The open bins by the room they have left: the last one of each room, and the one before each bin.
-  std::vector<int32_t> top(capacity + 1, -1), below(count);
+  // The bins that wait by their room: the last one of each, and the one before each bin.
+  std::vector<int32_t> last(capacity + 1), before(count + 1);
+  std::vector<Bin> fitting(count);
+  Bin* top = fitting.data();  // behind the last one
   int32_t num_bins = 0;
-  for (int reversed = present.smallest(0); reversed >= 0;
-       reversed = reversed < capacity ? present.smallest(reversed + 1) : -1) {
-    const int length = capacity - reversed;
-    for (int32_t piece = first[length]; piece >= 0;) {
-      int room = rooms.smallest(length);
-      int32_t bin;
-      if (room < 0) {
-        bin = num_bins++;
-        room = capacity;
-      } else {
-        bin = top[room];
-        top[room] = below[bin];
-        if (top[room] < 0) rooms.remove(room);
-      }
-      // The next piece of this length goes into the bin that just took one, as long as it fits there.
-      for (; piece >= 0 && room >= length; piece = next[piece], room -= length) bin_of_piece[piece] = bin;
-      if (room > 0) {
-        below[bin] = top[room];
-        top[room] = bin;
-        rooms.add(room);
+  while (const int size = sizes.take()) {
+    Bin* larger = top;
+    for (int32_t bin = last[size]; bin; bin = before[bin]) *top++ = {bin, size};
+    if (top - larger > 1) std::reverse(larger, top);
+    for (int32_t piece = first[size]; piece;) {
+      Bin bin = top == fitting.data() ? Bin{++num_bins, capacity} : *--top;
+      do {
+        bin_of_piece[piece - 1] = bin.number - 1;
+        bin.room -= size;
+        piece = next[piece];
+      } while (piece && bin.room >= size);
+      if (bin.room >= size) {
+        *top++ = bin;
+      } else if (bin.room) {
+        before[bin.number] = last[bin.room];
+        last[bin.room] = bin.number;
+        sizes.add(bin.room);
+      } else if (bin.number - 1 == wanted) {
+        return num_bins;
       }
     }
   }
@@ -91,56 +96,52 @@ inline int32_t pack_best_fit(const int32_t* lengths, int64_t count, int capacity
 class BinCounter {
  public:
   explicit BinCounter(int capacity)
-      : capacity_(capacity), lengths_(capacity + 1), rooms_(capacity + 1), pieces_(capacity + 1), open_(capacity + 1) {}
+      : capacity_(capacity), sizes_(capacity), pieces_(capacity + 1), waiting_(capacity + 1) {}
 
   void add(int length) {
-    if (!pieces_[length]) lengths_.add(capacity_ - length);  // reversed, so that the longest comes first
     ++pieces_[length];
+    sizes_.add(length);
   }
 
   // Returns the bins of all pieces that were added, and forgets them.
   int64_t finish() {
-    int64_t bins = 0;
-    for (int next = lengths_.smallest(0); next >= 0; next = lengths_.smallest(next)) {
-      const int length = capacity_ - next;
-      int32_t count = pieces_[length];
-      pieces_[length] = 0;
-      lengths_.remove(next);
+    int64_t num_bins = 0;
+    while (const int size = sizes_.take()) {
+      if (waiting_[size]) fitting_.push_back({size, std::exchange(waiting_[size], 0)});
+      int32_t count = std::exchange(pieces_[size], 0);
       while (count) {
-        int room = rooms_.smallest(length);
-        const bool is_new = room < 0;
-        if (is_new) room = capacity_;
-        const int32_t each = room / length, available = is_new ? count : open_[room];
-        const int32_t full = std::min(available, count / each);
+        const bool is_new = fitting_.empty();
+        const int room = is_new ? capacity_ : fitting_.back().room;
+        const int32_t each = room < 2 * size ? 1 : room / size, available = is_new ? count : fitting_.back().count;
+        const int32_t full = std::min(available, each == 1 ? count : count / each);
         const int32_t rest = full < available ? count - full * each : 0;  // into one bin that stays unfilled
         const int32_t used = full + (rest ? 1 : 0);
         if (is_new) {
-          bins += used;
-        } else if (!(open_[room] -= used)) {
-          rooms_.remove(room);
+          num_bins += used;
+        } else if (!(fitting_.back().count -= used)) {
+          fitting_.pop_back();
         }
-        open(room - each * length, full);
-        if (rest) open(room - rest * length, 1);
+        if (const int left = room - each * size; left && full) {
+          waiting_[left] += full;
+          sizes_.add(left);
+        }
+        if (rest) fitting_.push_back({room - rest * size, 1});
         count -= full * each + rest;
       }
     }
-    for (int room = rooms_.smallest(0); room >= 0; room = rooms_.smallest(room)) {
-      open_[room] = 0;
-      rooms_.remove(room);
-    }
-    return bins;
+    fitting_.clear();
+    return num_bins;
   }
 
  private:
-  void open(int room, int32_t times) {
-    if (!room || !times) return;
-    if (!open_[room]) rooms_.add(room);
-    open_[room] += times;
-  }
+  struct Bins {
+    int32_t room, count;
+  };
 
   int capacity_;
-  Bits lengths_, rooms_;
-  std::vector<int32_t> pieces_, open_;
+  Descending sizes_;
+  std::vector<int32_t> pieces_, waiting_;
+  std::vector<Bins> fitting_;  // as in pack_best_fit
 };
 
 // Documents that are cut elsewhere than at every `capacity` inputs: document i of `documents`, which ascend, has the
