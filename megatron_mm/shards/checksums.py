@@ -33,7 +33,8 @@ class Checksums:
         self.expected = self._map_pages(manifest["pages"]["bytes"]) if self.is_paged else self._blocks()
         """By suffix, the checksum of each page: (num_pages,) uint32."""
         self._maps = {suffix: map_file(prefix + suffix, np.dtype("u1"), 0, self.size(suffix)) for suffix in PAGED[1:]}
-        self._passed = {suffix: bytearray(len(sums)) for suffix, sums in self.expected.items()}
+        once = PAGED[1:] if self.is_paged else PAGED
+        self._passed = {suffix: bytearray(len(self.expected[suffix])) for suffix in once}
 
     def size(self, suffix: str) -> int:
         """Return the bytes of a file."""
