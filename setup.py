@@ -50,7 +50,7 @@ class BuildExtensions(build_ext):
         super().build_extension(extension)
 
 
-index_headers = ["checksums.h", "permutation.h", "packing.h"]
+index_headers = ["checksums.h", "permutation.h", "packing.h", "token_index.h"]
 extensions = [cpp_extension("megatron_mm.data._index", "index", ["bindings.cpp"], index_headers)]
 if NVCC:
     headers = sorted(path.name for path in Path("csrc/kernels").glob("*.*h"))

@@ -1,11 +1,8 @@
 // Python's door to the index kernels: sample order and packing. References are in megatron_mm/data.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <unistd.h>
+#include <pybind11/stl.h>
 
-#include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <stdexcept>
 #include <string_view>
 #include <vector>
@@ -13,6 +10,7 @@
 #include "checksums.h"
 #include "packing.h"
 #include "permutation.h"
+#include "token_index.h"
 
 namespace py = pybind11;
 
@@ -79,9 +77,15 @@ py::tuple count_samples(const Array<int32_t>& tokens, int capacity, int64_t wind
   return py::make_tuple(to_array(windows.ends), to_array(windows.bins), windows.tokens, windows.long_documents);
 }
 
+py::array_t<int64_t> to_array(const std::vector<megatron_mm::Piece>& pieces) {
+  const auto* numbers = reinterpret_cast<const int64_t*>(pieces.data());
+  return py::array_t<int64_t>({static_cast<py::ssize_t>(pieces.size()), py::ssize_t{4}}, numbers);
+}
+
 py::array_t<int64_t> pack_sample(const Array<int32_t>& tokens, int capacity, const Array<int64_t>& cut_documents,
-                      const Array<int64_t>& cut_first, const Array<int32_t>& cut_lengths, int64_t sample) {
-  if (capacity < 1) throw std::invalid_argument("capacity starts at 1");
+                      const Array<int64_t>& cut_first, const Array<int32_t>& cut_lengths, int64_t sample, int64_t shard,
+                      int64_t first_document) {
+  if (capacity < 1 || sample < 0) throw std::invalid_argument("capacity starts at 1, and samples at 0");
   const megatron_mm::Cuts cuts = view_cuts(cut_documents, cut_first, cut_lengths, capacity);
   const int32_t* data = tokens.data();
   const int64_t count = tokens.size();
@@ -89,91 +93,14 @@ py::array_t<int64_t> pack_sample(const Array<int32_t>& tokens, int capacity, con
   lengths.reserve(count + cut_lengths.size());
   megatron_mm::cut_documents(data, 0, count, capacity, cuts,
                              [&](int64_t, int32_t, int32_t length) { lengths.push_back(length); });
-  std::vector<int32_t> bins(lengths.size());
-  megatron_mm::pack_best_fit(lengths.data(), bins.size(), capacity, bins.data());
-  std::vector<int64_t> records;  // shard, document, start, length of each piece
+  std::vector<int32_t> bins(lengths.size(), -1);
+  megatron_mm::pack_best_fit(lengths.data(), bins.size(), capacity, bins.data(), sample);
+  std::vector<megatron_mm::Piece> pieces;
   auto bin = bins.begin();
   megatron_mm::cut_documents(data, 0, count, capacity, cuts, [&](int64_t document, int32_t start, int32_t length) {
-    if (*bin++ == sample) records.insert(records.end(), {0, document, start, length});
+    if (*bin++ == sample) pieces.push_back({shard, first_document + document, start, length});
   });
-  return to_array(records).reshape({-1, 4});
-}
-
-// Whether `num_bytes` at `offset` could be read; a signal or a limit of the system may cut a read in pieces.
-bool read_whole(int file, char* target, size_t num_bytes, int64_t offset) {
-  while (num_bytes) {
-    const ssize_t got = pread(file, target, num_bytes, offset);
-    if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) return false;
-    target += got, offset += got, num_bytes -= got;
-  }
-  return true;
-}
-
-constexpr int64_t INDEX_HEADER_BYTES = 34;  // shards/format.py, TOKEN_HEADER; so nothing behind it is aligned
-
-// A shard's tokens and where its documents begin: lengths (int32), then pointers (int64), behind the index's header.
-struct TokenIndex {
-  int file, token_bytes;
-  int64_t num_tokens, num_documents;
-  megatron_mm::PageSums pages;  // of the tokens; none in shards whose tokens are checked before they are asked for
-  megatron_mm::CheckedFile index;
-
-  // Returns the byte at which tokens [start, start + count) of a document begin; -1 if the index disagrees about where
-  // it ends, is not what was written, or the document is shorter.
-  int64_t locate(int64_t document, int64_t start, int64_t count) const {
-    if (document < 0 || document >= num_documents || start < 0) return -1;
-    const int64_t pointers = INDEX_HEADER_BYTES + 4 * num_documents;
-    int64_t first, stop = num_tokens * token_bytes;
-    int32_t length;
-    if (!index.read(&length, INDEX_HEADER_BYTES + 4 * document, 4)) return -1;
-    if (!index.read(&first, pointers + 8 * document, 8)) return -1;
-    if (document + 1 < num_documents && !index.read(&stop, pointers + 8 * (document + 1), 8)) return -1;
-    if (stop - first != static_cast<int64_t>(length) * token_bytes || start + count > length) return -1;
-    return first + start * token_bytes;
-  }
-
-  // Returns where in `buffer` tokens lie once the pages that hold them have been read into it; null if they are not
-  // what was written.
-  template <typename token_t>
-  const token_t* read(std::vector<token_t>& buffer, int64_t offset, int64_t count) const {
-    const int64_t stop = offset + count * token_bytes;
-    int64_t first = offset, last = stop;
-    if (pages.num_pages) {
-      first = offset / pages.page_bytes * pages.page_bytes;
-      last = (stop + pages.page_bytes - 1) / pages.page_bytes * pages.page_bytes;
-      last = std::min(last, num_tokens * token_bytes);
-    }
-    buffer.resize((last - first) / token_bytes);
-    auto* bytes = reinterpret_cast<char*>(buffer.data());
-    if (!read_whole(file, bytes, last - first, first)) return nullptr;
-    if (pages.num_pages && !pages.match(reinterpret_cast<uint8_t*>(bytes), last - first, first / pages.page_bytes)) {
-      return nullptr;
-    }
-    return buffer.data() + (offset - first) / token_bytes;
-  }
-};
-
-struct Rows {
-  int64_t *tokens, *labels, *positions, *source;
-};
-
-template <typename token_t>
-int64_t lay(const TokenIndex& index, const int64_t* documents, const int64_t* starts, const int64_t* lengths,
-            const uint8_t* sources, int64_t count, Rows rows) {
-  std::vector<token_t> buffer;
-  for (int64_t piece = 0; piece < count; ++piece) {
-    const int64_t length = lengths[piece], offset = index.locate(documents[piece], starts[piece], length + 1);
-    if (offset < 0) return piece;
-    const token_t* ids = index.read(buffer, offset, length + 1);
-    if (!ids) return piece;
-    for (int64_t i = 0; i < length; ++i) rows.tokens[i] = ids[i];
-    for (int64_t i = 0; i < length; ++i) rows.labels[i] = ids[i + 1];
-    for (int64_t i = 0; i < length; ++i) rows.positions[i] = i;
-    std::fill_n(rows.source, length, sources[piece]);
-    rows.tokens += length, rows.labels += length, rows.positions += length, rows.source += length;
-  }
-  return count;
+  return to_array(pieces);
 }
 
 uint32_t crc32(const py::bytes& data) {
@@ -184,42 +111,79 @@ uint32_t crc32(const py::bytes& data) {
 template <typename scalar_t>
 using InPlace = py::array_t<scalar_t, py::array::c_style>;
 
-int64_t lay_pieces(int file, int token_bytes, int64_t num_tokens, const InPlace<uint32_t>& token_sums,
-                   int64_t num_documents, const InPlace<uint8_t>& index_bytes, const InPlace<uint32_t>& index_sums,
-                   InPlace<uint8_t>& index_passed, int64_t page_bytes, const Array<int64_t>& documents,
-                   const Array<int64_t>& starts, const Array<int64_t>& lengths, const Array<uint8_t>& sources,
-                   InPlace<int64_t>& tokens, InPlace<int64_t>& labels, InPlace<int64_t>& positions,
-                   InPlace<int64_t>& source) {
-  const py::ssize_t count = lengths.size();
+template <typename scalar_t>
+InPlace<scalar_t> in_place(const py::handle& array) {
+  if (!InPlace<scalar_t>::check_(array)) throw py::type_error("an index has an array of another type");
+  return py::reinterpret_borrow<InPlace<scalar_t>>(array);
+}
+
+megatron_mm::CheckedFile view_file(const py::handle& bytes, const py::handle& sums, const py::handle& passed,
+                                   int64_t page_bytes) {
+  const auto content = in_place<uint8_t>(bytes);
+  const auto expected = in_place<uint32_t>(sums);
+  auto seen = in_place<uint8_t>(passed);
+  if (expected.size() != seen.size()) throw std::invalid_argument("checksums and pages do not fit together");
+  return {content.data(), content.size(), {expected.data(), expected.size(), page_bytes}, seen.mutable_data()};
+}
+
+// Views what ShardReader.token_index returns, which must outlive it.
+megatron_mm::TokenIndex view_index(const py::tuple& index) {
+  if (index.size() != 12) throw std::invalid_argument("an index has twelve parts");
+  const auto token_bytes = index[1].cast<int>();
+  const auto page_bytes = index[4].cast<int64_t>();
+  if (page_bytes < 1 || page_bytes % 4 != 0 || (token_bytes != 2 && token_bytes != 4)) {
+    throw std::invalid_argument("tokens do not fit into pages");
+  }
+  const auto token_sums = in_place<uint32_t>(index[5]);
+  return {index[0].cast<int>(),
+          token_bytes,
+          index[2].cast<int64_t>(),
+          index[3].cast<int64_t>(),
+          {token_sums.data(), token_sums.size(), page_bytes},
+          view_file(index[6], index[7], index[8], page_bytes),
+          view_file(index[9], index[10], index[11], page_bytes)};
+}
+
+py::object lay_end_to_end(const py::tuple& parts, int64_t position, int64_t stop, int64_t shard) {
+  if (position < 0) throw std::invalid_argument("positions start at 0");
+  const auto index = view_index(parts);
+  std::vector<megatron_mm::Piece> pieces;
+  bool found;
+  {
+    py::gil_scoped_release unlocked;
+    found = index.lay_end_to_end(position, stop, shard, pieces);
+  }
+  if (!found) return py::none();
+  return to_array(pieces);
+}
+
+int64_t lay_pieces(const py::tuple& parts, const InPlace<int64_t>& pieces, int64_t first_origin,
+                   const std::vector<int64_t>& placeholders, InPlace<int64_t>& tokens, InPlace<int64_t>& labels,
+                   InPlace<int64_t>& positions, InPlace<int64_t>& origins, InPlace<float>& loss_mask) {
+  if (pieces.ndim() != 2 || pieces.shape(1) != 4) throw std::invalid_argument("a piece is four numbers");
+  const auto* records = reinterpret_cast<const megatron_mm::Piece*>(pieces.data());
+  const int64_t count = pieces.shape(0);
   int64_t total = 0;
-  for (py::ssize_t i = 0; i < count; ++i) {
-    if (lengths.at(i) < 0) throw std::invalid_argument("a length is negative");
-    total += lengths.at(i);
+  for (int64_t i = 0; i < count; ++i) {
+    if (records[i].length < 0) throw std::invalid_argument("a length is negative");
+    total += records[i].length;
   }
-  bool fits = documents.size() == count && starts.size() == count && sources.size() == count;
-  for (const auto* row : {&tokens, &labels, &positions, &source}) fits = fits && row->size() == total;
-  fits = fits && index_sums.size() == index_passed.size() && page_bytes > 0 && page_bytes % 4 == 0;
-  if (!fits || (token_bytes != 2 && token_bytes != 4)) {
-    throw std::invalid_argument("pieces and rows do not fit together");
-  }
-  const megatron_mm::PageSums index_pages{index_sums.data(), index_sums.size(), page_bytes};
-  const megatron_mm::CheckedFile checked{index_bytes.data(), index_bytes.size(), index_pages,
-                                         index_passed.mutable_data()};
-  const megatron_mm::PageSums token_pages{token_sums.data(), token_sums.size(), page_bytes};
-  const TokenIndex index{file, token_bytes, num_tokens, num_documents, token_pages, checked};
-  const Rows rows{tokens.mutable_data(), labels.mutable_data(), positions.mutable_data(), source.mutable_data()};
-  const auto work = token_bytes == 2 ? &lay<uint16_t> : &lay<int32_t>;
-  const auto *which = documents.data(), *from = starts.data(), *sizes = lengths.data();
-  const uint8_t* kinds = sources.data();
+  bool fits = loss_mask.size() == total;
+  for (const auto* row : {&tokens, &labels, &positions, &origins}) fits = fits && row->size() == total;
+  if (!fits) throw std::invalid_argument("pieces and rows do not fit together");
+  const auto index = view_index(parts);
+  const megatron_mm::Rows rows{tokens.mutable_data(), labels.mutable_data(), positions.mutable_data(),
+                               origins.mutable_data(), loss_mask.mutable_data()};
+  const auto work = index.token_bytes == 2 ? &megatron_mm::lay<uint16_t> : &megatron_mm::lay<int32_t>;
   py::gil_scoped_release unlocked;
-  return work(index, which, from, sizes, kinds, count, rows);
+  return work(index, records, count, first_origin, placeholders, rows);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_index, module) {
   module.doc() = "Sample order and packing in C++; megatron_mm.data.order and .packing call them.";
-  module.attr("VERSION") = 3;  // megatron_mm/data/native.py refuses any other: count up when a function changes
+  module.attr("VERSION") = 4;  // megatron_mm/data/native.py refuses any other: count up when a function changes
   module.def("permute", &permute, py::arg("size"), py::arg("key"), py::arg("elements"),
              "Return the image of each element of [0, size) under the permutation of this key.");
   module.def("pack_best_fit", &pack_best_fit, py::arg("lengths"), py::arg("capacity"),
@@ -229,15 +193,18 @@ PYBIND11_MODULE(_index, module) {
              py::arg("threads"),
              "Cut documents into windows; return (end of each, samples of each, tokens of all, long documents of all).");
   module.def("pack_sample", &pack_sample, py::arg("tokens"), py::arg("capacity"), py::arg("cut_documents"),
-             py::arg("cut_first"), py::arg("cut_lengths"), py::arg("sample"),
-             "Pack the documents of one window; return (0, document, start, length) of each piece of one sample.");
+             py::arg("cut_first"), py::arg("cut_lengths"), py::arg("sample"), py::arg("shard"),
+             py::arg("first_document"),
+             "Pack the documents of one window; return (shard, document, start, length) of each piece of one sample.");
   module.def("crc32", &crc32, py::arg("data"), "Return the checksum of bytes, as zlib.crc32 does.");
-  // noconvert: a copy of a row would be filled instead of the row, and a copy of the index is large.
-  module.def("lay_pieces", &lay_pieces, py::arg("file"), py::arg("token_bytes"), py::arg("num_tokens"),
-             py::arg("token_sums").noconvert(), py::arg("num_documents"), py::arg("index_bytes").noconvert(),
-             py::arg("index_sums").noconvert(), py::arg("index_passed").noconvert(), py::arg("page_bytes"),
-             py::arg("documents"),
-             py::arg("starts"), py::arg("lengths"), py::arg("sources"), py::arg("tokens").noconvert(),
-             py::arg("labels").noconvert(), py::arg("positions").noconvert(), py::arg("source").noconvert(),
-             "Read pieces of documents end to end into rows; return how many were as written before one was not.");
+  module.def("lay_end_to_end", &lay_end_to_end, py::arg("index"), py::arg("position"), py::arg("stop"),
+             py::arg("shard"),
+             "Return (shard, document, start, length) of the pieces of inputs [position, stop) of all documents end to end; "
+             "None if the index is not as written, or disagrees with itself.");
+  // noconvert: a copy of a row would be filled instead of the row.
+  module.def("lay_pieces", &lay_pieces, py::arg("index"), py::arg("pieces").noconvert(), py::arg("first_origin"),
+             py::arg("placeholders"), py::arg("tokens").noconvert(), py::arg("labels").noconvert(), py::arg("positions").noconvert(),
+             py::arg("origins").noconvert(), py::arg("loss_mask").noconvert(),
+             "Read (shard, document, start, length) pieces end to end into rows; return how many tokens are placeholders, -1 "
+             "if not all are as written.");
 }

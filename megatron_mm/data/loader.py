@@ -69,6 +69,7 @@ class Loader:
         self._dataset_of = [self.datasets.index(name) for name in names]
         """The dataset of each shard, by its number."""
         self.special_ids = self.shards[0].tokenizer.special_ids
+        self._placeholders = [self.special_ids[name] for name in BY_NAME if name in self.special_ids]
         self._encodes = mesh.is_first_chunk(0)
         self.renew_decoders()
         if self._encodes and mesh.is_rank_0:
@@ -105,7 +106,7 @@ class Loader:
         """Return `samples` packed end to end, with the media units that this rank encodes."""
         seq_len = self.config.data.seq_len
         num_tokens = len(samples) * seq_len
-        text = TokenRow(num_tokens, pad=self.special_ids["pad"])
+        text = TokenRow(num_tokens, pad=self.special_ids["pad"], placeholders=self._placeholders)
         units: dict[str, list[Unit]] = {name: [] for name in BY_NAME}
         for number, sample in enumerate(samples):
             text.position = number * seq_len
@@ -113,7 +114,7 @@ class Loader:
                 self._add_pieces(self.samples.pieces(int(sample)), text, units)
             text.end_sample((number + 1) * seq_len)
         if any(units.values()):
-            text.mask_labels([self.special_ids[name] for name in units if name in self.special_ids])
+            text.mask_labels()
         cp_rank, cp_size = self.mesh.cp_rank, self.mesh.cp_size
         parts = context_spans(num_tokens, cp_rank=cp_rank, cp_size=cp_size)
         return MicroBatch(
@@ -128,12 +129,14 @@ class Loader:
         """Lay PIECE records at the current position, and note their media."""
         first, last = int(pieces["shard"][0]), int(pieces["shard"][-1])
         for number in range(first, last + 1):  # pieces come in the order of their shards
-            own, position = pieces[pieces["shard"] == number] if first < last else pieces, text.position
-            text.add_pieces(self.shards[number], own, dataset=self._dataset_of[number])
-            for _, document, start, length in own.tolist() if self.shards[number].num_items else ():
+            shard, own = self.shards[number], pieces[pieces["shard"] == number] if first < last else pieces
+            begin = position = text.position
+            num_placeholders = text.add_pieces(shard, own, dataset=self._dataset_of[number])
+            for _, document, start, length in own.tolist() if shard.num_items else ():
                 self._add_media(number, document, range(start, start + length), text, position, units)
                 position += length
-            self._check_placeholders(self.shards[number], own, text, units)
+            if num_placeholders or shard.num_items:
+                self._check_placeholders(shard, own, range(begin, text.position), text, units)
 
     def _add_media(
         self,
@@ -184,18 +187,19 @@ class Loader:
         return modality, lengths
 
     def _check_placeholders(
-        self, shard: ShardReader, pieces: np.ndarray, text: TokenRow, units: dict[str, list[Unit]]
+        self, shard: ShardReader, pieces: np.ndarray, place: range, text: TokenRow, units: dict[str, list[Unit]]
     ) -> None:
-        """Raise DataError if a placeholder of the pieces that were laid last belongs to no media item, or to two."""
-        begin = text.position - int(pieces["length"].sum())
-        laid = text.tokens[begin : text.position]
+        """Raise DataError if a placeholder of the pieces at `place`, the last ones laid, is of no media item, or of two."""
+        laid = text.tokens[place.start : place.stop]
         for name in units:
-            unclaimed = (laid == self.special_ids.get(name, -1)).astype(np.int64)
+            unclaimed = laid == self.special_ids.get(name, -1)
+            if units[name]:
+                unclaimed = unclaimed.astype(np.int64)
             for unit in reversed(units[name]):
-                if unit.position < begin:
+                if unit.position < place.start:
                     break
-                unclaimed[unit.position - begin : unit.position - begin + unit.num_tokens] -= 1
-            if unclaimed.any():
+                unclaimed[unit.position - place.start : unit.position - place.start + unit.num_tokens] -= 1
+            if np.count_nonzero(unclaimed):
                 first = int((unclaimed != 0).argmax())
                 document = int(pieces["document"][pieces["length"].cumsum().searchsorted(first, "right")])
                 raise DataError(

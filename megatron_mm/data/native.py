@@ -5,7 +5,7 @@ try:
 except ImportError:
     _index = None
 
-VERSION = 3
+VERSION = 4
 """The version of the functions that this package calls, as bindings.cpp counts them."""
 
 if _index is not None and getattr(_index, "VERSION", 1) != VERSION:

@@ -9,7 +9,7 @@ sample is found when it is asked for.
 import bisect
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -82,10 +82,8 @@ class BestFitPlan:
         shard = self.shards[number]
         lengths = shard.lengths(begin, int(self._ends[window]))
         cuts = self._cuts(shard, begin, lengths)
-        pieces = pack_sample(lengths, self.seq_len, cuts, index - int(self._first_sample[window]))
-        pieces["shard"] = self.first_shard + number
-        pieces["document"] += begin
-        return pieces
+        own = index - int(self._first_sample[window])
+        return pack_sample(lengths, self.seq_len, cuts, own, shard=self.first_shard + number, first_document=begin)
 
     def _scan(self, shard: ShardReader) -> tuple[np.ndarray, np.ndarray]:
         """Return (document behind each window, samples of it) of one shard."""
@@ -162,30 +160,15 @@ class ConcatenatedPlan:
         """Return the PIECE records of one sample."""
         position = index * self.seq_len
         stop = min(position + self.seq_len, self.num_inputs)
-        pieces = []
+        parts = []
         number = bisect.bisect_right(self._first_input, position) - 1
         while position < stop:
-            for piece in self._pieces(number, position - self._first_input[number], stop - self._first_input[number]):
-                pieces.append(piece)
-                position += piece[3]
+            first, end = self._first_input[number : number + 2]
+            own = (position - first, min(stop, end) - first)
+            parts.append(lay_end_to_end(self.shards[number], *own, shard=self.first_shard + number))
+            position = min(stop, end)
             number += 1
-        return np.asarray(pieces, PIECE)
-
-    def _pieces(self, number: int, position: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield the pieces of inputs [position, stop) of one shard, as far as it goes."""
-        shard = self.shards[number]
-
-        def inputs_before(document: int) -> int:
-            return shard.token_start(document) - document
-
-        document = bisect.bisect_right(range(shard.num_documents), position, key=inputs_before) - 1
-        while position < stop and document < shard.num_documents:
-            start = position - inputs_before(document)
-            length = min(shard.length(document) - 1 - start, stop - position)
-            if length:
-                yield self.first_shard + number, document, start, length
-            position += length
-            document += 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 PackingPlan = BestFitPlan | ConcatenatedPlan
@@ -251,15 +234,58 @@ def count_samples(lengths: np.ndarray, seq_len: int, cuts: Cuts, *, is_last: boo
     return count_samples_reference(lengths, seq_len, cuts, window_inputs=window_inputs, is_last=is_last)
 
 
-def pack_sample(lengths: np.ndarray, seq_len: int, cuts: Cuts, sample: int) -> np.ndarray:
-    """Pack documents of `lengths` tokens; return the PIECE records of one sample, in a shard 0."""
+def pack_sample(
+    lengths: np.ndarray, seq_len: int, cuts: Cuts, sample: int, *, shard: int, first_document: int
+) -> np.ndarray:
+    """Pack documents of `lengths` tokens, from `first_document` of `shard` on; return the PIECEs of one sample."""
     if _index is not None:
-        return _index.pack_sample(lengths, seq_len, *cuts, sample).view(PIECE)[:, 0]
+        return _as_pieces(_index.pack_sample(lengths, seq_len, *cuts, sample, shard, first_document))
     *columns, samples = pack_window_reference(lengths, seq_len, cuts)
-    pieces = np.zeros(int((samples == sample).sum()), PIECE)
+    columns[0] = columns[0] + first_document
+    pieces = np.full(int((samples == sample).sum()), shard, PIECE)
     for name, column in zip(("document", "start", "length"), columns):
         pieces[name] = column[samples == sample]
     return pieces
+
+
+def lay_end_to_end(reader: ShardReader, position: int, stop: int, *, shard: int) -> np.ndarray:
+    """Return the PIECE records, as of `shard`, of inputs [position, stop) of all documents of a shard end to end.
+
+    Raises DataError if the index disagrees with itself, or is not what was written.
+    """
+    if _index is not None:
+        numbers = _index.lay_end_to_end(reader.token_index, position, stop, shard)
+        if numbers is not None:
+            return _as_pieces(numbers)
+    # Says what is wrong, or reads what passed by now.
+    return lay_end_to_end_reference(reader, position, stop, shard=shard)
+
+
+def lay_end_to_end_reference(reader: ShardReader, position: int, stop: int, *, shard: int) -> np.ndarray:
+    """Find the first document by bisection, and the others behind it one by one."""
+
+    def inputs_before(document: int) -> int:
+        return reader.token_start(document) - document
+
+    pieces = []
+    document = bisect.bisect_right(range(reader.num_documents), position, key=inputs_before) - 1
+    while position < stop:
+        start = position - inputs_before(document)
+        length = min(reader.length(document) - 1 - start, stop - position)
+        if length:
+            pieces.append((shard, document, start, length))
+        position += length
+        document += 1
+    return np.asarray(pieces, PIECE)
+
+
+def as_numbers(pieces: np.ndarray) -> np.ndarray:
+    """Return PIECE records as (num_pieces, 4) int64."""
+    return pieces.view(np.int64).reshape(-1, 4)
+
+
+def _as_pieces(numbers: np.ndarray) -> np.ndarray:
+    return numbers.view(PIECE).reshape(-1)
 
 
 def count_samples_reference(

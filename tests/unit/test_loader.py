@@ -1,6 +1,7 @@
 """Micro-batches: a pure function of seed and step, whole over all ranks, with loss only where it belongs."""
 
 import dataclasses
+import functools
 import json
 import os
 import threading
@@ -16,11 +17,12 @@ from small import seal, small_config, write_shards
 from megatron_mm.batch import MediaUnits, MicroBatch, TokenCounts, attention_spans, context_spans
 from megatron_mm.data import prefetch, token_row
 from megatron_mm.data.loader import Loader, deal_rows
+from megatron_mm.data.packing import PIECE
 from megatron_mm.data.prefetch import Prefetcher
 from megatron_mm.errors import DataError, StorageFailed
 from megatron_mm.modalities import BY_NAME
 from megatron_mm.model.embedding import MediaEmbedding
-from megatron_mm.shards import EncodedDocument, ShardReader, ShardWriter
+from megatron_mm.shards import EncodedDocument, ShardReader, ShardWriter, TokenizerInfo
 from megatron_mm.shards.format import ITEM
 from megatron_mm.source import Source
 
@@ -362,6 +364,52 @@ def test_without_the_extension_rows_are_the_same(shards: Path, monkeypatch: pyte
             assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("vocab_size", [50_000, 200_000])
+def test_pieces_in_any_order_are_laid_as_by_the_reference(version: int, vocab_size: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 6_000, 40)
+    with ShardWriter(tmp_path / "p", tokenizer=TokenizerInfo("0" * 64, vocab_size, {"image": 7})) as writer:
+        for number, length in enumerate(lengths):
+            writer.add(EncodedDocument(rng.integers(8, vocab_size, length), Source(number % len(Source))))
+    seal(tmp_path / "p", version=version)
+    whole = [(0, document, 0, length - 1) for document, length in enumerate(lengths)]
+    parts = [(0, document, start := rng.integers(length), (length - start) // 2) for _, document, _, length in whole]
+    shuffled = [whole[number] for number in rng.permutation(len(whole))]
+    for records in (whole, whole[::-1], parts, shuffled, [whole[3]] * 3, []):
+        pieces = np.asarray(records, PIECE)
+        placeholders = rng.choice(vocab_size, 500, replace=False).tolist()
+        native, plain = ({} for _ in range(2))
+        for rows in (native, plain):
+            total = int(pieces["length"].sum())
+            rows |= {name: np.full(total, -1) for name in ("tokens", "labels", "positions", "origins")}
+            rows["loss_mask"] = np.full(total, -1, np.float32)
+        reader = ShardReader(tmp_path / "p")
+        reader.check_tokens(pieces["document"])
+        numbers = pieces.view(np.int64).reshape(-1, 4)
+        found = token_row._index.lay_pieces(reader.token_index, numbers, 9, [*placeholders, -1], **native)
+        assert found == token_row.lay_pieces_reference(reader, pieces, 9, placeholders, tuple(plain.values()))
+        for name, row in plain.items():
+            np.testing.assert_array_equal(native[name], row)
+
+
+def test_placeholders_in_shards_of_text_are_refused_with_and_without_the_extension(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = ShardReader(write_shards(tmp_path)).tokenizer
+    with ShardWriter(tmp_path / "p", tokenizer=tokenizer) as writer:
+        for length in (100, 50):
+            writer.add(EncodedDocument(np.full(length, 5), Source.TEXT))
+    tokens = np.fromfile(tmp_path / "p.bin", np.uint16)
+    tokens[120] = tokenizer.special_ids["image"]
+    tokens.tofile(tmp_path / "p.bin")
+    seal(tmp_path / "p")
+    for extension in (token_row._index, None):
+        monkeypatch.setattr(token_row, "_index", extension)
+        with pytest.raises(DataError, match="document 1 has image placeholders that belong to no media item"):
+            loader_of(tmp_path / "p").micro_batch([0])
+
+
 def test_checksums_are_those_of_zlib() -> None:
     data = np.random.default_rng(0).integers(0, 256, 5000, np.uint8).tobytes()
     for size in [*range(200), 4095, 4096, 4999]:
@@ -371,15 +419,22 @@ def test_checksums_are_those_of_zlib() -> None:
 def test_rows_that_do_not_fit_are_refused_and_a_short_file_is_said(tmp_path: Path) -> None:
     prefix = write_shards(tmp_path)
     loader = loader_of(prefix)
-    one, rows = np.ones(1, np.int64), [np.zeros(1, np.int64) for _ in range(4)]
-    index, pieces = loader.shards[0].token_index, (one, one, one, one.astype(np.uint8))
-    with pytest.raises(ValueError, match="do not fit together"):
-        token_row._index.lay_pieces(*index, one, one, 2 * one, pieces[3], *rows)
+    lay = functools.partial(token_row._index.lay_pieces, first_origin=0, placeholders=[])
+    names = ("tokens", "labels", "positions", "origins")
+    rows = {name: np.zeros(1, np.int64) for name in names} | {"loss_mask": np.zeros(1, np.float32)}
+    index, piece = loader.shards[0].token_index, np.asarray([[0, 1, 1, 1]])
+    assert lay(index, piece, **rows) == 0
+    for misfit in (piece * 2, -piece, piece[0]):
+        with pytest.raises(ValueError, match="do not fit together|is negative|is four numbers"):
+            lay(index, misfit, **rows)
     with pytest.raises(TypeError):  # a copy would be filled
-        token_row._index.lay_pieces(*index, *pieces, rows[0].astype(np.int32), *rows[1:])
-    for bad in (-one, 10**9 * one):
-        assert token_row._index.lay_pieces(*index, bad, one, one, pieces[3], *rows) == 0
-        assert token_row._index.lay_pieces(*index, one, bad, one, pieces[3], *rows) == 0
+        lay(index, piece, **rows | {"tokens": np.zeros(1, np.int32)})
+    with pytest.raises(TypeError, match="an array of another type"):
+        lay((*index[:5], index[5].astype(np.int64), *index[6:]), piece, **rows)
+    with pytest.raises(ValueError, match="do not fit together"):
+        lay((*index[:8], index[8][1:], *index[9:]), piece, **rows)
+    for document, start in ((-1, 1), (10**9, 1), (1, -1), (1, 10**9)):
+        assert lay(index, np.asarray([[0, document, start, 1]]), **rows) == -1
     os.truncate(f"{prefix}.bin", 10)
     with pytest.raises(DataError, match=r"\.bin: \d+ bytes at \d+ could not be read; it was cut short"):
         [loader.step(step) for step in range(8)]

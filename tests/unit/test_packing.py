@@ -9,6 +9,8 @@ from megatron_mm.data.packing import (
     NO_CUTS,
     count_samples,
     count_samples_reference,
+    lay_end_to_end,
+    lay_end_to_end_reference,
     pack_best_fit_reference,
     pack_window_reference,
     padding_fraction,
@@ -79,8 +81,9 @@ def test_the_extension_packs_each_sample_as_the_reference() -> None:
     cuts = (np.asarray([5, 300]), np.asarray([0, 4, 8]), np.asarray([50, 64, 64, 22, 64, 10, 63, 63], np.int32))
     *pieces, samples = pack_window_reference(lengths, 64, cuts)
     for sample in range(int(samples.max()) + 2):
-        native = _index.pack_sample(lengths, 64, *cuts, sample)
-        for ours, reference in zip(native.T[1:], pieces, strict=True):
+        native = _index.pack_sample(lengths, 64, *cuts, sample, 7, 1_000)
+        assert (native[:, 0] == 7).all()
+        for ours, reference in zip((native - [0, 1_000, 0, 0]).T[1:], pieces, strict=True):
             np.testing.assert_array_equal(ours, reference[samples == sample])
 
 
@@ -99,7 +102,7 @@ def test_counting_makes_as_many_samples_as_packing(capacity: int) -> None:
 def test_nothing_to_pack_is_no_bins() -> None:
     bins, num_bins = _index.pack_best_fit(np.zeros(0, np.int32), 8)
     assert (len(bins), num_bins) == (0, 0)
-    assert _index.pack_sample(np.ones(3, np.int32), 8, *NO_CUTS, 0).shape == (0, 4)
+    assert _index.pack_sample(np.ones(3, np.int32), 8, *NO_CUTS, 0, 0, 0).shape == (0, 4)
 
 
 def test_lengths_outside_the_capacity_are_refused() -> None:
@@ -107,7 +110,9 @@ def test_lengths_outside_the_capacity_are_refused() -> None:
         with pytest.raises(ValueError, match="outside 1..capacity"):
             _index.pack_best_fit(np.asarray(lengths, np.int32), 8)
     with pytest.raises(ValueError, match="cuts do not fit together"):
-        _index.pack_sample(np.ones(3, np.int32), 8, np.zeros(2, np.int64), *NO_CUTS[1:], 0)
+        _index.pack_sample(np.ones(3, np.int32), 8, np.zeros(2, np.int64), *NO_CUTS[1:], 0, 0, 0)
+    with pytest.raises(ValueError, match="samples at 0"):
+        _index.pack_sample(np.ones(3, np.int32), 8, *NO_CUTS, -1, 0, 0)
 
 
 @pytest.mark.parametrize("mean", [100, 1_000, 4_000])
@@ -206,6 +211,30 @@ def test_concatenation_lays_every_input_end_to_end(tmp_path) -> None:
     ]
     assert found == expected
     assert {int(plan.sample(sample)["length"].sum()) for sample in range(plan.num_samples - 1)} == {64}
+
+
+def test_documents_end_to_end_are_found_as_by_the_reference(tmp_path) -> None:
+    rng = np.random.default_rng(4)
+    lengths = [1, 1, *rng.integers(1, 20, 2_000).tolist(), 1]
+    (reader,) = shards_of(tmp_path, [*map(text, lengths)])
+    inputs = sum(lengths) - len(lengths)
+    for position in [0, inputs - 1, *rng.integers(0, inputs, 50).tolist()]:
+        stop = int(rng.integers(position, inputs + 1))
+        ours, reference = (find(reader, position, stop, shard=3) for find in (lay_end_to_end, lay_end_to_end_reference))
+        assert ours.tolist() == reference.tolist()
+        assert ours["length"].sum() == stop - position and set(ours["shard"].tolist()) <= {3}
+
+
+def test_documents_end_to_end_are_not_found_in_a_damaged_index(tmp_path) -> None:
+    (reader,) = shards_of(tmp_path, [text(5)] * 2_000)
+    data = bytearray((tmp_path / "p.idx").read_bytes())
+    data[34 + 4 * 2_000 + 8 * 1_000] ^= 1
+    (tmp_path / "p.idx").write_bytes(data)
+    for find in (lay_end_to_end, lay_end_to_end_reference):
+        passed = reader._checksums._passed[".idx"]
+        passed[:] = bytes(len(passed))  # as if opening had not looked at these pages
+        with pytest.raises(DataError, match=r"p\.idx: bytes \d+ to \d+ differ from what was written"):
+            find(reader, 3_990, 4_010, shard=0)
 
 
 def test_concatenation_refuses_media_which_it_would_cut(tmp_path) -> None:
