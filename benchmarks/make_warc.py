@@ -1,7 +1,7 @@
 """Builds what benchmarks/warc.py reads: a WARC.gz of pages as news sites and wikis send them, around real texts.
 
     python benchmarks/make_corpus.py build/corpus
-    python benchmarks/make_warc.py build/corpus --pages 2000
+    python benchmarks/make_warc.py build/corpus
 
 A page has 20 to 150 kB: a head with styles, scripts and data for search engines; bars of navigation; an article of
 paragraphs with links, lists, a table and images that are addresses; comments; columns of links; a footer. Its texts are
@@ -14,18 +14,21 @@ import gzip
 import html
 import json
 import random
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 DATE = "2026-11-27T18:10:43Z"
-PAGES = 2000
+PAGES = 1500
+FEW_PAGES = 300
+"""Pages of a second file, the first of the same, by which what starting costs is told from what pages cost."""
 ARTICLE_CHARACTERS = (800, 14_000)
 SECTIONS = ("Home", "World", "Science", "Culture", "Travel", "Opinion", "Archive", "Weather", "Sport", "Shop", "About")
 
 
 def main() -> None:
-    """Write `folder`/pages.warc.gz and `folder`/pages.json, the paragraphs of each page."""
+    """Write pages.warc.gz, few.warc.gz, and pages.json, which holds the paragraphs of each page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder that make_corpus.py made")
     parser.add_argument("--pages", type=int, default=PAGES, help=f"how many pages (default {PAGES})")
@@ -46,6 +49,9 @@ def main() -> None:
             sizes.append(len(data))
             for one in records(url, data, charset):
                 file.write(gzip.compress(one, 6))
+            if number + 1 == FEW_PAGES:
+                file.flush()
+                shutil.copyfile(folder / "pages.warc.gz", folder / "few.warc.gz")
     (folder / "pages.json").write_text(json.dumps(paragraphs))
     total = (folder / "pages.warc.gz").stat().st_size
     print(f"{len(sizes)} pages of {min(sizes):,} to {max(sizes):,} bytes, {sum(sizes):,} in all, {total:,} compressed")

@@ -15,7 +15,7 @@ from megatron_mm.ingest.document import ImageSegment, Rejection, Segment
 MAX_PIXELS = 64_000_000
 """Larger images are refused from their header, before anything is decoded."""
 MIN_SIDE = 8
-"""Smaller images are rules, bullets and tracking pixels."""
+"""The fewest pixels of a side of an image."""
 pillow_heif.register_heif_opener()
 
 PLAIN = {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")}
@@ -23,11 +23,15 @@ PLAIN = {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")}
 JPEG_QUALITY = 95
 
 
+class TooSmall(DataError):
+    """An image holds nothing to see: it is a rule, a bullet or a tracking pixel."""
+
+
 def read_image(data: bytes) -> ImageSegment:
     """Return the image in `data` upright, in 8-bit RGB or grey, composited over white.
 
     A plain JPEG or PNG keeps its bytes; anything else is encoded again (JPEG from lossy formats, PNG otherwise). Of
-    an animation the first frame is taken. Raises DataError if the image is damaged, too large or too small.
+    an animation the first frame is taken. Raises DataError if the image is damaged or too large, TooSmall of what is.
     """
     try:
         with warnings.catch_warnings():
@@ -66,7 +70,7 @@ def _check_size(image: Image.Image) -> None:
     if width * height > MAX_PIXELS:
         raise DataError(f"the image is too large: {width} x {height} pixels, of which {MAX_PIXELS:,} are decoded")
     if min(width, height) < MIN_SIDE:
-        raise DataError(f"the image has {width} x {height} pixels; below {MIN_SIDE} there is nothing to see")
+        raise TooSmall(f"the image has {width} x {height} pixels; below {MIN_SIDE} there is nothing to see")
 
 
 def _is_plain(image: Image.Image) -> bool:

@@ -8,10 +8,11 @@ from urllib.parse import unquote, urlsplit
 from lxml import etree
 
 from megatron_mm.errors import DataError
+from megatron_mm.ingest import account
 from megatron_mm.ingest.beside import file_beside
 from megatron_mm.ingest.charset import decode_page, decode_text
 from megatron_mm.ingest.document import Rejection, Segment, TextSegment
-from megatron_mm.ingest.image import read_image
+from megatron_mm.ingest.image import TooSmall, read_image
 
 INVISIBLE = {"script", "style", "noscript", "template", "head", "svg", "iframe", "object", "nav", "form", "button"}
 BLOCKS = {
@@ -174,6 +175,9 @@ class _PageReader:
             if data is None:
                 return
             segment = read_image(data)
+        except TooSmall:
+            account.count(account.NOT_KEPT, "images too small to see")
+            return
         except (DataError, OSError, ValueError) as error:
             self.rejections.append(Rejection(f"{self.name}#{address[:80]}", str(error)))
             return

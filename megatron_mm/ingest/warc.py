@@ -16,11 +16,12 @@ from megatron_mm.errors import DataError
 from megatron_mm.ingest import account, kinds
 from megatron_mm.ingest.charset import decode_page, decode_text
 from megatron_mm.ingest.document import Document, Origin, Reading, Rejection, TextSegment, unexpected
+from megatron_mm.ingest.image import TooSmall
 from megatron_mm.ingest.kinds import Kind, Parts
 from megatron_mm.ingest.text import read_page
 from megatron_mm.ingest.warc_file import MAX_RECORD_BYTES, Record, RecordReader, refusal
 
-INPUT = "WARC record"
+INPUT = "WARC records"
 """What the account calls an input."""
 PAGES = {"text/html", "application/xhtml+xml"}
 HTTP_HEADER_ENDS = re.compile(rb"\r?\n\r?\n")
@@ -93,9 +94,15 @@ def _read_record(record: Record, path: Path) -> tuple[Document | None, list[Reje
             return None, []
         kind, body, charset = found
         segments, left_out = _read_body(kind, body, charset, name)
+        if kind == kinds.HTML:
+            account.count(account.NOT_KEPT, "inline images that cannot be read", len(left_out))
+            left_out = []
         if not segments:
             account.count(account.OTHERS, f"{kind.words} with nothing to see")
             return None, []
+    except TooSmall:
+        account.count(account.OTHERS, f"{kinds.IMAGE.words} with nothing to see")
+        return None, []
     except (DataError, OSError) as error:
         return None, [Rejection(name, f"{_url(record)}: {error}")]
     except RecursionError:
@@ -122,7 +129,7 @@ def _content(record: Record) -> tuple[Kind, bytes, str | None] | str:
         mime = _mime(record.headers.get("Content-Type"))
         return (kinds.TEXT, record.block, "utf-8") if mime == "text/plain" else _unread(mime)
     if record.type != "response":
-        return f"{record.type} record"
+        return f"{record.type} records"
     if not record.is_http:
         return "response of another protocol than HTTP"
     http, body = _parse_http(record.block)

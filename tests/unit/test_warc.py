@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ from megatron_mm.source import Source
 
 DATE = "2026-11-27T18:10:43Z"
 HTML = "Content-Type: text/html; charset=utf-8"
+PIXEL = b64decode("R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw==")
 INFO = ("warcinfo", {"Content-Type": "application/warc-fields"}, b"software: test\r\n")
 
 
@@ -97,8 +99,8 @@ def test_pages_are_documents_with_their_origin(tmp_path: Path, name: str) -> Non
         Origin(url=f"http://x/{number}", date=DATE, start=sizes[number], stop=sizes[number + 1]) for number in (1, 2)
     ]
     assert numbers == {
-        account.INPUTS: {"WARC record": 3},
-        account.OTHERS: {"warcinfo record": 1},
+        account.INPUTS: {"WARC records": 3},
+        account.OTHERS: {"warcinfo records": 1},
         "charsets declared": {"utf-8": 2},
     }
 
@@ -114,7 +116,7 @@ def test_the_text_of_pages_is_read_from_wet_files(tmp_path: Path) -> None:
     assert not rejections
     assert texts(documents) == ["Erste Seite ä\n", "二\n"]
     assert documents[1].origin.url == "http://x/2"
-    assert numbers[account.OTHERS] == {"warcinfo record": 1}
+    assert numbers[account.OTHERS] == {"warcinfo records": 1}
 
 
 def test_metadata_of_pages_is_refused(tmp_path: Path) -> None:
@@ -145,39 +147,45 @@ def test_every_record_is_a_document_rejected_or_counted(tmp_path: Path) -> None:
         record("revisit", {"Content-Type": "application/http"}, b"HTTP/1.1 200 OK\r\n\r\n"),
         response("http://x/picture", picture, "Content-Type: image/png"),
         response("http://x/bad", b"\x89PNG no", "Content-Type: image/png"),
+        response("http://x/dot.gif", PIXEL, "Content-Type: image/gif"),
         response("http://x/text", "später\r\n".encode("cp1252"), "Content-Type: text/plain; charset=iso-8859-1"),
         response("http://x/lies", page("a page"), "Content-Type: text/plain", WARC_Identified_Payload_Type="text/html"),
         response("http://x/silent", page("no type"), "Server: x"),
         response("http://x/cut", page("cut")[:-14], WARC_Truncated="length"),
         response("http://x/images", page("see <img src='a.png'> <img src='http://y/b.png'>")),
+        response("http://x/inline", page(f"see <img src='data:image/gif;base64,{b64encode(PIXEL).decode()}'>")),
+        response("http://x/svg", page("see <img src='data:image/svg+xml;utf8,<svg></svg>'>")),
         record("metadata", {"Content-Type": "application/warc-fields"}, b"fetchTimeMs: 1\r\n"),
     ]
     documents, rejections, numbers = counted(write(tmp_path / "a.warc.gz", records))
     urls = [document.origin.url.rpartition("/")[2] for document in documents]
-    assert urls == ["picture", "text", "lies", "silent", "cut", "images"]
+    assert urls == ["picture", "text", "lies", "silent", "cut", "images", "inline", "svg"]
     assert isinstance(documents[0].segments[0], ImageSegment)
-    assert [document.source for document in documents] == [Source.IMAGE, *[Source.TEXT] * 5]
+    assert [document.source for document in documents] == [Source.IMAGE, *[Source.TEXT] * 7]
     assert texts(documents[1:2]) == ["später\n"]
     (rejection,) = rejections
     assert "http://x/bad: it is not an image" in rejection.reason
-    assert numbers[account.INPUTS] == {"WARC record": len(records)}
+    assert numbers[account.INPUTS] == {"WARC records": len(records)}
     assert numbers[account.OTHERS] == {
-        "warcinfo record": 1,
-        "request record": 1,
+        "warcinfo records": 1,
+        "request records": 1,
         "HTTP status 301": 1,
         "HTTP status 404": 1,
         "empty body": 1,
+        "image with nothing to see": 1,
         "web page with nothing to see": 3,
         "body of type application/json": 1,
         "body of type text/javascript": 1,
         "body of type unknown": 1,
         "response of another protocol than HTTP": 1,
-        "revisit record": 1,
-        "metadata record": 1,
+        "revisit records": 1,
+        "metadata records": 1,
     }
     assert numbers[account.NOT_KEPT] == {
         "rest of a record that its crawler cut off (length)": 1,
         "images that are addresses": 2,
+        "images too small to see": 1,
+        "inline images that cannot be read": 1,
     }
 
 
