@@ -46,23 +46,25 @@ class Descending {
 // No bin is searched for: bins with room for the pieces at hand form a stack, the fullest on top, since a bin that was
 // just filled is fuller than all others of the stack, and so is one for which the pieces have only now become short
 // enough. Until then a bin waits with the others of its room.
-inline int32_t pack_best_fit(const int32_t* lengths, int64_t count, int capacity, int32_t* bin_of_piece,
-                             int64_t wanted = -1) {
+//
+// number_t holds the number of a piece: what is kept of a window of 256 samples then fits into a core's nearest cache.
+template <typename number_t>
+int32_t pack_best_fit_by(const int32_t* lengths, int64_t count, int capacity, int32_t* bin_of_piece, int64_t wanted) {
   struct Bin {
     int32_t number, room;
   };
   Descending sizes(capacity);  // lengths of pieces, and rooms of bins that wait
   // The pieces by their length: the first one of each, and the one after each piece. They are counted from 1, as bins
   // are, so that 0 is none.
-  std::vector<int32_t> first(capacity + 1), next(count + 1);
+  std::vector<number_t> first(capacity + 1), next(count + 1);
   for (int64_t piece = count; piece > 0; --piece) {
     const int length = lengths[piece - 1];
     next[piece] = first[length];
-    first[length] = static_cast<int32_t>(piece);
+    first[length] = static_cast<number_t>(piece);
     sizes.add(length);
   }
   // The bins that wait by their room: the last one of each, and the one before each bin.
-  std::vector<int32_t> last(capacity + 1), before(count + 1);
+  std::vector<number_t> last(capacity + 1), before(count + 1);
   std::vector<Bin> fitting(count);
   Bin* top = fitting.data();  // behind the last one
   int32_t num_bins = 0;
@@ -81,7 +83,7 @@ inline int32_t pack_best_fit(const int32_t* lengths, int64_t count, int capacity
         *top++ = bin;
       } else if (bin.room) {
         before[bin.number] = last[bin.room];
-        last[bin.room] = bin.number;
+        last[bin.room] = static_cast<number_t>(bin.number);
         sizes.add(bin.room);
       } else if (bin.number - 1 == wanted) {
         return num_bins;
@@ -89,6 +91,12 @@ inline int32_t pack_best_fit(const int32_t* lengths, int64_t count, int capacity
     }
   }
   return num_bins;
+}
+
+inline int32_t pack_best_fit(const int32_t* lengths, int64_t count, int capacity, int32_t* bin_of_piece,
+                             int64_t wanted = -1) {
+  const auto pack = count < 65536 ? &pack_best_fit_by<uint16_t> : &pack_best_fit_by<int32_t>;
+  return pack(lengths, count, capacity, bin_of_piece, wanted);
 }
 
 // Counts the bins that pack_best_fit makes of any pieces, without saying which piece goes where: pieces of one length,

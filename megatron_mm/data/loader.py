@@ -189,7 +189,7 @@ class Loader:
     def _check_placeholders(
         self, shard: ShardReader, pieces: np.ndarray, place: range, text: TokenRow, units: dict[str, list[Unit]]
     ) -> None:
-        """Raise DataError if a placeholder of the pieces at `place`, laid last, is of no media item, or of two."""
+        """Raise DataError if a placeholder at `place`, where pieces were laid last, is of no media item, or of two."""
         laid = text.tokens[place.start : place.stop]
         for name in units:
             unclaimed = laid == self.special_ids.get(name, -1)
