@@ -14,30 +14,41 @@ from megatron_mm.ingest.image import read_image
 
 CLASS = re.compile(r"^[^%\n]*\\document(?:class|style)\b", re.MULTILINE)
 BEGIN = re.compile(r"^[^%\n]*?\\begin\s*\{document\}", re.MULTILINE)
-STANDALONE = re.compile(r"^[^%\n]*\\documentclass\s*(?:\[[^\]]*\])?\s*\{standalone\}", re.MULTILINE)
+STANDALONE = re.compile(r"^[^%\n]*\\documentclass\s*(?:\[[^\]]{0,500}\])?\s*\{standalone\}", re.MULTILINE)
 END = re.compile(r"\\end\s*\{document\}")
+AS_IS = (
+    r"\\begin\{(?P<environment>verbatim\*?|[BL]?Verbatim\*?|lstlisting|minted|alltt)\}(?s:.*?)\\end\{(?P=environment)\}"
+    r"|\\(?:verb|lstinline)\*?(?P<bar>[^\sA-Za-z*{[])[^\n]{0,500}?(?P=bar)"
+)
+"""What is printed as it stands."""
+OPENED, CLOSED = (
+    re.compile(rf"\\{word}\{{(?:verbatim|[BL]?Verbatim|lstlisting|minted|alltt|comment)") for word in ("begin", "end")
+)
 COMMENTS = re.compile(
-    r"\\begin\{(?P<asis>verbatim\*?|[BL]?Verbatim\*?|lstlisting|minted|alltt)\}.*?\\end\{(?P=asis)\}"
-    r"|(?P<block>\\begin\{comment\}.*?\\end\{comment\}[ \t]*\n?)"
-    r"|\\(?:verb|lstinline)\*?(?P<bar>[^\sA-Za-z*{[])[^\n]*?(?P=bar)"
+    rf"(?P<as_is>{AS_IS})"
+    r"|(?P<block>\\begin\{comment\}(?s:.*?)\\end\{comment\}[ \t]*\n?)"
     r"|\\(?:url|path|nolinkurl|href)\s*\{[^{}]*\}"
-    r"|\\."
+    r"|\\(?s:.)"
     r"|(?P<line>(?:(?<=\n)|\A)[ \t]*%[^\n]*(?:\n|\Z))"
-    r"|(?P<rest>%[^\n]*(?:\n[ \t]*(?!\n)|(?=\n)|\Z))",
-    re.DOTALL,
+    r"|(?P<rest>%[^\n]*(?:\n[ \t]*(?!\n)|(?=\n)|\Z))"
 )
 """Comments, and what has a % that begins none. One behind text ends at the next word: TeX sees no line end there."""
 INPUT = re.compile(
-    r"\\(?:input|include|subfile|includestandalone)\s*(?:\[[^\]]*\])?\s*\{\s*([^{}]+?)\s*\}"
-    r"|\\input\s+([^\s{}\\%]+)"
-    r"|\\(?:sub)?import\*?\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]+?)\s*\}"
+    rf"(?P<as_is>{AS_IS})"
+    r"|\\(?:input|include|subfile|includestandalone)\s*(?:\[[^\]]{0,500}\])?\s*\{\s*(?P<name>[^{}]+?)\s*\}"
+    r"|\\input\s+(?P<word>[^\s{}\\%]+)"
+    r"|\\(?P<sub>sub)?import\*?\s*\{\s*(?P<folder>[^{}]*?)\s*\}\s*\{\s*(?P<file>[^{}]+?)\s*\}"
 )
-BIBLIOGRAPHY = re.compile(r"\\bibliography\s*\{[^{}]*\}|\\printbibliography\b(?:\s*\[[^\]]*\])?")
+BIBLIOGRAPHY = re.compile(
+    rf"(?P<as_is>{AS_IS})|\\bibliography\s*\{{[^{{}}]*\}}|\\printbibliography\b(?:\s*\[[^\]]{{0,500}}\])?"
+)
 OF_BIBLATEX = re.compile(r"\\(?:refsection|datalist|sortlist|entry)\s*\{")
 """What only biblatex can print."""
 FIGURE = re.compile(
-    r"\\(?:includegraphics|includesvg|includepdf|epsfig|psfig|epsfbox|plotone)\*?\s*(?:\[[^\]]*\]\s*){0,2}\{([^{}]*)\}"
-    r"|\\plottwo\s*\{([^{}]*)\}\s*\{([^{}]*)\}"
+    rf"(?P<as_is>{AS_IS})"
+    r"|\\(?:includegraphics|includesvg|includepdf|epsfbox|plotone)\*?\s*(?:\[[^\]]{0,500}\]\s*){0,2}\{(?P<name>[^{}]*)\}"
+    r"|\\(?:epsfig|psfig)\*?\s*\{(?P<options>[^{}]*)\}"
+    r"|\\plottwo\s*\{(?P<left>[^{}]*)\}\s*\{(?P<right>[^{}]*)\}"
 )
 GRAPHICS_PATH = re.compile(r"\\graphicspath\s*\{((?:\s*\{[^{}]*\})+)\s*\}")
 FILE_OPTION = re.compile(r"(?:^|,)\s*(?:file|figure)\s*=\s*([^,]+)")
@@ -51,8 +62,12 @@ CHARSETS = {"latin1": "iso-8859-1", "latin2": "iso-8859-2", "latin5": "iso-8859-
     **{f"cp{number}": f"windows-{number}" for number in range(1250, 1258)},
 }
 """What inputenc calls charsets."""
-MAX_DEPTH = 16
-"""Files within files."""
+MAX_DEPTH, MAX_INCLUDED, MAX_CHARACTERS = 16, 2_000, 2**26
+"""Files within files, the files that a paper includes, and the characters of all of them."""
+MAX_UNCLOSED = 100
+"""Environments that are printed as they stand and have no end: more are no LaTeX, and each is looked through."""
+MAX_ARGUMENT = 20_000
+"""Characters of a title or an author."""
 
 
 def read_paper(path: Path) -> tuple[list[Segment], list[Rejection]]:
@@ -84,7 +99,10 @@ class Paper:
         self.files: set[Path] = set()
         """The files that it includes and shows."""
         self.rejections: list[Rejection] = []
+        self._included, self._left = 0, MAX_CHARACTERS
         whole = self._expand(self.path, self.path.parent, 0)
+        self.is_drawing = STANDALONE.search(whole) is not None
+        """Whether it is made to be shown by others."""
         begin = BEGIN.search(whole)
         preamble, body = (whole[: begin.start()], whole[begin.end() :]) if begin else ("", whole)
         self._folders = [""]
@@ -92,11 +110,10 @@ class Paper:
             self._folders += re.findall(r"\{\s*([^{}]*?)\s*\}", found[1])
         self._front = "".join(f"{one}\n" for name in ("title", "author") for one in commands(preamble, name))
         self.lost["preambles of LaTeX, but for titles and authors"] += bool(preamble.strip())
-        body = BIBLIOGRAPHY.sub(lambda found: self._bibliography(found[0]), END.split(body, 1)[0])
+        body = BIBLIOGRAPHY.sub(self._bibliography, END.split(body, 1)[0])
         self._body = re.sub(r"\n\s*\n(?:\s*\n)+", "\n\n", body).lstrip("\n")
-        self._figures = [
-            (found, [self._figure(name) for name in _names(found)]) for found in FIGURE.finditer(self._body)
-        ]
+        shown = [found for found in FIGURE.finditer(self._body) if not found["as_is"]]
+        self._figures = [(found, [self._figure(name) for name in _names(found)]) for found in shown]
 
     def read(self) -> Iterator[Segment]:
         """Yield its text, and the figures that can be read."""
@@ -117,6 +134,10 @@ class Paper:
         """Return the text of a file with that of the files that it includes, which are looked for in `folder`."""
         self.files.add(path)
         text = decode(path.read_bytes())
+        self._left -= len(text)
+        unclosed = len(OPENED.findall(text)) - len(CLOSED.findall(text))
+        if unclosed > MAX_UNCLOSED:
+            raise DataError(f"it is damaged: {unclosed:,} environments of it have no end")
         text = self._without_comments(text).partition("\\endinput")[0]
         if depth:  # a part that can be printed alone has a preamble of its own
             begin = BEGIN.search(text)
@@ -124,31 +145,36 @@ class Paper:
         return INPUT.sub(lambda found: self._include(found, path, folder, depth), text)
 
     def _include(self, found: re.Match[str], path: Path, folder: Path, depth: int) -> str:
-        place, name = folder, found[1] or found[2]
-        if name is None:
-            is_sub = found[0].startswith("\\sub")
-            place, name = (path.parent if is_sub else folder) / found[3], found[4]
-        target = self._find(place, name, ("", ".tex"))
-        if target is None or depth == MAX_DEPTH or target == path:
+        if found["as_is"]:
+            return found[0]
+        is_import = found["file"] is not None
+        place = (path.parent if found["sub"] else folder) / found["folder"] if is_import else folder
+        target = self._find(place, found["name"] or found["word"] or found["file"], ("", ".tex"))
+        self._included += 1
+        is_too_much = depth == MAX_DEPTH or self._included > MAX_INCLUDED or self._left < 0
+        if target is None or target == path or is_too_much:
             self.lost["files that LaTeX includes and that are not there"] += 1
             return found[0]
         try:
-            return self._expand(target, place if found[3] is not None else folder, depth + 1)
+            return self._expand(target, place, depth + 1)
         except DataError:
             self.lost["files that LaTeX includes and that are no text"] += 1
             return found[0]
 
     def _without_comments(self, text: str) -> str:
         def drop(found: re.Match[str]) -> str:
-            if found["line"] is None and found["rest"] is None and found["block"] is None:
+            if not (found["line"] or found["rest"] or found["block"]):
                 return found[0]
             self.lost["comments of LaTeX"] += 1
             return ""
 
         return COMMENTS.sub(drop, text)
 
-    def _bibliography(self, command: str) -> str:
+    def _bibliography(self, found: re.Match[str]) -> str:
         """Return what BibTeX made of a bibliography, or the command if that is not there."""
+        command = found[0]
+        if found["as_is"]:
+            return command
         own = self.path.with_suffix(".bbl")
         others = sorted(self.path.parent.glob("*.bbl"))
         source = own if own.is_file() else others[0] if len(others) == 1 else None
@@ -213,9 +239,9 @@ class Paper:
 
 def commands(text: str, name: str) -> Iterator[str]:
     """Yield each command of a name with its arguments, whose braces may be nested."""
-    for found in re.finditer(rf"\\{name}\b\s*(?:\[[^\]]*\]\s*)?(?=\{{)", text):
+    for found in re.finditer(rf"\\{name}\b\s*(?:\[[^\]]{{0,500}}\]\s*)?(?=\{{)", text):
         depth, position = 0, found.end()
-        for position in range(found.end(), len(text)):
+        for position in range(found.end(), min(found.end() + MAX_ARGUMENT, len(text))):
             character = text[position]
             if character in "{}" and text[position - 1] != "\\":
                 depth += 1 if character == "{" else -1
@@ -235,7 +261,7 @@ def decode(data: bytes) -> str:
 
 def _names(found: re.Match[str]) -> list[str]:
     """Return the names of files that a command of figures shows."""
-    names = [name for name in found.groups() if name is not None]
-    if "fig{" in found[0].replace(" ", "") and (option := FILE_OPTION.search(names[0])):
+    names = [found[group] for group in ("name", "left", "right") if found[group] is not None]
+    if found["options"] is not None and (option := FILE_OPTION.search(found["options"])):
         names = [option[1]]
-    return [name.strip().strip('"').replace('"', "") for name in names]
+    return [name.replace('"', "").strip() for name in names]

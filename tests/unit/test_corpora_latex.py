@@ -12,7 +12,7 @@ from corpora import Corpus, read_corpus, tar, write
 from PIL import Image
 from small import png
 
-from megatron_mm.ingest import account, archive, work_items
+from megatron_mm.ingest import account, archive, latex, work_items
 from megatron_mm.ingest.latex import COMMENTS, Paper, commands
 from megatron_mm.ingest.work_items import DEFAULTS, WorkItem, read_work
 from megatron_mm.ingest.workers import Cut
@@ -147,6 +147,24 @@ def test_figures_are_found_in_any_form_that_can_be_shown(tmp_path: Path) -> None
     }
 
 
+def test_what_is_printed_as_it_stands_shows_and_includes_nothing(tmp_path: Path) -> None:
+    body = "\\begin{verbatim}\n\\includegraphics{x} \\input{y} \\bibliography{z}\n\\end{verbatim}\n\\verb|\\input{y}|"
+    corpus = read(tmp_path, {"ms.tex": article(body), "x.png": PICTURE, "y.tex": "why", "ms.bbl": BBL})
+    assert corpus.shapes == [[body + "\n"]]
+    assert corpus.files["read with others"] == 0
+
+
+def test_postscript_is_no_text_wherever_it_lies(tmp_path: Path) -> None:
+    files = {
+        "a.eps": "%!PS-Adobe-3.0 EPSF-3.0\n1 setgray\n",
+        "b.ps": b"\xc5\xd0\xd3\xc6" + bytes(30),
+        "c.ps": "PS: bye\n",
+    }
+    corpus = read(tmp_path, files)
+    assert corpus.shapes == [["PS: bye\n"]]
+    assert sum(corpus.files["set aside"].values()) == 2
+
+
 def test_a_damaged_figure_is_listed_and_the_paper_kept(tmp_path: Path) -> None:
     corpus = read(tmp_path, {"ms.tex": article("a \\includegraphics{x} b"), "x.png": PICTURE[:50]})
     assert corpus.shapes == [["a  b\n"]]
@@ -197,6 +215,20 @@ def test_files_that_include_each_other_end(tmp_path: Path) -> None:
     paper = Paper(tmp_path / "a.tex")
     assert paper.lost["files that LaTeX includes and that are not there"] == 1
     assert {path.name for path in paper.files} == {"a.tex", "b.tex", "c.tex"}
+
+
+def test_files_that_include_ever_more_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latex, "MAX_INCLUDED", 50)
+    files = {f"{number}.tex": f"x\\input{{{number + 1}}}" * 10 for number in range(10)}
+    write(tmp_path, {**files, "ms.tex": article("\\input{0}")})
+    paper = Paper(tmp_path / "ms.tex")
+    assert 10 < paper.lost["files that LaTeX includes and that are not there"] < 600
+
+
+def test_environments_without_an_end_are_no_latex(tmp_path: Path) -> None:
+    corpus = read(tmp_path, {"ms.tex": article("\\begin{verbatim}" * 200), "b.tex": article("words")})
+    assert corpus.shapes == [["words\n"]]
+    assert "200 environments of it have no end" in corpus.reasons[0]
 
 
 def test_data_of_biblatex_are_counted_and_not_read(tmp_path: Path) -> None:

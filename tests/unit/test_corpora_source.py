@@ -25,6 +25,7 @@ WRITTEN = {
     "src/__pycache__/main.cpython-312.pyc": b"\xcb\r\r\n\0\0\0\0" + marshal.dumps(compile("a = 1", "a", "exec")),
     "lib/libx.so.1.2": b"\x7fELF\2\1\1\0" + bytes(56),
     "vendor/x.jar": b"PK\3\4\0\0" + bytes(20),
+    "static/icons.woff": b"wOFF\0\1\0\0" + bytes(20),
     "pkg/__init__.py": b"",
 }
 
@@ -37,6 +38,7 @@ def test_of_a_source_tree_what_people_wrote_is_read(tmp_path: Path) -> None:
         "a compiled file (.jar)": 1,
         "a compiled file (.pyc)": 1,
         "a compiled file (.so)": 1,
+        "a font (.woff)": 1,
         "a list of locked versions (go.sum)": 1,
         "a list of locked versions (package-lock.json)": 1,
         "a map of generated code (.map)": 1,

@@ -25,6 +25,7 @@ from megatron_mm.ingest.layouts import (
     mmc4,
     pages,
     pairs,
+    postscript,
     save_to_disk,
     source_tree,
     tables,
@@ -65,6 +66,7 @@ LAYOUTS = (
     Layout("pages", pages.arrange),
     Layout("pairs", pairs.arrange),
     Layout("source-tree", source_tree.arrange),
+    Layout("postscript", postscript.arrange),
     Layout("class-folders", class_folders.arrange),
 )
 FILES = "files"

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import kinds
-from megatron_mm.ingest.latex import DRAWN, SHOWN, STANDALONE, Paper, decode, is_main
+from megatron_mm.ingest.latex import DRAWN, SHOWN, Paper, decode, is_main
 from megatron_mm.ingest.layouts.tree import Tree
 
+MAX_BYTES = 2**24
+"""Larger files are no main files: they are looked at before any worker starts."""
 STYLES = frozenset({".sty", ".cls", ".bst", ".bbx", ".cbx", ".clo", ".ist", ".dtx"})
 WRITTEN = frozenset({".aux", ".bbl", ".blg", ".ilg", ".lof", ".lot", ".fls", ".toc", ".bib"})
 """What tools of LaTeX read and write; a .bib is what a bibliography is made from."""
@@ -28,7 +30,13 @@ OF_PAPERS = frozenset({*kinds.LATEX.suffixes, *STYLES, *WRITTEN, *OFTEN_OTHER, *
 
 def arrange(tree: Tree) -> None:
     """Take each main file, and the files that belong to it."""
-    papers = {path: Paper(path) for path in tree.all() if _may_be_main(path, tree) and _is_main(path)}
+    papers: dict[Path, Paper] = {}
+    for path in tree.all():
+        if _is_main(path, tree):
+            try:
+                papers[path] = Paper(path)
+            except DataError as error:
+                tree.refuse(path, str(error))
     if not papers:
         return
     parts = {path for paper in papers.values() for path in paper.files if path != paper.path}
@@ -41,7 +49,7 @@ def arrange(tree: Tree) -> None:
     for path, paper in papers.items():
         if path in parts:
             continue
-        if STANDALONE.search(decode(path.read_bytes())):
+        if paper.is_drawing:
             tree.set_aside(path, "a drawing in LaTeX")
             continue
         tree.take(path)
@@ -54,15 +62,14 @@ def arrange(tree: Tree) -> None:
             tree.set_aside(path, what)
 
 
-def _may_be_main(path: Path, tree: Tree) -> bool:
+def _is_main(path: Path, tree: Tree) -> bool:
     suffix = path.suffix.lower()
-    return suffix in kinds.LATEX.suffixes or (tree.of_archive and not suffix)
-
-
-def _is_main(path: Path) -> bool:
+    may_be = suffix in kinds.LATEX.suffixes or (tree.of_archive and not suffix)
+    if not may_be or path.stat().st_size > MAX_BYTES:
+        return False
     try:
         return is_main(decode(path.read_bytes()))
-    except DataError:
+    except DataError:  # its reader will say so
         return False
 
 

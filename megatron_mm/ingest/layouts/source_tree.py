@@ -35,6 +35,7 @@ COMPILED = re.compile(
     r"\.(pyc|pyo|pyd|so(\.\d+)*|o|obj|a|lib|lo|class|jar|war|dll|exe|dylib|wasm|pdb|elc|beam|node|ko|gch|pch)$",
     re.IGNORECASE,
 )
+FONTS = (".ttf", ".otf", ".woff", ".woff2", ".eot", ".pfb", ".tfm", ".pcf")
 SCRIPTS = (".js", ".mjs", ".cjs", ".css")
 LONG_LINE = 5_000
 """Characters of a line on average above which a script is taken to be minified."""
@@ -56,6 +57,8 @@ def _is_written_by_tools(path: Path) -> str:
     if compiled := COMPILED.search(name):
         ending = compiled[1].partition(".")[0].lower()
         return f"a compiled file (.{ending})" if b"\0" in _head(path) else ""
+    if suffix in FONTS:
+        return f"a font ({suffix})" if b"\0" in _head(path) else ""
     if suffix == ".map":
         start = _head(path)
         return "a map of generated code (.map)" if b'"mappings"' in start and b'"version"' in start else ""
