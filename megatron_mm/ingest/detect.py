@@ -39,6 +39,11 @@ RECORD_HEAD = 2**20
 """Bytes by which records are told from other text: a first one that is longer is not found."""
 LOOKED_AT = 5
 """Lines that must be objects."""
+PROSE_BYTES = 64 * 2**10
+"""The most bytes of a file that is taken for text by its characters alone."""
+PROSE = re.compile(r"\s*(?!P[1-7]\s|WARC/\d)[^\W_]")
+"""How words begin, but no portable bitmap or web archive, which may be letters and digits alone."""
+NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
 PDF_HEAD = 1024
 """Bytes in which %PDF- may stand: readers skip junk before it, libmagic does not."""
 PAGE = re.compile(rb"<(?:!doctype\s+html|html)\b", re.IGNORECASE)
@@ -54,8 +59,11 @@ def detect(path: Path, *, trust_content: bool = False) -> Kind:
         raise DataError("it is not a plain file" if path.exists() else "it does not exist")
     if path.stat().st_size == 0:
         raise DataError("the file is empty")
+    named = kinds.by_suffix(path)
+    if named == kinds.TEXT and _is_prose(path):
+        return named
     mime = mime_of(path)
-    named, found = kinds.by_suffix(path), _kind_of(path, mime)
+    found = _kind_of(path, mime)
     if found.textual and (named is None or named == kinds.TEXT) and path.suffix.lower() in MAY_BE_RECORDS:
         with path.open("rb") as file:
             head = file.read(RECORD_HEAD)
@@ -74,6 +82,20 @@ def detect(path: Path, *, trust_content: bool = False) -> Kind:
             "it as what it is with --trust-content"
         )
     return found
+
+
+def _is_prose(path: Path) -> bool:
+    """Tell whether a short file is nothing but words, which libmagic takes 0.8 ms to find, most of a small file's time.
+
+    What begins as markup, records, programs or pictures written in letters do is for libmagic to tell.
+    """
+    if path.stat().st_size > PROSE_BYTES:
+        return False
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return False
+    return PROSE.match(text) is not None and NO_TEXT.search(text) is None
 
 
 def mime_of(path: Path) -> str:

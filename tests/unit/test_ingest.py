@@ -17,8 +17,9 @@ from PIL import Image
 from small import png, save_tokenizer, tone
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest import account
+from megatron_mm.ingest import account, kinds
 from megatron_mm.ingest.audio import read_audio
+from megatron_mm.ingest.detect import detect
 from megatron_mm.ingest.document import AudioSegment, ImageSegment, TextSegment
 from megatron_mm.ingest.encode import encode_document
 from megatron_mm.ingest.image import read_image
@@ -688,3 +689,52 @@ def test_errors_of_media_are_data_errors() -> None:
         with pytest.raises(DataError):
             read(b"neither")
     assert isinstance(read_audio(encode_wav(np.zeros((1, 500)))), AudioSegment)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "a lake\n",
+            "  Über den See\n",
+            "2 boats\n",
+            "# Title\n\ntext\n",
+            "",
+            " \n",
+            "P1\n2 2\n0 1 1 0\n",
+            "WARC/1.0\r\n",
+        ),
+        *(
+            '{"text": "a"}\n{"text": "b"}\n',
+            "{\\rtf1 a}",
+            "%PDF-1.4\n",
+            "<html><body>a</body></html>",
+            "%!PS-Adobe-3.0\n",
+        ),
+        *(
+            "/* XPM */\nstatic char *a[] = {",
+            "a\0b",
+            "a\x1b[0m",
+            "From a@b.c Mon\n\n",
+            "Subject: a\nFrom: b@c.d\n\ne\n",
+        ),
+        *("name,size\na,1\n", "import os\nos.getcwd()\n", "ID3 is a mark\n", "a\x7f", "\ufeffa lake\n"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".csv", ".json", ".xml"])
+def test_short_prose_is_what_libmagic_and_the_rest_would_say(
+    tmp_path: Path, text: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_text(text, newline="")
+
+    def said() -> object:
+        try:
+            return detect(path)
+        except DataError as error:
+            return str(error)
+
+    short = said()
+    monkeypatch.setattr("megatron_mm.ingest.detect._is_prose", lambda path: False)
+    # libmagic takes any text that begins with the mark of an MP3 for one.
+    assert short == (kinds.TEXT if text.startswith("ID3 is") else said())
