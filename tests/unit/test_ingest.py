@@ -738,3 +738,15 @@ def test_short_prose_is_what_libmagic_and_the_rest_would_say(
     monkeypatch.setattr("megatron_mm.ingest.detect._is_prose", lambda path: False)
     # libmagic takes any text that begins with the mark of an MP3 for one.
     assert short == (kinds.TEXT if text.startswith("ID3 is") else said())
+
+
+@pytest.mark.parametrize("name", ["big.bin", "big.txt", "big.xml", "big", "big.gz"])
+def test_a_file_that_is_too_large_is_not_read_to_find_that_out(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(10 * 2**30)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} is read"))
+    documents, (rejection,) = read_file(tmp_path / name)
+    assert not documents
+    assert "10,737,418,240 bytes" in rejection.reason or "its content is application/octet-stream" in rejection.reason
