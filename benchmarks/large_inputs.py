@@ -12,6 +12,7 @@ seconds that are made once and written after one another. Peak memory is that of
 import argparse
 import filecmp
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,6 @@ MAX_RSS_MB = 1_500
 MAX_DOCUMENT_MB = 4_096 + MAX_RSS_MB
 MAX_MS_PER_FILE = 1.0
 CLIP_SECONDS, FRAMES_PER_SECOND = 20, 30
-SUFFIXES = (".bin", ".idx", ".crc", ".media.bin", ".media.idx", ".json", ".rejected.jsonl", ".report.json")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ def stream(arguments: argparse.Namespace, work: Path) -> tuple[bool, float]:
     undisturbed = run(arguments, inputs, whole)
     first = run(arguments, inputs, killed, kill_at=(whole / "p.bin").stat().st_size / 2)
     second = run(arguments, inputs, killed)
-    same = all(filecmp.cmp(whole / f"p{suffix}", killed / f"p{suffix}", shallow=False) for suffix in SUFFIXES)
+    names = sorted(path.name for path in whole.iterdir())
+    _, differ, missing = filecmp.cmpfiles(whole, killed, names, shallow=False)
+    same = not differ and not missing and names == sorted(path.name for path in killed.iterdir())
     print(f"\nstream: {unpacked:.2f} GB of JSON lines in {inputs.stat().st_size / 1e9:.2f} GB of zstd")
     print_row("undisturbed", undisturbed, f"{1e3 * unpacked / undisturbed.cpu_seconds:.0f} MB a CPU-second")
     print_row("killed in the middle", first, "")
@@ -149,11 +151,7 @@ def document(arguments: argparse.Namespace, path: Path, work: Path, *, items: in
     """Read one long document and say what it cost; its memory is not that of a stream, and not returned."""
     cost = run(arguments, path, fresh(work / "out"))
     (said,) = [line for line in (work / "out.log").read_text().splitlines() if line.startswith("media items:")]
-    found = sum(
-        int(word.replace(",", ""))
-        for word in said.replace(",  ", " ").split()
-        if word.strip(",").replace(",", "").isdigit()
-    )
+    found = sum(int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", said))
     print(f"\n{path.name}: {arguments.minutes} minutes, {path.stat().st_size / 1e6:.0f} MB; {said}")
     print_row("read", cost, f"{60 * cost.cpu_seconds / arguments.minutes:.0f} CPU-seconds an hour")
     return found >= 0.99 * items and cost.rss_mb <= MAX_DOCUMENT_MB, 0.0

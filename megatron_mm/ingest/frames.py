@@ -11,9 +11,9 @@ from megatron_mm.errors import DataError
 from megatron_mm.ingest.audio import ALONE
 from megatron_mm.ingest.image import MAX_PIXELS
 
-SKIPS_EXACTLY = {"h264", "mpeg4", "mpeg2video"}
+SKIPS_EXACTLY = {"h264", "mpeg2video"}
 """Codecs whose decoders can pass over frames that no other frame is made from. In HEVC others may yet be made from what
-they pass over, and decoders of the rest decode all that they are given."""
+they pass over, in MPEG-4 two frames may lie in one packet, and other decoders decode all that they are given."""
 Shown = Iterator[tuple[int, av.VideoFrame]]
 """(tick, frame): the first frame shown at or after each tick of 1 / rate seconds from the first frame."""
 
@@ -102,9 +102,11 @@ def _promised(path: Path, rate: int) -> list[tuple[int, int]]:
         if not (stream.codec_context.codec.intra_only or stream.codec_context.name in SKIPS_EXACTLY):
             raise _NotAsPromised
         packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
-        if not packets or any(time is None for time, _ in packets):
+        if any(time is None for time, _ in packets):
             raise _NotAsPromised
         times = sorted(time for time, is_passed_over in packets if not is_passed_over)
+        if not times:
+            raise _NotAsPromised
         found: list[tuple[int, int]] = []
         for time in times:
             tick = int((time - times[0]) * stream.time_base * rate)

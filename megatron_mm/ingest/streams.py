@@ -120,7 +120,7 @@ class _Cutter:
                 yield from self._whole()
                 if len(self._held) > self.num_bytes + MAX_RECORD_BYTES:
                     yield from self._pass_over()
-        except DataError as error:
+        except (DataError, OSError) as error:
             damage = str(error)
         last = self._held.rfind(self.end)
         whole = last + len(self.end) if last >= 0 else 0
