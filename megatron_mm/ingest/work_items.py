@@ -38,6 +38,8 @@ ARCHIVE_BYTES = 16 * 2**20
 TAIL_BYTES = 64 * 2**10
 """Bytes that are read at a time to find the end of a line."""
 TOO_LONG = f"it is longer than {MAX_RECORD_BYTES / 2**20:g} MiB, and a record is read into memory"
+MAY_BE_WARC = (kinds.COMPRESSED, kinds.WARC, None)
+"""What files are named as whose first bytes are looked at, for they may be web archives."""
 PARTS_OF_ROWS = 16
 """Parts that a range of rows is cut into when it fails: each of them reads its row group again."""
 
@@ -147,7 +149,7 @@ def cut_entry(entry: Entry) -> Iterator[WorkItem]:
         yield from _cut_rows(replace(whole, size=size), -(-size // ARCHIVE_BYTES))
     elif kinds.by_suffix(entry.path) == kinds.JSONL and size > LINES_BYTES:
         yield from (replace(item, layout=entry.layout) for item in _line_ranges(entry.path))
-    elif kinds.by_suffix(entry.path) in (kinds.COMPRESSED, kinds.WARC, None) and _is_warc(entry.path):
+    elif kinds.by_suffix(entry.path) in MAY_BE_WARC and _is_warc(entry.path):
         yield from (replace(item, layout=entry.layout) for item in _warc_ranges(entry.path))
     elif not entry.beside and (kind := kind_of_stream(entry.path)) is not None:
         yield from (replace(item, layout=entry.layout) for item in _stream_pieces(entry.path, kind))
@@ -309,6 +311,8 @@ def _cut_archive(work: WorkItem, options: Options) -> list[WorkItem]:
     size = work.path.stat().st_size
     named = kinds.by_suffix(work.path)
     is_cut = named in (kinds.PARQUET, kinds.ARROW, kinds.ARCHIVE) or (named is not None and named.textual)
+    if size > ARCHIVE_BYTES and named in MAY_BE_WARC and _is_warc(work.path):
+        return [replace(one, layout=work.layout) for one in _warc_ranges(work.path)]
     if size <= ARCHIVE_BYTES or not is_cut or work.path.suffix.lower() == ".zip":
         return []
     from megatron_mm.ingest.archive import sample_ranges

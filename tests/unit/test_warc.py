@@ -25,7 +25,7 @@ from megatron_mm.ingest.pipeline import preprocess
 from megatron_mm.ingest.read import read_file
 from megatron_mm.ingest.warc import read_warc
 from megatron_mm.ingest.warc_file import RecordReader
-from megatron_mm.ingest.work_items import DEFAULTS, cut_entry, cut_work, read_all, read_work
+from megatron_mm.ingest.work_items import DEFAULTS, WorkItem, cut_entry, cut_work, read_all, read_work
 from megatron_mm.ingest.workers import Cut
 from megatron_mm.source import Source
 
@@ -322,6 +322,9 @@ def test_files_are_cut_to_the_same_documents(tmp_path: Path, form: str, monkeypa
     items = list(cut_entry(Entry(path, "files")))
     assert len(items) > 2
     assert list(documents_of(items)) == whole
+    looked_at = read_work(WorkItem(path), DEFAULTS)
+    assert isinstance(looked_at, Cut), "and where one file is looked at"
+    assert list(documents_of(looked_at.parts)) == whole
     singles = [part for item in items for part in cut_work(item)]
     singles = [part for item in singles for part in cut_work(item)]
     assert list(documents_of(singles)) == whole
