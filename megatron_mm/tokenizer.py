@@ -20,7 +20,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.modalities import MODALITIES
 from megatron_mm.retry import retrying
+from megatron_mm.sentencepiece_model import convert
 from megatron_mm.shards import TokenizerInfo
+from megatron_mm.spelling import PROBES, SPELLED, changed, lost_letters, why_not_every_text
 
 SPECIAL_TOKENS = {
     "pad": "<|pad|>",
@@ -76,7 +78,7 @@ class EncodingMismatch(DataError):
 
 
 class TextTokenizer:
-    """A byte-level BPE tokenizer from a local tokenizer.json, with this package's special tokens.
+    """A tokenizer from a local tokenizer.json or SentencePiece .model, with this package's special tokens.
 
     Special tokens that the file lacks are appended behind its vocabulary, in the order of SPECIAL_TOKENS. Text that
     spells a special token is encoded as the text that it is, so no document can forge a placeholder.
@@ -86,13 +88,15 @@ class TextTokenizer:
         self.path = Path(path)
         self.engine = engine
         try:
-            content = retrying(self.path.read_bytes, what=self.path)
+            content = retrying(self._read, what=self.path)
             self._tokenizer = Tokenizer.from_str(content.decode())
         except FileNotFoundError:
             raise DataError(
                 f"{path} does not exist: a tokenizer is a local tokenizer.json file. Make one with "
                 "`python tools/train_tokenizer.py`, or copy that of a Hugging Face model."
             ) from None
+        except (ConfigError, DataError):
+            raise
         except OSError as error:
             raise DataError(
                 f"{path} cannot be read: {error.strerror}. A tokenizer is a local tokenizer.json file."
@@ -109,8 +113,38 @@ class TextTokenizer:
         self.special_ids = {role: self._tokenizer.token_to_id(token) for role, token in SPECIAL_TOKENS.items()}
         """Id of each role of SPECIAL_TOKENS."""
         self.content = content
-        """The file as it is, without the special tokens that it lacks."""
+        """The file as it is, without the special tokens that it lacks; of a .model, the tokenizer.json that it is."""
         self._unchecked = SAMPLE_EVERY  # characters that were encoded and not yet stood for by a sample
+
+    def _read(self) -> bytes:
+        is_model = self.path.suffix == ".model"
+        return convert(self.path, probes=(*HARD_TEXTS, *PROBES, *SPELLED)) if is_model else self.path.read_bytes()
+
+    def require_every_text(self) -> None:
+        """Pass if every text can be encoded and read back; say what is changed of some on the way.
+
+        Raises ConfigError with the reason if letters are lost, or if text can become a special token.
+        """
+        advice = "Use a byte-level BPE, or BPE or Unigram with byte fallback."
+        if reason := why_not_every_text(orjson.loads(self.content)):
+            raise ConfigError(f"{self.path} cannot spell every text: {reason}. {advice}")
+        if lost := lost_letters(PROBES, self._read_back):
+            raise ConfigError(f"{self.path} loses letters: it reads {lost[0]!r} back as {lost[1]!r}. {advice}")
+        for role, spelling in SPECIAL_TOKENS.items():
+            if self.special_ids[role] in self._encode_by_reference(f"a{spelling}b"):
+                raise ConfigError(
+                    f"{self.path} makes text that spells {spelling} the special token: documents could forge it. Take "
+                    "it out of the vocabulary of its model."
+                )
+        if differing := changed((*PROBES, *SPELLED), self._read_back):
+            log.warning(
+                "%s changes text, and what it changes is trained on as changed:%s",
+                self.path,
+                "".join(f"\n  {text!r} is read back as {back!r}" for text, back in differing),
+            )
+
+    def _read_back(self, text: str) -> str:
+        return self.decode(self._encode_by_reference(text).tolist())
 
     @cached_property
     def info(self) -> TokenizerInfo:
@@ -174,7 +208,7 @@ class TextTokenizer:
 
     def _as_text_only(self) -> bytes:
         """Return the tokenizer.json without special tokens: gigatoken would find them in text."""
-        state = orjson.loads(self.path.read_bytes())
+        state = orjson.loads(self.content)
         state["added_tokens"] = [token for token in state.get("added_tokens") or [] if not token.get("special")]
         return orjson.dumps({**state, "post_processor": None, "truncation": None, "padding": None})
 

@@ -76,6 +76,7 @@ def _run(arguments: argparse.Namespace) -> None:
         documents, geometries = list(_batch(samples, batch)), samples.config.encoders
     elif arguments.input:
         tokenizer, geometries = TextTokenizer(arguments.tokenizer), default_geometries()
+        tokenizer.require_every_text()
         documents = list(_file(arguments.input, tokenizer))
     else:
         tokenizer, shards = TextTokenizer(arguments.tokenizer), open_shards([arguments.shards])

@@ -33,7 +33,7 @@ def main() -> int:
     parser = endings.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, and folders of files")
     parser.add_argument("--output-prefix", metavar="P", help="where the shards go")
-    parser.add_argument("--tokenizer", metavar="T", help="a local tokenizer.json")
+    parser.add_argument("--tokenizer", metavar="T", help="a local tokenizer.json, or a SentencePiece .model")
     parser.add_argument(
         "--check", action="store_true", help="print what a sample of each kind of input would become, and write nothing"
     )

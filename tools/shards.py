@@ -96,7 +96,9 @@ def _adopt(prefix: str, tokenizer: str, *, end_of_text: bool) -> None:
         endings.note(disk=f"the folder of {prefix}"),
         tqdm(total=total, unit="B", unit_scale=True, desc="adopt") as progress,
     ):
-        counts = adopt(prefix, TextTokenizer(tokenizer), end_of_text=end_of_text, progress=progress.update)
+        own = TextTokenizer(tokenizer)
+        own.require_every_text()
+        counts = adopt(prefix, own, end_of_text=end_of_text, progress=progress.update)
     print(
         f"{line(prefix)}: {counts.documents} documents, {counts.tokens:,} tokens. The first of them, by this tokenizer:"
     )

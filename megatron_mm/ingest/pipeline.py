@@ -60,6 +60,7 @@ def preprocess(
     make_task = functools.partial(_make_task, tokenizer_path, engine, options)
     with Workers(workers, make_task, split=cut_work) as pool:  # started first: they load their tokenizers meanwhile
         tokenizer = TextTokenizer(tokenizer_path, engine=engine)
+        tokenizer.require_every_text()
         key = _resume_key(plan, tokenizer, skip_bad, options)
         prefix, content = share.prefix(output_prefix), tokenizer.content
         parts = {"tokenizer_content": content, "resume_key": key, "geometries": options.geometries}

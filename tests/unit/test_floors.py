@@ -15,7 +15,7 @@ import megatron_mm
 ROOT = Path(megatron_mm.__file__).parent
 FLOORS = {
     **dict.fromkeys(("errors", "endings", "environment", "noise", "outside", "printable", "retry"), 0),
-    **dict.fromkeys(("settings", "source", "storage"), 0),
+    **dict.fromkeys(("sentencepiece_model", "settings", "source", "spelling", "storage"), 0),
     **dict.fromkeys(("modalities", "optimizers"), 1),
     **dict.fromkeys(("config", "kernels", "tokenizer", "shards", "batch"), 2),
     **dict.fromkeys(("engine", "ingest"), 2),
