@@ -5,6 +5,8 @@ try:
 except ImportError:
     _index = None
 
+TOKEN_BYTES = (2, 4)
+"""Sizes of ids that csrc/index reads; those of other sizes, in shards that were adopted, are read by the references."""
 VERSION = 4
 """The version of the functions that this package calls, as bindings.cpp counts them."""
 

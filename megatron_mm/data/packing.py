@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from megatron_mm.data.native import _index
+from megatron_mm.data.native import TOKEN_BYTES, _index
 from megatron_mm.errors import DataError
 from megatron_mm.shards import ShardReader
 
@@ -253,7 +253,7 @@ def lay_end_to_end(reader: ShardReader, position: int, stop: int, *, shard: int)
 
     Raises DataError if the index disagrees with itself, or is not what was written.
     """
-    if _index is not None:
+    if _index is not None and reader.token_bytes in TOKEN_BYTES:
         numbers = _index.lay_end_to_end(reader.token_index, position, stop, shard)
         if numbers is not None:
             return _as_pieces(numbers)

@@ -7,13 +7,10 @@ import torch
 from torch import Tensor
 
 from megatron_mm.batch import TokenCounts
-from megatron_mm.data.native import _index
+from megatron_mm.data.native import TOKEN_BYTES, _index
 from megatron_mm.data.packing import as_numbers
 from megatron_mm.shards import ShardReader
 from megatron_mm.source import Source
-
-LAID_BYTES = (2, 4)
-"""Sizes of ids that csrc/index lays; those of other sizes, in shards that were adopted, are laid by the reference."""
 
 
 class TokenRow:
@@ -45,7 +42,7 @@ class TokenRow:
         first_origin = dataset * len(Source)
         shard.check_tokens(pieces["document"])
         found = -1
-        if _index is not None and shard.token_bytes in LAID_BYTES:
+        if _index is not None and shard.token_bytes in TOKEN_BYTES:
             found = _index.lay_pieces(shard.token_index, as_numbers(pieces), first_origin, self.placeholders, *rows)
         if found < 0:  # the reference says what is wrong, or reads what passed by now
             found = lay_pieces_reference(shard, pieces, first_origin, self.placeholders, rows)

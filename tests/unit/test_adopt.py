@@ -82,8 +82,9 @@ def test_a_pair_becomes_the_shards_of_its_documents(dtype, tokenizer, tmp_path: 
     ]
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
-def test_training_sees_the_samples_of_shards_of_the_same_documents(dtype, tokenizer, tmp_path: Path) -> None:
+def test_training_sees_the_samples_of_shards_of_the_same_documents(dtype, packing, tokenizer, tmp_path: Path) -> None:
     documents = texts(tokenizer)
     prefix = build(tmp_path / "pair", documents, dtype)
     adopt(prefix, tokenizer)
@@ -92,7 +93,7 @@ def test_training_sees_the_samples_of_shards_of_the_same_documents(dtype, tokeni
             own.add(EncodedDocument(np.asarray(document), Source.TEXT))
     ranks = {f"{axis}_rank": 0 for axis in ("tp", "cp", "dp")} | {f"{axis}_size": 1 for axis in ("tp", "cp", "dp")}
     mesh = SimpleNamespace(**ranks, is_first_chunk=lambda chunk: True, is_rank_0=True)
-    configs = [small_config(path, tmp_path) for path in (prefix, tmp_path / "own")]
+    configs = [small_config(path, tmp_path, f"data.packing={packing}") for path in (prefix, tmp_path / "own")]
     ours, theirs = (Loader(config.data.train, config=config, mesh=mesh).step(1) for config in configs)
     for one, other in zip(ours, theirs, strict=True):
         for name in ("tokens", "labels", "loss_mask", "origins", "positions"):
@@ -102,7 +103,7 @@ def test_training_sees_the_samples_of_shards_of_the_same_documents(dtype, tokeni
 def test_ids_that_csrc_does_not_lay_are_laid_by_the_reference(tokenizer, tmp_path: Path) -> None:
     adopt(build(tmp_path / "p", texts(tokenizer), np.int64), tokenizer)
     shard = ShardReader(tmp_path / "p")
-    assert shard.token_bytes not in token_row.LAID_BYTES
+    assert shard.token_bytes not in TOKEN_BYTES
     row = token_row.TokenRow(20, pad=0)
     row.add_pieces(
         shard, np.asarray([(0, 3, 0, 2)], [(name, "<i8") for name in ("shard", "document", "start", "length")])
