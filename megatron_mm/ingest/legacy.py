@@ -20,7 +20,7 @@ def read_legacy(path: Path) -> tuple[list[Segment], list[Rejection]]:
     DataError if it is damaged, encrypted, too long or holds no text.
     """
     try:
-        page, _ = _extractor().extract_file_to_string(str(path))
+        page, _ = _extractor().extract_bytes_to_string(bytearray(path.read_bytes()))
     except TypeError as error:  # iscc-tika 0.6.0 raises it for whatever stops Tika
         raise DataError(f"the document is damaged or encrypted: {error}") from error
     if not page.rstrip().endswith("</html>"):

@@ -85,7 +85,8 @@ def _first_bytes(path: Path, size: int) -> bytes:
         import pyarrow
 
         try:
-            return pyarrow.input_stream(str(path), compression="zstd").read(size)
+            with path.open("rb") as file:  # pyarrow opens no names that are not UTF-8
+                return pyarrow.input_stream(file, compression="zstd").read(size)
         except OSError:
             return b""
     if not data.startswith(GZIP):
@@ -211,13 +212,14 @@ class RecordReader:
     def _walk_zstd(self) -> Iterator[Record | Rejection]:
         start, number, num_bytes = 0, 0, 0
         try:
-            for entry in ArchiveIterator(str(self.path), parse_http=False):
-                number = number + 1 if entry.stream_pos == start else 0
-                start = entry.stream_pos
-                record = self._record(entry, start, number)
-                num_bytes += record.length
-                yield record
-                self._check_length(1, num_bytes)
+            with self.path.open("rb") as file:
+                for entry in ArchiveIterator(file, parse_http=False):
+                    number = number + 1 if entry.stream_pos == start else 0
+                    start = entry.stream_pos
+                    record = self._record(entry, start, number)
+                    num_bytes += record.length
+                    yield record
+                    self._check_length(1, num_bytes)
         except (_Damaged, OSError) as error:
             yield self._damage(start, f"{error}, and what follows it cannot be read")
 

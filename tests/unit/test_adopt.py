@@ -16,6 +16,7 @@ from small import VOCAB_SIZE, save_tokenizer, sentence, small_config
 
 from megatron_mm.data import token_row
 from megatron_mm.data.loader import Loader
+from megatron_mm.data.native import TOKEN_BYTES
 from megatron_mm.errors import ConfigError, DataError
 from megatron_mm.ingest import adopt as module
 from megatron_mm.ingest.adopt import adopt

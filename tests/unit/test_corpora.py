@@ -1,6 +1,7 @@
 """Corpora as their publishers ship them: what belongs together is one document, and every file is accounted for."""
 
 import base64
+import gzip
 import io
 import json
 import tarfile
@@ -114,6 +115,15 @@ def lines(*records: Any) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+WARC = b"""WARC/1.0\r
+WARC-Type: conversion\r
+WARC-Target-URI: https://example.org/\r
+Content-Type: text/plain\r
+Content-Length: 4\r
+\r
+five\r
+\r
+"""
 BASE64 = base64.b64encode(PICTURE).decode()
 CUES = "WEBVTT\n\n00:00.000 --> 00:00.900\n<v Ann>Hello there.\n\n00:01.200 --> 00:02.000\nAnd &amp; again.\n"
 SRT = "1\n00:00:00,000 --> 00:00:00,900\nHello there.\n\n2\n00:00:01,200 --> 00:00:02,000\nAnd again.\n"
@@ -514,12 +524,22 @@ def test_the_cache_of_the_hub_is_read_by_its_names(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
-    for name, data in {
-        b"caf\xe9.parquet": parquet([{"text": "one"}]),
-        b"caf\xe9.arrow": arrow([{"text": "two"}]),
-    }.items():
-        Path(str(tmp_path), name.decode("utf-8", "surrogateescape")).write_bytes(data)
-    assert sorted(Corpus(tmp_path, Options()).shapes) == [["one"], ["two"]]
+    record, row = lines({"text": "one"}).encode(), {"text": "two"}
+    files = {
+        **{b".parquet": parquet([row]), b".arrow": arrow([row]), b".tar": tar({"a.txt": "three"})},
+        **{
+            b".jsonl.gz": gzip.compress(record),
+            b".json.zst": pa.compress(record * 2, codec="zstd", asbytes=True),
+            b".jsonl": record,
+        },
+        **{b".csv": b"file_name,text\n", b".html": b"<p>four", b".png": PICTURE, b".warc.gz": gzip.compress(WARC)},
+    }
+    for suffix, data in files.items():
+        Path(str(tmp_path), (b"caf\xe9" + suffix).decode("utf-8", "surrogateescape")).write_bytes(data)
+    corpus = Corpus(tmp_path, Options())
+    assert not corpus.reasons
+    texts = ["file_name,text", "five", "four", "image", *["one"] * 4, "three", "two", "two"]
+    assert sorted(shape[0] for shape in corpus.shapes) == sorted(texts)
 
 
 def test_one_layout_can_be_asked_for(tmp_path: Path) -> None:
@@ -527,7 +547,7 @@ def test_one_layout_can_be_asked_for(tmp_path: Path) -> None:
     assert read(tmp_path, files, options=Options(layout="pairs")).shapes == PAIRED["podcast with vtt"][1]
     alone = read(tmp_path, files, options=Options(layout="files"))
     assert [shape[0] for shape in alone.shapes] == ["audio", CUES.strip()]
-    with pytest.raises(ConfigError, match="--layout nope is none of empty, webdataset, "):
+    with pytest.raises(ConfigError, match="--layout nope is none of empty, "):
         read(tmp_path, files, options=Options(layout="nope"))
 
 

@@ -36,6 +36,7 @@ def _is_statistics(path: Path) -> bool:
 
 def _is_table(path: Path) -> bool:
     try:
-        return set(pyarrow.parquet.read_schema(path).names) >= TABLE_COLUMNS
+        with path.open("rb") as file:  # pyarrow opens no names that are not UTF-8
+            return set(pyarrow.parquet.read_schema(file).names) >= TABLE_COLUMNS
     except (pyarrow.ArrowException, OSError):
         return False
