@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import account, kinds
 from megatron_mm.ingest.beside import file_beside
-from megatron_mm.ingest.charset import decode_text, decode_utf8
+from megatron_mm.ingest.charset import NoText, decode_text, decode_utf8
 from megatron_mm.ingest.document import Rejection, Segment, TextSegment
 from megatron_mm.ingest.image import read_image
 
@@ -20,33 +20,34 @@ AS_IS = (
     r"\\begin\{(?P<environment>verbatim\*?|[BL]?Verbatim\*?|lstlisting|minted|alltt)\}(?s:.*?)\\end\{(?P=environment)\}"
     r"|\\(?:verb|lstinline)\*?(?P<bar>[^\sA-Za-z*{[])[^\n]{0,500}?(?P=bar)"
 )
-"""What is printed as it stands."""
-OPENED, CLOSED = (
-    re.compile(rf"\\{word}\{{(?:verbatim|[BL]?Verbatim|lstlisting|minted|alltt|comment)") for word in ("begin", "end")
-)
+"""What is printed as it stands: a match has an environment, or a bar."""
+NAMES = r"\{(?:verbatim|[BL]?Verbatim|lstlisting|minted|alltt|comment)"
+OPENED, CLOSED = re.compile(r"\\begin" + NAMES), re.compile(r"\\end" + NAMES)
 COMMENTS = re.compile(
-    rf"(?P<as_is>{AS_IS})"
-    r"|(?P<block>\\begin\{comment\}(?s:.*?)\\end\{comment\}[ \t]*\n?)"
+    AS_IS + r"|\\begin\{comment\}(?s:.*?)\\end\{comment\}[ \t]*\n?"
     r"|\\(?:url|path|nolinkurl|href)\s*\{[^{}]*\}"
-    r"|\\(?s:.)"
-    r"|(?P<line>(?:(?<=\n)|\A)[ \t]*%[^\n]*(?:\n|\Z))"
-    r"|(?P<rest>%[^\n]*(?:\n[ \t]*(?!\n)|(?=\n)|\Z))"
+    r"|\\[\\%]"
+    r"|\n[ \t]*%[^\n]*"
+    r"|%[^\n]*(?:\n[ \t]*(?!\n)|(?=\n)|\Z)"
 )
-"""Comments, and what has a % that begins none. One behind text ends at the next word: TeX sees no line end there."""
+"""Comments, and what has a % that begins none. One behind text ends at the next word: TeX sees no line end there.
+
+Here and below each form begins with one character, which is fast to find.
+"""
 INPUT = re.compile(
-    rf"(?P<as_is>{AS_IS})"
-    r"|\\(?:input|include|subfile|includestandalone)\s*(?:\[[^\]]{0,500}\])?\s*\{\s*(?P<name>[^{}]+?)\s*\}"
+    AS_IS + r"|\\(?:input|include|subfile|includestandalone)\s*(?:\[[^\]]{0,500}\])?\s*\{\s*(?P<name>[^{}]+?)\s*\}"
     r"|\\input\s+(?P<word>[^\s{}\\%]+)"
     r"|\\(?P<sub>sub)?import\*?\s*\{\s*(?P<folder>[^{}]*?)\s*\}\s*\{\s*(?P<file>[^{}]+?)\s*\}"
 )
 BIBLIOGRAPHY = re.compile(
-    rf"(?P<as_is>{AS_IS})|\\bibliography\s*\{{[^{{}}]*\}}|\\printbibliography\b(?:\s*\[[^\]]{{0,500}}\])?"
+    AS_IS + r"|\\bibliography\s*\{[^{}]*\}"
+    r"|\\printbibliography\b(?:\s*\[[^\]]{0,500}\])?"
 )
 OF_BIBLATEX = re.compile(r"\\(?:refsection|datalist|sortlist|entry)\s*\{")
 """What only biblatex can print."""
 FIGURE = re.compile(
-    rf"(?P<as_is>{AS_IS})"
-    r"|\\(?:includegraphics|includesvg|includepdf|epsfbox|plotone)\*?\s*(?:\[[^\]]{0,500}\]\s*){0,2}\{(?P<name>[^{}]*)\}"
+    AS_IS + r"|\\(?:includegraphics|includesvg|includepdf|epsfbox|plotone)\*?"
+    r"\s*(?:\[[^\]]{0,500}\]\s*){0,2}\{(?P<name>[^{}]*)\}"
     r"|\\(?:epsfig|psfig)\*?\s*\{(?P<options>[^{}]*)\}"
     r"|\\plottwo\s*\{(?P<left>[^{}]*)\}\s*\{(?P<right>[^{}]*)\}"
 )
@@ -80,13 +81,14 @@ def read_paper(path: Path) -> tuple[list[Segment], list[Rejection]]:
     for what, number in paper.lost.items():
         account.count(account.NOT_KEPT, what, number)
     if not segments:
-        raise DataError("it holds nothing but comments")
+        raise NoText("it holds nothing but comments")
     return segments, rejections
 
 
 def is_main(text: str) -> bool:
-    """Tell whether a file of LaTeX is one that is printed, and not a part of one."""
-    return CLASS.search(text) is not None and BEGIN.search(text) is not None
+    """Tell whether a file of LaTeX is printed, and no part of another: its class may be in what it inputs."""
+    begin = BEGIN.search(text)
+    return begin is not None and any(one.search(text, 0, begin.start()) for one in (CLASS, INPUT))
 
 
 class Paper:
@@ -112,7 +114,7 @@ class Paper:
         self.lost["preambles of LaTeX, but for titles and authors"] += bool(preamble.strip())
         body = BIBLIOGRAPHY.sub(self._bibliography, END.split(body, 1)[0])
         self._body = re.sub(r"\n\s*\n(?:\s*\n)+", "\n\n", body).lstrip("\n")
-        shown = [found for found in FIGURE.finditer(self._body) if not found["as_is"]]
+        shown = [found for found in FIGURE.finditer(self._body) if not is_as_it_stands(found)]
         self._figures = [(found, [self._figure(name) for name in _names(found)]) for found in shown]
 
     def read(self) -> Iterator[Segment]:
@@ -145,7 +147,7 @@ class Paper:
         return INPUT.sub(lambda found: self._include(found, path, folder, depth), text)
 
     def _include(self, found: re.Match[str], path: Path, folder: Path, depth: int) -> str:
-        if found["as_is"]:
+        if is_as_it_stands(found):
             return found[0]
         is_import = found["file"] is not None
         place = (path.parent if found["sub"] else folder) / found["folder"] if is_import else folder
@@ -162,18 +164,14 @@ class Paper:
             return found[0]
 
     def _without_comments(self, text: str) -> str:
-        def drop(found: re.Match[str]) -> str:
-            if not (found["line"] or found["rest"] or found["block"]):
-                return found[0]
-            self.lost["comments of LaTeX"] += 1
-            return ""
-
-        return COMMENTS.sub(drop, text)
+        text, number = without_comments(text)
+        self.lost["comments of LaTeX"] += number
+        return text
 
     def _bibliography(self, found: re.Match[str]) -> str:
         """Return what BibTeX made of a bibliography, or the command if that is not there."""
         command = found[0]
-        if found["as_is"]:
+        if is_as_it_stands(found):
             return command
         own = self.path.with_suffix(".bbl")
         others = sorted(self.path.parent.glob("*.bbl"))
@@ -235,6 +233,24 @@ class Paper:
             if place is not None and place.is_file():
                 return root / place.relative_to(root.resolve())
         return None
+
+
+def is_as_it_stands(found: re.Match[str]) -> bool:
+    """Tell whether a match is of what is printed as it stands, so that it is no command."""
+    return found["environment"] is not None or found["bar"] is not None
+
+
+def without_comments(text: str) -> tuple[str, int]:
+    """Return LaTeX without its comments, and how many it had."""
+    number = 0
+
+    def drop(found: re.Match[str]) -> str:
+        nonlocal number
+        is_comment = found[0].startswith(("%", "\n", "\\begin{comment}"))
+        number += is_comment
+        return "" if is_comment else found[0]
+
+    return COMMENTS.sub(drop, f"\n{text}").removeprefix("\n"), number
 
 
 def commands(text: str, name: str) -> Iterator[str]:

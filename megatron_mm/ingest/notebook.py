@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import account
-from megatron_mm.ingest.charset import decode_utf8
+from megatron_mm.ingest.charset import NoText, decode_utf8
 from megatron_mm.ingest.document import Rejection, Segment, TextSegment
 from megatron_mm.ingest.image import read_image
 from megatron_mm.ingest.text import read_page
@@ -45,7 +45,7 @@ def read_notebook(path: Path) -> tuple[list[Segment], list[Rejection]]:
         reader.read(cell, number)
     segments = reader.segments()
     if not segments:
-        raise DataError("the notebook is empty")
+        raise NoText("the notebook is empty")
     return segments, reader.rejections
 
 

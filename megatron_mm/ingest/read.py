@@ -74,10 +74,10 @@ class Reader:
                     return CONTAINERS_OF[kind](self, path)
                 document, rejections = self._document(path, kind, beside)
         except NoText as error:
-            if kind not in (kinds.TEXT, kinds.LATEX):
+            if kind not in EMPTY:
                 return self._rejected(path, kind, str(error))
             account.count(account.INPUTS, kind.words)
-            account.count(account.OTHERS, "files of white space")
+            account.count(account.OTHERS, EMPTY[kind])
             return [], []
         except (DataError, OSError) as error:
             return self._rejected(path, kind, str(error))
@@ -177,6 +177,13 @@ class Reader:
             rejections += rejected
         return documents, rejections
 
+
+EMPTY = {
+    kinds.TEXT: "files of white space",
+    kinds.LATEX: "files of LaTeX that hold nothing but comments",
+    kinds.NOTEBOOK: "notebooks that hold nothing",
+}
+"""Files without text that are no mistake of anyone, and what they are counted as."""
 
 CONTAINERS_OF = {
     kinds.JSONL: lambda reader, path: read_lines(path, schemas=reader.schemas),

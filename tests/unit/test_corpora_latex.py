@@ -13,7 +13,7 @@ from PIL import Image
 from small import png
 
 from megatron_mm.ingest import account, archive, latex, work_items
-from megatron_mm.ingest.latex import COMMENTS, Paper, commands
+from megatron_mm.ingest.latex import Paper, commands, without_comments
 from megatron_mm.ingest.work_items import DEFAULTS, WorkItem, read_work
 from megatron_mm.ingest.workers import Cut
 
@@ -187,10 +187,14 @@ def test_a_damaged_figure_is_listed_and_the_paper_kept(tmp_path: Path) -> None:
     ],
 )
 def test_comments_end_as_tex_has_it(text: str, left: str) -> None:
-    def drop(found):
-        return "" if found["line"] or found["rest"] or found["block"] else found[0]
+    found, number = without_comments(text)
+    assert found.rstrip("\n") == left.rstrip("\n")
+    assert number == 1
 
-    assert COMMENTS.sub(drop, text).rstrip() == left.rstrip()
+
+def test_what_is_no_comment_is_kept() -> None:
+    text = "50\\% of \\\\ \\verb|%| \\begin{minted}{c}\n% {\n\\end{minted} \\href{http://x/%7e}{y} \\verb no\n"
+    assert without_comments(text) == (text, 0)
 
 
 def test_commands_end_with_their_braces() -> None:
@@ -255,6 +259,16 @@ def test_beside_a_paper_other_files_stay_documents(tmp_path: Path) -> None:
     }
 
 
+def test_the_class_of_a_paper_may_be_in_what_it_inputs(tmp_path: Path) -> None:
+    files = {
+        "ms.tex": "\\input{pre}\n\\begin{document}\nwords\n\\end{document}",
+        "pre.tex": "\\documentclass{article}\n",
+    }
+    corpus = read(tmp_path, files)
+    assert corpus.shapes == [["words\n"]]
+    assert corpus.files["read with others"] == 1
+
+
 def test_drawings_that_stand_alone_are_no_papers(tmp_path: Path) -> None:
     drawing = "\\documentclass[tikz]{standalone}\n\\begin{document}\\draw (0,0);\\end{document}\n"
     corpus = read(tmp_path, {"ms.tex": article("words"), "fig.tex": drawing})
@@ -266,7 +280,7 @@ def test_latex_without_a_document_is_read_whole(tmp_path: Path) -> None:
     plain = "\\input amstex\n\\magnification=1200\nPlain text. % c\n\\bye\n"
     corpus = read(tmp_path, {"old.tex": plain, "empty.tex": "% only\n"})
     assert corpus.shapes == [["\\input amstex\n\\magnification=1200\nPlain text. \\bye\n"]]
-    assert corpus.reasons == ["it holds nothing but comments"]
+    assert corpus.account[account.OTHERS] == {"files of LaTeX that hold nothing but comments": 1}
 
 
 def test_links_in_papers_lead_nowhere(tmp_path: Path) -> None:

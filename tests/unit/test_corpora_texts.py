@@ -96,10 +96,18 @@ def test_a_damaged_image_of_a_notebook_is_listed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [('{"cells": []}', "the notebook is empty"), ('{"a": 1}', "it has no cells"), ('{"cells": [', "it is not JSON")],
+    [('{"a": 1}', "it has no cells"), ('{"cells": [', "it is not JSON")],
 )
 def test_what_is_named_a_notebook_and_is_none_is_rejected(tmp_path: Path, data: str, reason: str) -> None:
     assert reason in read(tmp_path, "a.ipynb", data).reasons[0]
+
+
+def test_an_empty_notebook_is_no_mistake(tmp_path: Path) -> None:
+    cell = {"cell_type": "code", "source": [], "outputs": []}
+    corpus = read(tmp_path, "Untitled.ipynb", notebook(cell))
+    assert not corpus.documents
+    assert not corpus.rejections
+    assert corpus.account[account.OTHERS] == {"notebooks that hold nothing": 1}
 
 
 # Project Gutenberg
