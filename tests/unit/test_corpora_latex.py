@@ -247,6 +247,15 @@ def test_papers_in_the_charset_of_inputenc_are_read(tmp_path: Path) -> None:
     assert read(tmp_path, {"ms.tex": text.encode("cp1252")}).shapes == [["Le héron et l'œuf\n"]]
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_charset_is_guessed_once_for_each_file(tmp_path: Path, is_packed: bool) -> None:
+    text = article("Le héron mangeait des poissons près de la rivière, où l'été était très long.").encode("latin-1")
+    write(tmp_path, {"x.tar": tar({"ms.tex": text})} if is_packed else {"ms.tex": text})
+    corpus = read_corpus(tmp_path)
+    assert "héron" in corpus.shapes[0][0]
+    assert sum(corpus.account[account.GUESSED].values()) == 1
+
+
 def test_beside_a_paper_other_files_stay_documents(tmp_path: Path) -> None:
     files = {"doc/manual.tex": article("the manual"), "doc/logo.png": PICTURE, "doc/main.py": "import os\n"}
     files |= {"doc/notes.tex": "loose notes % remark\n", "doc/manual.pdf": pdf(), "doc/build.log": "built\n"}

@@ -1,6 +1,7 @@
 """Sets of speech as their publishers ship them: recordings, and their words in lists, tables and manifests."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ from corpora import flac, read_corpus, tar, write
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import account
 from megatron_mm.ingest.audio import read_audio
+from megatron_mm.ingest.find import find_files
+from megatron_mm.ingest.plan import EVERYTHING, WorkPlan
 from megatron_mm.ingest.timed import cut_out
 from megatron_mm.ingest.transcripts import read_cues
+from megatron_mm.ingest.work_items import DEFAULTS, read_work
 from megatron_mm.modalities.audio.spec import SAMPLE_RATE, decode_flac, encode_flac
 
 
@@ -61,6 +65,16 @@ def test_a_recording_that_gigaspeech_lists_and_is_not_there_is_a_rejection(tmp_p
     corpus = read_corpus(tmp_path)
     assert len(corpus.documents) == 1
     assert corpus.reasons == ["path 'audio/a.flac': it is not there"]
+
+
+def test_lists_of_recordings_reach_the_processes_that_read_them(tmp_path: Path) -> None:
+    write(tmp_path / "a", {"GigaSpeech.json": gigaspeech("a.flac"), "a.flac": flac(4)})
+    write(tmp_path / "b", {"wav.scp": "u1 u1.flac\n", "text": "u1 HELLO\n", "u1.flac": flac(1)})
+    write(tmp_path / "c", voxpopuli("2009", "2010"))
+    for item in WorkPlan(find_files([str(tmp_path)]), EVERYTHING).work():
+        sent = pickle.loads(pickle.dumps(item))
+        assert sent == item
+        assert read_work(sent, DEFAULTS)[0] == read_work(item, DEFAULTS)[0] != []
 
 
 def test_records_may_say_when_words_are_said(tmp_path: Path) -> None:

@@ -5,16 +5,18 @@ is read in its place, styles and lists that tools write are set aside, and where
 an archive of arXiv, so is what the paper does not show.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest import kinds
+from megatron_mm.ingest import account, kinds
 from megatron_mm.ingest.latex import DRAWN, SHOWN, Paper, decode, is_main
 from megatron_mm.ingest.layouts.tree import Tree
 
 MAX_BYTES = 2**24
 """Larger files are no main files: they are looked at before any worker starts."""
+BEGINS = re.compile(rb"\\begin\s*\{document\}")
 STYLES = frozenset({".sty", ".cls", ".bst", ".bbx", ".cbx", ".clo", ".ist", ".dtx"})
 WRITTEN = frozenset({".aux", ".bbl", ".blg", ".ilg", ".lof", ".lot", ".fls", ".toc", ".bib"})
 """What tools of LaTeX read and write; a .bib is what a bibliography is made from."""
@@ -32,9 +34,11 @@ def arrange(tree: Tree) -> None:
     """Take each main file, and the files that belong to it."""
     papers: dict[Path, Paper] = {}
     for path in tree.all():
-        if _is_main(path, tree):
+        if _may_be_main(path, tree):
             try:
-                papers[path] = Paper(path)
+                with account.collected():  # its reader counts again
+                    if is_main(decode(path.read_bytes())):
+                        papers[path] = Paper(path)
             except DataError as error:
                 tree.refuse(path, str(error))
     if not papers:
@@ -62,15 +66,10 @@ def arrange(tree: Tree) -> None:
             tree.set_aside(path, what)
 
 
-def _is_main(path: Path, tree: Tree) -> bool:
+def _may_be_main(path: Path, tree: Tree) -> bool:
     suffix = path.suffix.lower()
-    may_be = suffix in kinds.LATEX.suffixes or (tree.of_archive and not suffix)
-    if not may_be or path.stat().st_size > MAX_BYTES:
-        return False
-    try:
-        return is_main(decode(path.read_bytes()))
-    except DataError:  # its reader will say so
-        return False
+    is_named = suffix in kinds.LATEX.suffixes or (tree.of_archive and not suffix)
+    return is_named and path.stat().st_size <= MAX_BYTES and BEGINS.search(path.read_bytes()) is not None
 
 
 def _is_of_paper(path: Path, folder: Path) -> bool:
