@@ -43,6 +43,8 @@ PROSE_BYTES = 64 * 2**10
 """The most bytes of a file that is taken for text by its characters alone."""
 PROSE = re.compile(r"\s*(?!P[1-7]\s|WARC/\d)[^\W_]")
 """How words begin, but no portable bitmap or web archive, which may be letters and digits alone."""
+BOOKS = (b"Gutenberg", b"GUTENBERG")
+"""What is in text that may be a book of Project Gutenberg."""
 NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
 PDF_HEAD = 1024
 """Bytes in which %PDF- may stand: readers skip junk before it, libmagic does not."""
@@ -91,8 +93,11 @@ def _is_prose(path: Path) -> bool:
     """
     if path.stat().st_size > PROSE_BYTES:
         return False
+    data = path.read_bytes()
+    if is_mailbox(data) or any(name in data for name in BOOKS):
+        return False
     try:
-        text = path.read_bytes().decode()
+        text = data.decode()
     except UnicodeDecodeError:
         return False
     return PROSE.match(text) is not None and NO_TEXT.search(text) is None
