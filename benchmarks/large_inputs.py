@@ -231,15 +231,18 @@ def add_tone(container: av.container.OutputContainer, sound: av.AudioStream, cha
 
 def repeat(clip: Path, path: Path, *, times: int) -> None:
     """Write a clip so many times after one another, without encoding it again."""
+    last: dict[int, int] = {}
     with av.open(str(path), "w", options={"write_xing": "0"} if path.suffix == ".mp3" else {}) as target:
         for number in range(times):
             with av.open(str(clip)) as source:
                 if not number:
                     streams = [target.add_stream_from_template(stream) for stream in source.streams]
                 for packet in source.demux():
-                    if packet.dts is not None:
-                        offset = int(number * CLIP_SECONDS / packet.time_base)
+                    offset = int(number * CLIP_SECONDS / packet.time_base)
+                    # The first packets of sound, which a decoder only warms up on, lie before the clip.
+                    if packet.dts is not None and packet.dts + offset > last.get(packet.stream.index, -(2**62)):
                         packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
+                        last[packet.stream.index] = packet.dts
                         packet.stream = streams[packet.stream.index]
                         target.mux(packet)
 

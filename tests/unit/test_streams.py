@@ -25,7 +25,7 @@ from megatron_mm.ingest.report import Report
 from megatron_mm.ingest.streams import kind_of_stream, pieces
 from megatron_mm.ingest.work_items import WorkItem, cut_entry, cut_work
 from megatron_mm.ingest.workers import Failure, Workers
-from megatron_mm.shards import open_shards
+from megatron_mm.shards import ShardReader, open_shards
 
 Compress = Callable[[bytes], bytes]
 FORMATS: dict[str, Compress] = {
@@ -209,6 +209,12 @@ def test_a_compressed_file_gives_the_shards_of_a_plain_one(
         (tmp_path / suffix / name / name).write_bytes(content)
     plain, packed = (run(path, tmp_path / path.name, skip_bad=True) for path in sorted((tmp_path / suffix).iterdir()))
     assert tokens_of(tmp_path / "x.jsonl") == tokens_of(tmp_path / f"x.jsonl{suffix}")
+    starts, stops = (
+        [ShardReader(tmp_path / name).origins(0, 298).column(column) for name in ("x.jsonl", f"x.jsonl{suffix}")]
+        for column in ("start", "stop")
+    )
+    assert starts[0] == starts[1] and stops[0] == stops[1], "places in what it unpacks to"
+    assert data[starts[0][40] : stops[0][40]] == lines[41].rstrip(b"\n")
     assert plain.account == packed.account
     assert packed.num_inputs > 5, "it is read in pieces"
     assert [one.path.rpartition(":")[2] for one in packed.rejections] == ["18", "204"]
