@@ -77,32 +77,6 @@ py::tuple count_samples(const Array<int32_t>& tokens, int capacity, int64_t wind
   return py::make_tuple(to_array(windows.ends), to_array(windows.bins), windows.tokens, windows.long_documents);
 }
 
-py::array_t<int64_t> to_array(const std::vector<megatron_mm::Piece>& pieces) {
-  const auto* numbers = reinterpret_cast<const int64_t*>(pieces.data());
-  return py::array_t<int64_t>({static_cast<py::ssize_t>(pieces.size()), py::ssize_t{4}}, numbers);
-}
-
-py::array_t<int64_t> pack_sample(const Array<int32_t>& tokens, int capacity, const Array<int64_t>& cut_documents,
-                      const Array<int64_t>& cut_first, const Array<int32_t>& cut_lengths, int64_t sample, int64_t shard,
-                      int64_t first_document) {
-  if (capacity < 1 || sample < 0) throw std::invalid_argument("capacity starts at 1, and samples at 0");
-  const megatron_mm::Cuts cuts = view_cuts(cut_documents, cut_first, cut_lengths, capacity);
-  const int32_t* data = tokens.data();
-  const int64_t count = tokens.size();
-  std::vector<int32_t> lengths;
-  lengths.reserve(count + cut_lengths.size());
-  megatron_mm::cut_documents(data, 0, count, capacity, cuts,
-                             [&](int64_t, int32_t, int32_t length) { lengths.push_back(length); });
-  std::vector<int32_t> bins(lengths.size(), -1);
-  megatron_mm::pack_best_fit(lengths.data(), bins.size(), capacity, bins.data(), sample);
-  std::vector<megatron_mm::Piece> pieces;
-  auto bin = bins.begin();
-  megatron_mm::cut_documents(data, 0, count, capacity, cuts, [&](int64_t document, int32_t start, int32_t length) {
-    if (*bin++ == sample) pieces.push_back({shard, first_document + document, start, length});
-  });
-  return to_array(pieces);
-}
-
 uint32_t crc32(const py::bytes& data) {
   const auto view = static_cast<std::string_view>(data);
   return megatron_mm::crc32(reinterpret_cast<const uint8_t*>(view.data()), static_cast<int64_t>(view.size()));
@@ -128,20 +102,48 @@ megatron_mm::CheckedFile view_file(const py::handle& bytes, const py::handle& su
 
 // Views what ShardReader.token_index returns, which must outlive it.
 megatron_mm::TokenIndex view_index(const py::tuple& index) {
-  if (index.size() != 12) throw std::invalid_argument("an index has twelve parts");
-  const auto token_bytes = index[1].cast<int>();
-  const auto page_bytes = index[4].cast<int64_t>();
+  if (index.size() != 13) throw std::invalid_argument("an index has thirteen parts");
+  const auto token_bytes = index[2].cast<int>();
+  const auto page_bytes = index[5].cast<int64_t>();
   if (page_bytes < 1 || page_bytes % 4 != 0 || (token_bytes != 2 && token_bytes != 4)) {
     throw std::invalid_argument("tokens do not fit into pages");
   }
-  const auto token_sums = in_place<uint32_t>(index[5]);
+  const auto token_sums = in_place<uint32_t>(index[6]);
   return {index[0].cast<int>(),
+          index[1].cast<int>(),
           token_bytes,
-          index[2].cast<int64_t>(),
           index[3].cast<int64_t>(),
+          index[4].cast<int64_t>(),
           {token_sums.data(), token_sums.size(), page_bytes},
-          view_file(index[6], index[7], index[8], page_bytes),
-          view_file(index[9], index[10], index[11], page_bytes)};
+          view_file(index[7], index[8], index[9], page_bytes),
+          view_file(index[10], index[11], index[12], page_bytes)};
+}
+
+py::array_t<int64_t> to_array(const std::vector<megatron_mm::Piece>& pieces) {
+  const auto* numbers = reinterpret_cast<const int64_t*>(pieces.data());
+  return py::array_t<int64_t>({static_cast<py::ssize_t>(pieces.size()), py::ssize_t{4}}, numbers);
+}
+
+py::object pack_sample(const py::tuple& parts, int64_t begin, int64_t stop, int capacity,
+                       const Array<int64_t>& cut_documents, const Array<int64_t>& cut_first,
+                       const Array<int32_t>& cut_lengths, int64_t sample, int64_t shard) {
+  if (capacity < 1 || sample < 0) throw std::invalid_argument("capacity starts at 1, and samples at 0");
+  const megatron_mm::Cuts cuts = view_cuts(cut_documents, cut_first, cut_lengths, capacity);
+  const auto index = view_index(parts);
+  std::vector<megatron_mm::Piece> pieces;
+  bool found;
+  {
+    py::gil_scoped_release unlocked;
+    std::vector<int32_t> tokens;
+    found = index.lengths(begin, stop, tokens);
+    if (found) {
+      megatron_mm::pack_sample(tokens, capacity, cuts, sample, [&](int64_t document, int32_t start, int32_t length) {
+        pieces.push_back({shard, begin + document, start, length});
+      });
+    }
+  }
+  if (!found) return py::none();
+  return to_array(pieces);
 }
 
 py::object lay_end_to_end(const py::tuple& parts, int64_t position, int64_t stop, int64_t shard) {
@@ -192,19 +194,20 @@ PYBIND11_MODULE(_index, module) {
              py::arg("is_last"), py::arg("cut_documents"), py::arg("cut_first"), py::arg("cut_lengths"),
              py::arg("threads"),
              "Cut documents into windows; return (end of each, samples of each, tokens of all, long documents of all).");
-  module.def("pack_sample", &pack_sample, py::arg("tokens"), py::arg("capacity"), py::arg("cut_documents"),
-             py::arg("cut_first"), py::arg("cut_lengths"), py::arg("sample"), py::arg("shard"),
-             py::arg("first_document"),
-             "Pack the documents of one window; return (shard, document, start, length) of each piece of one sample.");
+  module.def("pack_sample", &pack_sample, py::arg("index"), py::arg("begin"), py::arg("stop"), py::arg("capacity"),
+             py::arg("cut_documents"), py::arg("cut_first"), py::arg("cut_lengths"), py::arg("sample"),
+             py::arg("shard"),
+             "Pack documents [begin, stop); return (shard, document, start, length) of each piece of one sample; None "
+             "if the index is not as written.");
   module.def("crc32", &crc32, py::arg("data"), "Return the checksum of bytes, as zlib.crc32 does.");
   module.def("lay_end_to_end", &lay_end_to_end, py::arg("index"), py::arg("position"), py::arg("stop"),
              py::arg("shard"),
-             "Return (shard, document, start, length) of the pieces of inputs [position, stop) of all documents end to end; "
-             "None if the index is not as written, or disagrees with itself.");
+             "Return (shard, document, start, length) of the pieces of inputs [position, stop) of all documents end to "
+             "end; None if the index is not as written, or disagrees with itself.");
   // noconvert: a copy of a row would be filled instead of the row.
   module.def("lay_pieces", &lay_pieces, py::arg("index"), py::arg("pieces").noconvert(), py::arg("first_origin"),
-             py::arg("placeholders"), py::arg("tokens").noconvert(), py::arg("labels").noconvert(), py::arg("positions").noconvert(),
-             py::arg("origins").noconvert(), py::arg("loss_mask").noconvert(),
-             "Read (shard, document, start, length) pieces end to end into rows; return how many tokens are placeholders, -1 "
-             "if not all are as written.");
+             py::arg("placeholders"), py::arg("tokens").noconvert(), py::arg("labels").noconvert(),
+             py::arg("positions").noconvert(), py::arg("origins").noconvert(), py::arg("loss_mask").noconvert(),
+             "Read (shard, document, start, length) pieces end to end into rows; return how many tokens are "
+             "placeholders, -1 if not all are as written.");
 }

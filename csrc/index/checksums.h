@@ -110,8 +110,8 @@ struct CheckedFile {
   PageSums pages;
   uint8_t* passed;
 
-  // Copies bytes [offset, offset + count) unless they are not there, or not those that were written.
-  bool read(void* target, int64_t offset, int64_t count) const {
+  // Returns whether bytes [offset, offset + count) are there, and those that were written.
+  bool match(int64_t offset, int64_t count) const {
     if (offset < 0 || offset + count > num_bytes) return false;
     for (int64_t page = offset / pages.page_bytes; page * pages.page_bytes < offset + count; ++page) {
       if (page >= pages.num_pages) return false;
@@ -120,6 +120,12 @@ struct CheckedFile {
       if (!pages.match(bytes + start, std::min(pages.page_bytes, num_bytes - start), page)) return false;
       passed[page] = 1;
     }
+    return true;
+  }
+
+  // Copies bytes [offset, offset + count) unless they are not there, or not those that were written.
+  bool read(void* target, int64_t offset, int64_t count) const {
+    if (!match(offset, count)) return false;
     std::memcpy(target, bytes + offset, count);
     return true;
   }

@@ -40,8 +40,8 @@ class Descending {
   size_t word_;
 };
 
-// Writes the bin of each piece, the longest first, and returns the number of bins. Lengths are in 1..capacity. Stops once
-// bin `wanted` is full, if there is one to stop at: pieces that have no bin by then keep what stood there.
+// Writes the bin of each piece, the longest first, and returns the number of bins. Lengths are in 1..capacity. Stops
+// once bin `wanted` is full, if there is one to stop at: pieces that have no bin by then keep what stood there.
 //
 // No bin is searched for: bins with room for the pieces at hand form a stack, the fullest on top, since a bin that was
 // just filled is fuller than all others of the stack, and so is one for which the pieces have only now become short
@@ -184,6 +184,22 @@ inline void cut_documents(const int32_t* tokens, int64_t begin, int64_t end, int
       take(document, static_cast<int32_t>(start), static_cast<int32_t>(std::min<int64_t>(capacity, inputs - start)));
     }
   }
+}
+
+// Packs documents of `tokens` tokens and calls `take(document, start, length)` for each piece of bin `sample`.
+template <typename Take>
+inline void pack_sample(const std::vector<int32_t>& tokens, int capacity, const Cuts& cuts, int64_t sample, Take take) {
+  const int64_t count = tokens.size();
+  std::vector<int32_t> lengths;
+  lengths.reserve(count);
+  cut_documents(tokens.data(), 0, count, capacity, cuts,
+                [&](int64_t, int32_t, int32_t length) { lengths.push_back(length); });
+  std::vector<int32_t> bins(lengths.size(), -1);
+  pack_best_fit(lengths.data(), bins.size(), capacity, bins.data(), sample);
+  auto bin = bins.begin();
+  cut_documents(tokens.data(), 0, count, capacity, cuts, [&](int64_t document, int32_t start, int32_t length) {
+    if (*bin++ == sample) take(document, start, length);
+  });
 }
 
 // What there is in the documents that whole windows were made of.

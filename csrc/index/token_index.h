@@ -35,7 +35,7 @@ inline bool read_whole(int file, char* target, size_t num_bytes, int64_t offset)
 
 // The index holds lengths (int32), then pointers (int64), behind its header.
 struct TokenIndex {
-  int file, token_bytes;
+  int file, index_file, token_bytes;
   int64_t num_tokens, num_documents;
   PageSums pages;  // of the tokens; none in shards whose tokens are checked before they are asked for
   CheckedFile index, media_index;
@@ -51,9 +51,20 @@ struct TokenIndex {
   // ends, or is not what was written.
   bool find(int64_t document, int64_t* first, int32_t* length) const {
     int64_t stop;
-    if (document < 0 || document >= num_documents || !begin(document, first) || !begin(document + 1, &stop)) return false;
+    if (document < 0 || document >= num_documents) return false;
+    if (!begin(document, first) || !begin(document + 1, &stop)) return false;
     if (!index.read(length, INDEX_HEADER_BYTES + 4 * document, 4)) return false;
     return *length > 0 && stop - *first == static_cast<int64_t>(*length) * token_bytes;
+  }
+
+  // Writes the tokens of documents [begin, stop); returns whether they are what was written. They are read, not mapped:
+  // what is mapped counts as a process's memory.
+  bool lengths(int64_t begin, int64_t stop, std::vector<int32_t>& target) const {
+    if (begin < 0 || stop < begin || stop > num_documents) return false;
+    const int64_t offset = INDEX_HEADER_BYTES + 4 * begin, num_bytes = 4 * (stop - begin);
+    target.resize(stop - begin);
+    return index.match(offset, num_bytes) &&
+           read_whole(index_file, reinterpret_cast<char*>(target.data()), num_bytes, offset);
   }
 
   // Writes what kind of file a document came from; returns whether its record is what was written.
@@ -69,7 +80,7 @@ struct TokenIndex {
     return first + start * token_bytes;
   }
 
-  // Appends the pieces, as of `shard`, of inputs [position, stop) of all documents end to end, as far as they go; a document of n tokens
+  // Appends the pieces, as of `shard`, of inputs [position, stop) of all documents end to end; a document of n tokens
   // has n - 1. Returns false if one is not found.
   bool lay_end_to_end(int64_t position, int64_t stop, int64_t shard, std::vector<Piece>& pieces) const {
     int64_t low = 0, high = num_documents, first;  // documents before `low` begin at or before `position`
@@ -144,7 +155,7 @@ struct Rows {
 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MEGATRON_MM_WIDE __attribute__((target_clones("avx2", "default")))
+#define MEGATRON_MM_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define MEGATRON_MM_WIDE
 #endif
@@ -170,8 +181,8 @@ MEGATRON_MM_WIDE int64_t count_id(const token_t* ids, int64_t length, int64_t wa
 }
 
 // Lays pieces end to end. Those that lie side by side in the file are read at once. A document's origin is its source,
-// counted from `first_origin`. Returns how many inputs are one of `placeholders`; -1 if not all could be read and are what
-// was written: then rows are filled in part.
+// counted from `first_origin`. Returns how many inputs are one of `placeholders`; -1 if not all could be read and are
+// what was written: then rows are filled in part.
 template <typename token_t>
 int64_t lay(const TokenIndex& index, const Piece* pieces, int64_t count, int64_t first_origin,
             const std::vector<int64_t>& placeholders, Rows rows) {

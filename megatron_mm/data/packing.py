@@ -80,10 +80,10 @@ class BestFitPlan:
         number = bisect.bisect_right(self._first_window, window) - 1
         begin = int(self._ends[window - 1]) if window > self._first_window[number] else 0
         shard = self.shards[number]
-        lengths = shard.lengths(begin, int(self._ends[window]))
-        cuts = self._cuts(shard, begin, lengths)
+        documents = range(begin, int(self._ends[window]))
+        cuts = self._cuts(shard, begin, shard.lengths(begin, documents.stop)) if shard.num_items else NO_CUTS
         own = index - int(self._first_sample[window])
-        return pack_sample(lengths, self.seq_len, cuts, own, shard=self.first_shard + number, first_document=begin)
+        return pack_sample(shard, documents, self.seq_len, cuts, own, number=self.first_shard + number)
 
     def _scan(self, shard: ShardReader) -> tuple[np.ndarray, np.ndarray]:
         """Return (document behind each window, samples of it) of one shard."""
@@ -165,7 +165,7 @@ class ConcatenatedPlan:
         while position < stop:
             first, end = self._first_input[number : number + 2]
             own = (position - first, min(stop, end) - first)
-            parts.append(lay_end_to_end(self.shards[number], *own, shard=self.first_shard + number))
+            parts.append(lay_end_to_end(self.shards[number], *own, number=self.first_shard + number))
             position = min(stop, end)
             number += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -235,45 +235,59 @@ def count_samples(lengths: np.ndarray, seq_len: int, cuts: Cuts, *, is_last: boo
 
 
 def pack_sample(
-    lengths: np.ndarray, seq_len: int, cuts: Cuts, sample: int, *, shard: int, first_document: int
+    shard: ShardReader, documents: range, seq_len: int, cuts: Cuts, sample: int, *, number: int
 ) -> np.ndarray:
-    """Pack documents of `lengths` tokens, from `first_document` of `shard` on; return the PIECEs of one sample."""
+    """Pack documents of a shard; return the PIECE records of one sample, as of shard `number`.
+
+    Raises DataError if the index is not what was written.
+    """
     if _index is not None:
-        return _as_pieces(_index.pack_sample(lengths, seq_len, *cuts, sample, shard, first_document))
-    *columns, samples = pack_window_reference(lengths, seq_len, cuts)
-    columns[0] = columns[0] + first_document
-    pieces = np.full(int((samples == sample).sum()), shard, PIECE)
+        bounds = (documents.start, documents.stop)
+        numbers = _index.pack_sample(shard.token_index, *bounds, seq_len, *cuts, sample, number)
+        if numbers is not None:
+            return _as_pieces(numbers)
+    # Says what is wrong, or reads what passed by now.
+    return pack_sample_reference(shard, documents, seq_len, cuts, sample, number=number)
+
+
+def pack_sample_reference(
+    shard: ShardReader, documents: range, seq_len: int, cuts: Cuts, sample: int, *, number: int
+) -> np.ndarray:
+    """Pack all of the window, and choose the pieces of one sample."""
+    *columns, samples = pack_window_reference(shard.lengths(documents.start, documents.stop), seq_len, cuts)
+    columns[0] = columns[0] + documents.start
+    pieces = np.full(int((samples == sample).sum()), number, PIECE)
     for name, column in zip(("document", "start", "length"), columns):
         pieces[name] = column[samples == sample]
     return pieces
 
 
-def lay_end_to_end(reader: ShardReader, position: int, stop: int, *, shard: int) -> np.ndarray:
-    """Return the PIECE records, as of `shard`, of inputs [position, stop) of all documents of a shard end to end.
+def lay_end_to_end(shard: ShardReader, position: int, stop: int, *, number: int) -> np.ndarray:
+    """Return the PIECE records, as of shard `number`, of inputs [position, stop) of a shard's documents end to end.
 
     Raises DataError if the index disagrees with itself, or is not what was written.
     """
-    if _index is not None and reader.token_bytes in TOKEN_BYTES:
-        numbers = _index.lay_end_to_end(reader.token_index, position, stop, shard)
+    if _index is not None and shard.token_bytes in TOKEN_BYTES:
+        numbers = _index.lay_end_to_end(shard.token_index, position, stop, number)
         if numbers is not None:
             return _as_pieces(numbers)
     # Says what is wrong, or reads what passed by now.
-    return lay_end_to_end_reference(reader, position, stop, shard=shard)
+    return lay_end_to_end_reference(shard, position, stop, number=number)
 
 
-def lay_end_to_end_reference(reader: ShardReader, position: int, stop: int, *, shard: int) -> np.ndarray:
+def lay_end_to_end_reference(shard: ShardReader, position: int, stop: int, *, number: int) -> np.ndarray:
     """Find the first document by bisection, and the others behind it one by one."""
 
     def inputs_before(document: int) -> int:
-        return reader.token_start(document) - document
+        return shard.token_start(document) - document
 
     pieces = []
-    document = bisect.bisect_right(range(reader.num_documents), position, key=inputs_before) - 1
+    document = bisect.bisect_right(range(shard.num_documents), position, key=inputs_before) - 1
     while position < stop:
         start = position - inputs_before(document)
-        length = min(reader.length(document) - 1 - start, stop - position)
+        length = min(shard.length(document) - 1 - start, stop - position)
         if length:
-            pieces.append((shard, document, start, length))
+            pieces.append((number, document, start, length))
         position += length
         document += 1
     return np.asarray(pieces, PIECE)

@@ -38,7 +38,8 @@ class TokenRow:
         """
         lengths = pieces["length"].tolist()
         place = slice(self.position, self.position + sum(lengths))
-        rows = tuple(row[place] for row in (self.tokens, self.labels, self.positions, self.origins, self.loss_mask))
+        tokens, labels, positions, origins = self.tokens, self.labels, self.positions, self.origins
+        rows = (tokens[place], labels[place], positions[place], origins[place], self.loss_mask[place])
         first_origin = dataset * len(Source)
         shard.check_tokens(pieces["document"])
         found = -1

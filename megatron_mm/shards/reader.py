@@ -129,13 +129,14 @@ class ShardReader:
     def token_index(self) -> tuple[Any, ...]:
         """What csrc/index reads pieces by, and checks them with; for shards without P.crc after `check_tokens`.
 
-        Descriptor of P.bin, bytes of a token, tokens, documents, bytes of a page; checksums of P.bin; then of P.idx and
-        of P.media.idx the bytes, checksums, and pages that have passed.
+        Descriptors of P.bin and P.idx, bytes of a token, tokens, documents, bytes of a page; checksums of P.bin; and
+        of P.idx and P.media.idx the bytes, checksums, and pages that have passed.
         """
         sums = self._checksums
         token_sums = sums.expected[".bin"] if sums.is_paged else np.zeros(0, np.uint32)
         sizes = (self._dtype.itemsize, self.num_tokens, self.num_documents, sums.page_bytes)
-        return (sums.descriptor(".bin"), *sizes, token_sums, *sums.index(".idx"), *sums.index(".media.idx"))
+        files = (sums.descriptor(".bin"), sums.descriptor(".idx"))
+        return (*files, *sizes, token_sums, *sums.index(".idx"), *sums.index(".media.idx"))
 
     def check_tokens(self, documents: np.ndarray) -> None:
         """Pass if the tokens of documents are as written, in shards without P.crc; others are checked as read."""

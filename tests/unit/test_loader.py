@@ -430,9 +430,9 @@ def test_rows_that_do_not_fit_are_refused_and_a_short_file_is_said(tmp_path: Pat
     with pytest.raises(TypeError):  # a copy would be filled
         lay(index, piece, **rows | {"tokens": np.zeros(1, np.int32)})
     with pytest.raises(TypeError, match="an array of another type"):
-        lay((*index[:5], index[5].astype(np.int64), *index[6:]), piece, **rows)
+        lay((*index[:6], index[6].astype(np.int64), *index[7:]), piece, **rows)
     with pytest.raises(ValueError, match="do not fit together"):
-        lay((*index[:8], index[8][1:], *index[9:]), piece, **rows)
+        lay((*index[:9], index[9][1:], *index[10:]), piece, **rows)
     for document, start in ((-1, 1), (10**9, 1), (1, -1), (1, 10**9)):
         assert lay(index, np.asarray([[0, document, start, 1]]), **rows) == -1
     os.truncate(f"{prefix}.bin", 10)

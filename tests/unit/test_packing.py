@@ -12,6 +12,8 @@ from megatron_mm.data.packing import (
     lay_end_to_end,
     lay_end_to_end_reference,
     pack_best_fit_reference,
+    pack_sample,
+    pack_sample_reference,
     pack_window_reference,
     padding_fraction,
     plan_packing,
@@ -75,16 +77,18 @@ def test_the_extension_counts_windows_as_the_reference(is_last: bool) -> None:
         np.testing.assert_array_equal(ours, reference)
 
 
-def test_the_extension_packs_each_sample_as_the_reference() -> None:
-    lengths = np.random.default_rng(0).integers(0, 300, 400).astype(np.int32)
+def test_the_extension_packs_each_sample_as_the_reference(tmp_path) -> None:
+    lengths = np.random.default_rng(0).integers(1, 300, 400).astype(np.int32)
     lengths[[5, 6, 300]] = 201
+    (reader,) = shards_of(tmp_path, [text(3)] * 10 + [*map(text, lengths)] + [text(4)])
     cuts = (np.asarray([5, 300]), np.asarray([0, 4, 8]), np.asarray([50, 64, 64, 22, 64, 10, 63, 63], np.int32))
     *pieces, samples = pack_window_reference(lengths, 64, cuts)
     for sample in range(int(samples.max()) + 2):
-        native = _index.pack_sample(lengths, 64, *cuts, sample, 7, 1_000)
-        assert (native[:, 0] == 7).all()
-        for ours, reference in zip((native - [0, 1_000, 0, 0]).T[1:], pieces, strict=True):
-            np.testing.assert_array_equal(ours, reference[samples == sample])
+        ours = pack_sample(reader, range(10, 410), 64, cuts, sample, number=7)
+        assert ours.tolist() == pack_sample_reference(reader, range(10, 410), 64, cuts, sample, number=7).tolist()
+        assert ours["shard"].tolist() == [7] * len(ours)
+        for name, reference in zip(("document", "start", "length"), (pieces[0] + 10, *pieces[1:]), strict=True):
+            np.testing.assert_array_equal(ours[name], reference[samples == sample])
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 65, 4_096, 8_192])
@@ -99,20 +103,23 @@ def test_counting_makes_as_many_samples_as_packing(capacity: int) -> None:
         assert samples.tolist() == [packed], largest
 
 
-def test_nothing_to_pack_is_no_bins() -> None:
+def test_nothing_to_pack_is_no_bins(tmp_path) -> None:
     bins, num_bins = _index.pack_best_fit(np.zeros(0, np.int32), 8)
     assert (len(bins), num_bins) == (0, 0)
-    assert _index.pack_sample(np.ones(3, np.int32), 8, *NO_CUTS, 0, 0, 0).shape == (0, 4)
+    (reader,) = shards_of(tmp_path, [text(1)] * 3)
+    assert len(pack_sample(reader, range(3), 8, NO_CUTS, 0, number=0)) == 0
 
 
-def test_lengths_outside_the_capacity_are_refused() -> None:
+def test_lengths_outside_the_capacity_are_refused(tmp_path) -> None:
     for lengths in ([0], [9]):
         with pytest.raises(ValueError, match="outside 1..capacity"):
             _index.pack_best_fit(np.asarray(lengths, np.int32), 8)
+    (shard,) = shards_of(tmp_path, [text(1)] * 3)
     with pytest.raises(ValueError, match="cuts do not fit together"):
-        _index.pack_sample(np.ones(3, np.int32), 8, np.zeros(2, np.int64), *NO_CUTS[1:], 0, 0, 0)
+        pack_sample(shard, range(3), 8, (np.zeros(2, np.int64), *NO_CUTS[1:]), 0, number=0)
     with pytest.raises(ValueError, match="samples at 0"):
-        _index.pack_sample(np.ones(3, np.int32), 8, *NO_CUTS, -1, 0, 0)
+        pack_sample(shard, range(3), 8, NO_CUTS, -1, number=0)
+    assert _index.pack_sample(shard.token_index, 2, 4, 8, *NO_CUTS, 0, 0) is None
 
 
 @pytest.mark.parametrize("mean", [100, 1_000, 4_000])
@@ -220,7 +227,9 @@ def test_documents_end_to_end_are_found_as_by_the_reference(tmp_path) -> None:
     inputs = sum(lengths) - len(lengths)
     for position in [0, inputs - 1, *rng.integers(0, inputs, 50).tolist()]:
         stop = int(rng.integers(position, inputs + 1))
-        ours, reference = (find(reader, position, stop, shard=3) for find in (lay_end_to_end, lay_end_to_end_reference))
+        ours, reference = (
+            find(reader, position, stop, number=3) for find in (lay_end_to_end, lay_end_to_end_reference)
+        )
         assert ours.tolist() == reference.tolist()
         assert ours["length"].sum() == stop - position and set(ours["shard"].tolist()) <= {3}
 
@@ -234,7 +243,19 @@ def test_documents_end_to_end_are_not_found_in_a_damaged_index(tmp_path) -> None
         passed = reader._checksums._passed[".idx"]
         passed[:] = bytes(len(passed))  # as if opening had not looked at these pages
         with pytest.raises(DataError, match=r"p\.idx: bytes \d+ to \d+ differ from what was written"):
-            find(reader, 3_990, 4_010, shard=0)
+            find(reader, 3_990, 4_010, number=0)
+
+
+@pytest.mark.parametrize("pack", [pack_sample, pack_sample_reference])
+def test_nothing_is_packed_by_damaged_lengths(pack, tmp_path) -> None:
+    (reader,) = shards_of(tmp_path, [text(5)] * 2_000)
+    data = bytearray((tmp_path / "p.idx").read_bytes())
+    data[34 + 4 * 1_000] ^= 1
+    (tmp_path / "p.idx").write_bytes(data)
+    passed = reader._checksums._passed[".idx"]
+    passed[:] = bytes(len(passed))  # as if opening had not looked at these pages
+    with pytest.raises(DataError, match=r"p\.idx: bytes \d+ to \d+ differ from what was written"):
+        pack(reader, range(990, 1_010), 64, NO_CUTS, 0, number=0)
 
 
 def test_concatenation_refuses_media_which_it_would_cut(tmp_path) -> None:
