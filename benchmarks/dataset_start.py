@@ -96,14 +96,20 @@ def concatenated(prefixes: list[str]) -> Callable[[], tuple]:
 
 
 def our_loader(prefixes: list[str], packing: str) -> Callable[[], tuple]:
-    """Return a function that starts a loader of one rank and returns (fetch, number of samples)."""
+    """Return a function that starts a loader of one rank and returns (fetch, number of samples).
+
+    What decodes media is imported before, as all that the peer imports is.
+    """
     from megatron_mm import config as configs
     from megatron_mm.data.loader import Loader
+    from megatron_mm.data.media import make_decoders
 
     settings = [f"data.seq_len={SEQ_LEN}", f"data.packing={packing}", "model.vocab_size=51200"]
     config = configs.load("tiny", settings)
     ranks = {f"{axis}_rank": 0 for axis in ("tp", "cp", "dp")} | {f"{axis}_size": 1 for axis in ("tp", "cp", "dp")}
     mesh = SimpleNamespace(**ranks, is_rank_0=False, is_first_chunk=lambda chunk: True)
+
+    make_decoders(config, has_gpu=False)
 
     def begin() -> tuple:
         loader = Loader(prefixes, config=config, mesh=mesh)
