@@ -105,7 +105,8 @@ megatron_mm::TokenIndex view_index(const py::tuple& index) {
   if (index.size() != 13) throw std::invalid_argument("an index has thirteen parts");
   const auto token_bytes = index[2].cast<int>();
   const auto page_bytes = index[5].cast<int64_t>();
-  if (page_bytes < 1 || page_bytes % 4 != 0 || (token_bytes != 2 && token_bytes != 4)) {
+  const bool is_known = token_bytes == 2 || token_bytes == 4 || token_bytes == 8;
+  if (page_bytes < 1 || page_bytes % 8 != 0 || !is_known) {
     throw std::invalid_argument("tokens do not fit into pages");
   }
   const auto token_sums = in_place<uint32_t>(index[6]);
@@ -176,7 +177,9 @@ int64_t lay_pieces(const py::tuple& parts, const InPlace<int64_t>& pieces, int64
   const auto index = view_index(parts);
   const megatron_mm::Rows rows{tokens.mutable_data(), labels.mutable_data(), positions.mutable_data(),
                                origins.mutable_data(), loss_mask.mutable_data()};
-  const auto work = index.token_bytes == 2 ? &megatron_mm::lay<uint16_t> : &megatron_mm::lay<int32_t>;
+  const auto work = index.token_bytes == 2   ? &megatron_mm::lay<uint16_t>
+                    : index.token_bytes == 4 ? &megatron_mm::lay<int32_t>
+                                             : &megatron_mm::lay<int64_t>;
   py::gil_scoped_release unlocked;
   return work(index, records, count, first_origin, placeholders, rows);
 }
@@ -185,7 +188,7 @@ int64_t lay_pieces(const py::tuple& parts, const InPlace<int64_t>& pieces, int64
 
 PYBIND11_MODULE(_index, module) {
   module.doc() = "Sample order and packing in C++; megatron_mm.data.order and .packing call them.";
-  module.attr("VERSION") = 4;  // megatron_mm/data/native.py refuses any other: count up when a function changes
+  module.attr("VERSION") = 5;  // megatron_mm/data/native.py refuses any other: count up when a function changes
   module.def("permute", &permute, py::arg("size"), py::arg("key"), py::arg("elements"),
              "Return the image of each element of [0, size) under the permutation of this key.");
   module.def("pack_best_fit", &pack_best_fit, py::arg("lengths"), py::arg("capacity"),

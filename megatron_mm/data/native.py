@@ -5,9 +5,9 @@ try:
 except ImportError:
     _index = None
 
-TOKEN_BYTES = (2, 4)
+TOKEN_BYTES = (2, 4, 8)
 """Sizes of ids that csrc/index reads; those of other sizes, in shards that were adopted, are read by the references."""
-VERSION = 4
+VERSION = 5
 """The version of the functions that this package calls, as bindings.cpp counts them."""
 
 if _index is not None and getattr(_index, "VERSION", 1) != VERSION:

@@ -241,7 +241,7 @@ def pack_sample(
 
     Raises DataError if the index is not what was written.
     """
-    if _index is not None:
+    if _index is not None and shard.token_bytes in TOKEN_BYTES:
         bounds = (documents.start, documents.stop)
         numbers = _index.pack_sample(shard.token_index, *bounds, seq_len, *cuts, sample, number)
         if numbers is not None:

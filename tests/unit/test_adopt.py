@@ -102,7 +102,7 @@ def test_training_sees_the_samples_of_shards_of_the_same_documents(dtype, packin
 
 
 def test_ids_that_csrc_does_not_lay_are_laid_by_the_reference(tokenizer, tmp_path: Path) -> None:
-    adopt(build(tmp_path / "p", texts(tokenizer), np.int64), tokenizer)
+    adopt(build(tmp_path / "p", of_small_ids(tokenizer, np.uint8), np.uint8), tokenizer, end_of_text=False)
     shard = ShardReader(tmp_path / "p")
     assert shard.token_bytes not in TOKEN_BYTES
     row = token_row.TokenRow(20, pad=0)
