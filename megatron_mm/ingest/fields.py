@@ -40,6 +40,8 @@ MEDIA_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".wav", ".flac", ".mp3", ".ogg", ".opus"),
     *(".m4a", ".mp4", ".mkv", ".webm", ".avi", ".mov"),
 )
+IMAGES = "images"
+"""A folder beside records in which their files are looked for too: LLaVA's lists name images from there."""
 ADDRESS_COLUMNS = ("url", "URL", "image_url", "img_url", "video_url", "audio_url")
 SIZE_COLUMNS = {"width", "height", "WIDTH", "HEIGHT", "image_phash", "phash", "similarity", "clip_similarity_vitb32"}
 """Columns that tables of pictures' addresses have beside the address, and tables of web pages have not."""
@@ -363,7 +365,7 @@ class _Reading:
     def _file(self, name: str, part: Part) -> Path:
         """Return the file that a record names. Raises DataError if it is not there, or not where it may be."""
         named = os.path.join(part.folder, name + part.suffix)
-        places = [file_beside(folder, named) for folder in (self.folder, *self.schemas.also)]
+        places = [file_beside(one, named) for one in (self.folder, self.folder / IMAGES, *self.schemas.also)]
         if places[0] is None:
             raise DataError("it is outside the folder of the record")
         target = next((place for place in places if place is not None and place.exists()), None)

@@ -128,6 +128,15 @@ def test_llava_reads_a_json_array_and_the_images_that_it_names(tmp_path: Path) -
     assert corpus.files["read with others"] == 1
 
 
+def test_llava_may_name_images_from_a_folder_beside_its_list(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Describe it.\n<image>"}, {"from": "gpt", "value": "reeds"}]
+    entry = {"id": "004539375", "image": "00453/004539375.png", "conversations": turns}
+    write(tmp_path, {"blip_laion_cc_sbu_558k.json": json.dumps([entry]), "images/00453/004539375.png": PICTURE})
+    corpus = read_corpus(tmp_path)
+    assert corpus.shapes == [["User: Describe it.\n", "<image>", "Assistant: reeds\n"]]
+    assert corpus.files["read with others"] == 1
+
+
 def test_json_lines_named_json_are_read_with_the_images_that_they_name(tmp_path: Path) -> None:
     write(tmp_path, {"train.json": jsonl(*({"image": f"{one}.png", "text": one} for one in "ab"))})
     write(tmp_path, {"a.png": PICTURE, "b.png": OTHER})

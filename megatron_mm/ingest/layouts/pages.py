@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_mm.ingest import kinds
-from megatron_mm.ingest.fields import FILE_NAMES, LISTS_OF_FILE_NAMES, MEDIA_NAMES
+from megatron_mm.ingest.fields import FILE_NAMES, IMAGES, LISTS_OF_FILE_NAMES, MEDIA_NAMES
 from megatron_mm.ingest.layouts.pairs import is_captioned
 from megatron_mm.ingest.layouts.tree import Tree, head
 
@@ -29,9 +29,12 @@ def arrange(tree: Tree) -> None:
     if not any(is_captioned(path) for path in tree.all()):
         return
     for path in tree.all():
+        is_page = kinds.by_suffix(path) == kinds.HTML
+        folders = (path.parent,) if is_page else (path.parent, path.parent / IMAGES)
         for name in _names(path):
-            target = Path(path.parent, unquote(name).partition("?")[0].removeprefix("./"))
-            if target != path and is_captioned(target) and tree.has(target):
+            name = unquote(name).partition("?")[0].removeprefix("./")
+            target = next((folder / name for folder in folders if tree.has(folder / name)), path)
+            if target != path and is_captioned(target):
                 tree.use(target)
 
 
