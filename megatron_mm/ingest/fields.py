@@ -1,13 +1,9 @@
 """Which columns of a record are its text, its media or its conversation, and what the record becomes."""
 
-import base64
-import binascii
 import functools
 import os.path
-import re
-import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,15 +12,15 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.ingest import account, kinds
+from megatron_mm.ingest import account
 from megatron_mm.ingest.beside import file_beside
 from megatron_mm.ingest.conversations import PLACEHOLDER, ChatTemplate, Turns, plainly, turns_of
 from megatron_mm.ingest.document import Document, Origin, Segment, TextSegment
+from megatron_mm.ingest.media_values import MEDIA, READERS, decode_base64, is_base64, medium_of
 from megatron_mm.ingest.origins import said_of
 from megatron_mm.source import Source
 
 BUILT_IN = Path(__file__).with_name("fields.yaml")
-MEDIA = ("image", "audio", "video")
 SOURCES = {"image": Source.IMAGE, "audio": Source.AUDIO, "video": Source.VIDEO}
 MEDIA_NAMES = frozenset(
     {
@@ -45,9 +41,6 @@ IMAGES = "images"
 ADDRESS_COLUMNS = ("url", "URL", "image_url", "img_url", "video_url", "audio_url")
 SIZE_COLUMNS = {"width", "height", "WIDTH", "HEIGHT", "image_phash", "phash", "similarity", "clip_similarity_vitb32"}
 """Columns that tables of pictures' addresses have beside the address, and tables of web pages have not."""
-
-Read = Callable[[bytes], Sequence[Segment]]
-"""A function from the bytes of a media file to what it becomes."""
 
 
 def _names(value: Any) -> Any:
@@ -356,8 +349,8 @@ class _Reading:
             return value
         if not isinstance(value, str):
             raise DataError(f"it is {type(value).__name__}, neither the name of a file nor its bytes")
-        if value.startswith("data:") or _is_base64(value):
-            return _decode_base64(value)
+        if value.startswith("data:") or is_base64(value):
+            return decode_base64(value)
         if "://" in value:
             raise DataError("it is an address, and nothing is fetched. Download the files and name those")
         return self._file(value, part).read_bytes()
@@ -441,12 +434,6 @@ class _Reading:
                     yield TextSegment(piece)
 
 
-def medium_of(name: str) -> str:
-    """Return which medium a file is by its name, "" if it is none; an address is none."""
-    kind = kinds.by_suffix(Path(name)) if "://" not in name else None
-    return kind.words if kind is not None and kind.words in MEDIA else ""
-
-
 def _text(name: str, value: Any) -> str:
     if value is None:
         return ""
@@ -464,55 +451,8 @@ def _holds_bytes(value: Any) -> bool:
     return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
 
 
-def _is_base64(value: str) -> bool:
-    """Tell the bytes of a file in base64 from its name: they are longer than names may be."""
-    return len(value) > MAX_NAME and BASE64.fullmatch(value) is not None
-
-
-def _decode_base64(value: str) -> bytes:
-    head, _, body = value.rpartition(",")
-    if head and not head.endswith(";base64"):
-        raise DataError("it is a data: address that is not base64")
-    try:
-        return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
-        raise DataError(f"its base64 is damaged: {error}") from error
-
-
 def _short(value: str) -> str:
     return value if len(value) <= SHOWN else value[:SHOWN] + "..."
 
 
-MAX_NAME = 255
-"""Bytes of the longest name that a file may have."""
 SHOWN = 80
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
-
-
-# Readers are imported where they are asked: they take half a second, which runs over plain text are spared.
-def _read_image(data: bytes) -> Sequence[Segment]:
-    from megatron_mm.ingest.image import read_image
-
-    return [read_image(data)]
-
-
-def _read_audio(data: bytes) -> Sequence[Segment]:
-    from megatron_mm.ingest.audio import read_audio
-
-    return [read_audio(data)]
-
-
-def _read_video(data: bytes) -> Sequence[Segment]:
-    from megatron_mm.ingest.video import read_video
-
-    with tempfile.NamedTemporaryFile(prefix="video-") as file:
-        file.write(data)
-        file.flush()
-        segments, left_out = read_video(Path(file.name))
-    if left_out:
-        raise DataError(left_out[0].reason)
-    return segments
-
-
-READERS: dict[str, Read] = {"image": _read_image, "audio": _read_audio, "video": _read_video}
-"""Who reads media by kind."""

@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 import orjson
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.fields import Fields, medium_of
+from megatron_mm.ingest.fields import Fields
+from megatron_mm.ingest.media_values import medium_of
 
 MAX_BYTES = 2**30
 """A table is held in memory."""

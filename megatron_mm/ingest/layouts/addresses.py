@@ -7,9 +7,10 @@ import csv
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from megatron_mm.ingest.fields import ADDRESS_COLUMNS, ADDRESSES_ONLY, medium_of
+from megatron_mm.ingest.fields import ADDRESS_COLUMNS, ADDRESSES_ONLY
 from megatron_mm.ingest.layouts.tables import LOOKED_AT
 from megatron_mm.ingest.layouts.tree import Tree, head
+from megatron_mm.ingest.media_values import medium_of
 
 DELIMITERS = {".tsv": "\t", ".csv": ",", ".txt": "\t"}
 LEAST_ADDRESSES, LEAST_MEDIA = 0.9, 0.5

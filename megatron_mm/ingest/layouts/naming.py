@@ -4,8 +4,9 @@ import os.path
 from pathlib import Path
 
 from megatron_mm.errors import DataError
-from megatron_mm.ingest.fields import MEDIA, Part
+from megatron_mm.ingest.fields import Part
 from megatron_mm.ingest.layouts.tree import Tree
+from megatron_mm.ingest.media_values import MEDIA
 from megatron_mm.ingest.table_rows import Table, read_rows
 
 
