@@ -132,10 +132,13 @@ def _rows(path: Path, table: Table) -> Iterator[dict[str, Any]]:
 
 
 def _coco(data: bytes) -> Iterator[dict[str, Any]]:
-    """Yield {file_name, captions} of each image of COCO's captions, in the order of `images`."""
-    said = orjson.loads(data)
-    captions: dict[Any, list[str]] = {}
-    for one in said["annotations"]:
-        captions.setdefault(one["image_id"], []).append(one["caption"].strip())
-    for image in said["images"]:
-        yield {"file_name": image["file_name"], "captions": captions.get(image["id"])}
+    """Yield {file_name, captions} of each image of COCO's captions, in the order of `images`. Raises DataError."""
+    try:
+        said = orjson.loads(data)
+        captions: dict[Any, list[str]] = {}
+        for one in said["annotations"]:
+            captions.setdefault(one["image_id"], []).append(one["caption"].strip())
+        for image in said["images"]:
+            yield {"file_name": image["file_name"], "captions": captions.get(image["id"])}
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"its captions are not those of COCO: {type(error).__name__} {error}") from error

@@ -24,13 +24,21 @@ def _looks_like_coco(path: Path) -> bool:
 
 
 def _take(tree: Tree, path: Path) -> None:
-    said = orjson.loads(path.read_bytes())
-    if not isinstance(said, dict) or not {"images", "annotations"} <= said.keys():
+    try:
+        said = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        tree.refuse(path, f"it begins as COCO's annotations do, and is damaged: {error}")
         return
-    if not said["images"] or not any("caption" in one for one in said["annotations"][:1]):
+    images, annotations = (said.get(name) if isinstance(said, dict) else None for name in ("images", "annotations"))
+    if not all(
+        isinstance(those, list) and all(isinstance(one, dict) for one in those) for those in (images, annotations)
+    ):
+        return
+    name = images[0].get("file_name") if images else None
+    if not isinstance(name, str) or not any("caption" in one for one in annotations[:1]):
         tree.set_aside(path, "COCO's annotations that are no captions")
         return
-    media, name = Media(tree), said["images"][0]["file_name"]
+    media = Media(tree)
     found = media.find([name], path.parent)
     folder = found[1] if found is not None else path.parent
     base = path.parent if folder.is_relative_to(path.parent) else path.parent.parent

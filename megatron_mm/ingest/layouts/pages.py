@@ -49,10 +49,17 @@ def _names(path: Path) -> Iterable[str]:
         return _names_in_rows(path)
     if path.suffix == ".json" and MEDIA_KEY.search(start := head(path).lstrip()):
         if start.startswith("["):
-            return _names_in(orjson.loads(path.read_bytes()))
+            return _names_in_array(path)
         if LINES.match(start):
             return _names_in_lines(path)
     return ()
+
+
+def _names_in_array(path: Path) -> Iterator[str]:
+    try:
+        yield from _names_in(orjson.loads(path.read_bytes()))
+    except orjson.JSONDecodeError:  # its reader will say so
+        return
 
 
 def _names_in_lines(path: Path) -> Iterator[str]:
