@@ -5,11 +5,11 @@
     python -m venv peers && peers/bin/pip install 'datatrove[processing]==0.10.0' orjson lxml_html_clean
     python benchmarks/warc.py --corpus build/corpus --datatrove-python peers/bin/python
 
-Whole processes are measured, children included, in interleaved rounds, over 300 and over 1,500 pages: what lies between
-is the cost of pages, and the rest that of starting. Ours writes shards of tokens, with
-one worker and with two. datatrove reads the same file with its WarcReader, takes the text out with Trafilatura in its
-default form, and writes JSON lines: it tokenizes nothing. Both must give a document for every page, and ours must hold
-every paragraph of every article in order. `--memory` reads 1 and 5 GB, the same members over and over, once.
+Whole processes are measured, children included, in interleaved rounds, over 300 and over 1,500 pages: what lies
+between is the cost of pages, and the rest that of starting. Ours writes shards of tokens, with one worker and with two.
+datatrove reads the same files with its WarcReader, takes the text out with Trafilatura in its default form, and writes
+JSON lines: it tokenizes nothing. Ours must hold every paragraph of every article; what datatrove finds is printed.
+`--memory` reads 1 and 5 GB, the same members over and over, once.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
     paths = [arguments.corpus / name for name in FILES]
     paragraphs = json.loads((arguments.corpus / "pages.json").read_text())
     runs: dict[tuple[str, Path], list[Run]] = {}
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, str]] = {}
     for number in range(arguments.rounds):
         for tool, path in itertools.product((OURS, TWO_WORKERS, PEER), paths):
             command = peers(arguments.datatrove_python, path, work) if tool == PEER else ours(tool, path, work)
@@ -94,26 +94,27 @@ def environment() -> dict[str, str]:
     return {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def written(prefix: Path) -> list[str]:
-    """Return the text of each document of our shards."""
+def written(prefix: Path) -> dict[str, str]:
+    """Return the text of each document of our shards by its address."""
     shard, tokenizer = ShardReader(prefix), TextTokenizer(Path(f"{prefix}.tokenizer"))
-    end = len(tokenizer.decode([tokenizer.special_ids["end_of_text"]]))
-    return [tokenizer.decode(shard.tokens(number).tolist())[:-end] for number in range(shard.num_documents)]
+    urls = shard.origins(0, shard.num_documents).column("url")
+    return {url: tokenizer.decode(shard.tokens(number).tolist()) for number, url in enumerate(urls)}
 
 
-def written_by_peer(out: Path) -> list[str]:
-    """Return the text of each document that datatrove wrote."""
+def written_by_peer(out: Path) -> dict[str, str]:
+    """Return the text of each document that datatrove wrote by its address."""
     (path,) = out.glob("*.jsonl")
-    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    documents = [json.loads(line) for line in path.read_text().splitlines()]
+    return {document["metadata"]["url"]: document["text"] for document in documents}
 
 
-def check(found: dict[str, list[str]], paragraphs: dict[str, list[str]]) -> bool:
-    """Print what each tool found of the pages' articles; return whether ours gave all of them, in order."""
+def check(found: dict[str, dict[str, str]], paragraphs: dict[str, list[str]]) -> bool:
+    """Print what each tool found of the pages' articles; return whether ours gave all of them."""
     shares = {}
     for tool, texts in found.items():
-        pages = zip(texts, paragraphs.values(), strict=False)
-        kept = [all(words in " ".join(text.split()) for words in own) for text, own in pages]
-        shares[tool] = sum(kept) / len(paragraphs)
+        read = {url: " ".join(texts.get(url, "").split()) for url in paragraphs}
+        kept = sum(all(words in read[url] for words in own) for url, own in paragraphs.items())
+        shares[tool] = kept / len(paragraphs)
         print(f"{tool}: {len(texts)} documents of {len(paragraphs)} pages, {shares[tool]:.1%} with every paragraph")
     return shares[OURS] == shares[TWO_WORKERS] == 1.0
 
