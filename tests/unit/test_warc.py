@@ -189,6 +189,26 @@ def test_every_record_is_a_document_rejected_or_counted(tmp_path: Path) -> None:
     }
 
 
+def pdf(text: str) -> bytes:
+    stream = f"BT /F1 24 Tf 72 700 Td ({text}) Tj ET".encode()
+    page = b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>"
+    objects = [b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Kids[3 0 R]/Count 1>>", page]
+    objects.append(b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream))
+    objects.append(b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>")
+    body = b"".join(b"%d 0 obj\n%s\nendobj\n" % (number, content) for number, content in enumerate(objects, start=1))
+    return b"%PDF-1.7\n" + body + b"trailer<</Root 1 0 R>>\n%%EOF\n"
+
+
+def test_a_pdf_is_read_and_a_damaged_one_is_named_by_its_record(tmp_path: Path) -> None:
+    header = "Content-Type: application/pdf"
+    records = [response("http://x/1.pdf", pdf("a heron"), header), response("http://x/2.pdf", pdf("")[:60], header)]
+    path = write(tmp_path / "a.warc.gz", records)
+    documents, rejections, _ = counted(path)
+    assert [(document.source, *texts([document])) for document in documents] == [(Source.PDF, "a heron\n")]
+    assert rejections[0].path == f"{path}:{len(gzip.compress(records[0]))}"
+    assert rejections[0].reason.startswith("http://x/2.pdf: the PDF cannot be read")
+
+
 def chunked(data: bytes, size: int = 7, extension: bytes = b"") -> bytes:
     parts = [data[start : start + size] for start in range(0, len(data), size)]
     return b"".join(b"%x%s\r\n%s\r\n" % (len(part), extension, part) for part in [*parts, b""])
