@@ -225,37 +225,49 @@ class RecordReader:
 
 
 def record_marks(path: Path, start: int, stop: int) -> tuple[list[int], int]:
-    """Return where records of a range begin, as far as members of gzip or lines show it, and how many may be there.
+    """Return where records of a range begin, as far as members of gzip or lines show it, and how many there may be.
 
     No record is parsed: this is for ranges that a parser has died of.
     """
+    with path.open("rb") as file:
+        mark = os.pread(file.fileno(), len(ZSTD), 0)
+        if mark == ZSTD:
+            import pyarrow
+
+            with pyarrow.input_stream(str(path), compression="zstd") as stream:
+                return [start], 1 + _num_starts(stream)
+        if mark.startswith(GZIP):
+            return _gzip_marks(_GzipMembers(file), start, stop)
+        marks = []
+        position = _find_plain(file, start, stop)
+        while position is not None:
+            marks.append(position)
+            position = _find_plain(file, position + 1, stop)
+        return marks, len(marks)
+
+
+def _gzip_marks(members: "_GzipMembers", start: int, stop: int) -> tuple[list[int], int]:
     marks: list[int] = []
     count = 0
-    with path.open("rb") as file:
-        if file.read(4) == ZSTD:
-            return [start], 0
-        file.seek(0)
-        if file.read(len(GZIP)) != GZIP:
-            position = _find_plain(file, start, stop)
-            while position is not None and position < stop:
-                marks.append(position)
-                position = _find_plain(file, position + 1, stop)
-            return marks, len(marks)
-        members = _GzipMembers(file)
-        position = members.find(start, stop)
-        while position is not None and position < stop:
-            marks.append(position)
-            members.open(position)
-            try:
-                tail = b""
-                while data := members.read(BLOCK_BYTES):
-                    count += len(AFTER_A_RECORD.findall(tail + data))
-                    tail = data[-13:]
-                position = members.following
-            except _Damaged:
-                position = None
-            position = members.find(marks[-1] + 1, stop) if position is None else position
-    return marks, count + len(marks)
+    position = members.find(start, stop)
+    while position is not None and position < stop:
+        marks.append(position)
+        members.open(position)
+        try:
+            count += 1 + _num_starts(members)
+            position = members.following
+        except _Damaged:
+            position = members.find(position + 1, stop)
+    return marks, count
+
+
+def _num_starts(stream: BinaryIO) -> int:
+    """Return how often what is left of a stream shows a record behind another."""
+    count, tail = 0, b""
+    while data := stream.read(BLOCK_BYTES):
+        count += len(AFTER_A_RECORD.findall(tail + data))
+        tail = (tail + data)[1 - len(b"\r\n\r\nWARC/1.0\r\n") :]
+    return count
 
 
 class _GzipMembers:
