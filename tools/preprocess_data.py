@@ -1,8 +1,8 @@
 """Turn files into training shards: text, web pages, records, images, recordings, PDFs, and corpora as they are shipped.
 
 --check reads a sample of each kind of input and prints what it would become: begin with that. Writes PREFIX.bin, .idx,
-.media.bin, .media.idx, .crc, .json (the manifest), .report.json (what became of everything) and .rejected.jsonl;
-nothing appears before all is done.
+.media.bin, .media.idx, .crc, .origin.parquet (where documents came from), .json (the manifest), .report.json (what
+became of everything) and .rejected.jsonl; nothing appears before all is done.
 A run that was killed goes on where it was when it is started again with the same arguments, and ends in the same bytes.
 
 Over many machines, as a SLURM array: each task reads its share of the same inputs and writes shards of its own
