@@ -153,6 +153,25 @@ MAX_SHAPES = 1_000
 """Sets of columns whose schema is remembered."""
 
 
+OTHER_FIELDS = (
+    MEDIA_NAMES
+    | set(LISTS_OF_FILE_NAMES)
+    | SIZE_COLUMNS
+    | {name for fields in built_in() for names in fields.needs for name in names if name != "text"}
+)
+"""Fields of a line that make it more than text, or text in another order."""
+
+
+def is_plain(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record has text and nothing that is, or names, media: the bulk of most corpora."""
+    if not OTHER_FIELDS.isdisjoint(record):
+        return False
+    text = record.get("text")
+    if type(text) is not str or not text or text.isspace():
+        return False
+    return not any(type(value) is str and value[-5:].lower().endswith(MEDIA_SUFFIXES) for value in record.values())
+
+
 @dataclass(frozen=True)
 class Schemas:
     """The schemas that records are read by, those of the user first; and how conversations are written."""

@@ -13,7 +13,7 @@ from megatron_mm.errors import DataError
 from megatron_mm.ingest import account
 from megatron_mm.ingest.document import Document, Origin, Reading, Rejection, TextSegment
 from megatron_mm.ingest.encode import encode_texts, encode_together, is_unicode
-from megatron_mm.ingest.fields import LISTS_OF_FILE_NAMES, MEDIA_NAMES, MEDIA_SUFFIXES, SIZE_COLUMNS, Schemas, built_in
+from megatron_mm.ingest.fields import Schemas, is_plain
 from megatron_mm.ingest.filters import document_text, select, wrong_language, wrong_length
 from megatron_mm.ingest.origins import Said, origins_of, origins_of_lines, said_of
 from megatron_mm.ingest.work_items import Options, WorkItem
@@ -21,13 +21,6 @@ from megatron_mm.shards import EncodedBatch, EncodedDocument
 from megatron_mm.source import Source
 from megatron_mm.tokenizer import TextTokenizer
 
-OTHER_FIELDS = (
-    MEDIA_NAMES
-    | set(LISTS_OF_FILE_NAMES)
-    | SIZE_COLUMNS
-    | {name for fields in built_in() for names in fields.needs for name in names if name != "text"}
-)
-"""Fields of a line that make it more than text, or text in another order."""
 Encoded = tuple[EncodedBatch, list[Rejection]]
 """The documents of a piece of work, and what was left out of it."""
 
@@ -89,13 +82,7 @@ def plain_record(line: bytes) -> dict[str, Any] | None:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-    if type(record) is not dict or not OTHER_FIELDS.isdisjoint(record):
-        return None
-    text = record.get("text")
-    if type(text) is not str or not text or text.isspace():
-        return None
-    names_media = any(type(value) is str and value[-5:].lower().endswith(MEDIA_SUFFIXES) for value in record.values())
-    return None if names_media else record
+    return record if type(record) is dict and is_plain(record) else None
 
 
 def _count(shapes: Counter[tuple[str, ...]]) -> None:

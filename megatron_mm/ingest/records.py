@@ -2,7 +2,7 @@
 
 import json
 import mmap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +16,12 @@ from megatron_mm.errors import DataError
 from megatron_mm.ingest import account, table_rows
 from megatron_mm.ingest.charset import decode_utf8
 from megatron_mm.ingest.detect import ARROW_FILE
-from megatron_mm.ingest.document import Document, Origin, Reading, Rejection, unexpected
+from megatron_mm.ingest.document import Document, Origin, Reading, Rejection, TextSegment, unexpected
 from megatron_mm.ingest.features import declared_media
-from megatron_mm.ingest.fields import DEFAULTS, Schemas
+from megatron_mm.ingest.fields import DEFAULTS, Schemas, is_plain
+from megatron_mm.ingest.origins import said_of
 from megatron_mm.ingest.table_rows import Row, Table
+from megatron_mm.source import Source
 
 ROWS_AT_ONCE = 64
 """Rows that are Python objects at a time."""
@@ -43,17 +45,21 @@ def read_records(
     *,
     kind: str,
     parse: Callable[[Any], Any] = lambda value: value,
+    short: bool = False,
 ) -> Reading:
     """Return the documents of records, which are of `kind`; a bad one is a rejection of its own.
 
-    `parse` makes of the value of each what `schemas` read; files that it names are looked for in `folder`.
+    `parse` makes of the value of each what `schemas` read; files that it names are looked for in `folder`. `short`
+    takes plain text a short way, to the same documents.
     """
+    short = short and not schemas.own and not schemas.declared
     documents: list[Document] = []
     rejections: list[Rejection] = []
     for raw in raws:
         account.count(account.INPUTS, kind)
         try:
-            document = schemas.document(parse(raw.value), folder)
+            value = parse(raw.value)
+            document = _plain_document(value) if short and _is_text(value) else schemas.document(value, folder)
             said = document.origin
             origin = Origin(said.url, said.licence, said.date, raw.start, raw.stop)
             documents.append(Document(document.segments, document.source, origin))
@@ -62,6 +68,18 @@ def read_records(
         except Exception as error:  # of a damaged file, libraries raise what they like
             rejections.append(Rejection(raw.place, _reason(error)))
     return documents, rejections
+
+
+def _is_text(record: Any) -> bool:
+    """Tell whether a row is plain text and has no column that could hold media."""
+    return is_plain(record) and not any(type(value) in (bytes, dict, list) for value in record.values())
+
+
+def _plain_document(record: Mapping[str, Any]) -> Document:
+    for name, value in record.items():
+        if value is not None:
+            account.count(account.USED if name == "text" else account.NOT_USED, name)
+    return Document([TextSegment(record["text"])], Source.TEXT, Origin(*said_of(record)))
 
 
 def read_lines(
@@ -161,7 +179,7 @@ def read_rows(path: Path, *, start: int = 0, stop: int | None = None, schemas: S
         with open_rows(path) as rows:
             schemas = replace(schemas, declared=declared_media(rows.metadata))
             schemas.check_columns(rows.names)
-            return read_records(_rows(rows, path, start, stop), path.parent, schemas, kind=rows.kind)
+            return read_records(_rows(rows, path, start, stop), path.parent, schemas, kind=rows.kind, short=True)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"the {kind_of_rows(path)} file is damaged: {error}") from error
 

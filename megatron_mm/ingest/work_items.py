@@ -1,5 +1,6 @@
 """Inputs cut into pieces of work: a file, or a part of one that can be read by itself."""
 
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -322,7 +323,8 @@ def _cut_archive(work: WorkItem, options: Options) -> list[WorkItem]:
     kind = detect(work.path, trust_content=options.trust_content)
     part = replace(work, kind=kind)
     if kind in (kinds.PARQUET, kinds.ARROW):
-        return _cut_rows(replace(part, stop=row_groups(work.path)[-1], size=size), -(-size // ARCHIVE_BYTES))
+        groups = row_groups(work.path)
+        return _cut_rows(replace(part, stop=groups[-1], size=size), -(-size // ARCHIVE_BYTES), groups=groups)
     if kind == kinds.JSONL:
         return [replace(one, layout=work.layout) for one in _line_ranges(work.path)]
     if kind == kinds.JSON_ARRAY:
@@ -394,13 +396,19 @@ def _cut_records(work: WorkItem) -> list[WorkItem]:
     return [replace(work, window=(number, number + 1)) for number in range(first, last)]
 
 
-def _cut_rows(work: WorkItem, count: int) -> list[WorkItem]:
-    """Cut a range of rows into at most `count` parts of about one size; the bytes of the file are dealt out evenly."""
+def _cut_rows(work: WorkItem, count: int, *, groups: Sequence[int] = ()) -> list[WorkItem]:
+    """Cut a range of rows into at most `count` parts of about one size; the bytes of the file are dealt out evenly.
+
+    Where `groups`, which are read as wholes, begin not far from a cut, it is there.
+    """
     assert work.stop is not None and work.size is not None
     num_rows = work.stop - work.start
-    count = max(1, min(count, num_rows))
+    if not num_rows:
+        return [work]
+    count = min(count, num_rows)
     marks = [number * num_rows // count for number in range(count + 1)]
-    sizes = [number * work.size // count for number in range(count + 1)]
+    marks = sorted({_snapped(mark, groups, within=num_rows // (2 * count)) for mark in marks})
+    sizes = [mark * work.size // num_rows for mark in marks]
     return [
         replace(
             work,
@@ -411,3 +419,10 @@ def _cut_rows(work: WorkItem, count: int) -> list[WorkItem]:
         )
         for (begin, end), (before, following) in zip(pairwise(marks), pairwise(sizes), strict=True)
     ]
+
+
+def _snapped(mark: int, groups: Sequence[int], *, within: int) -> int:
+    """Return the start of the group that is nearest to a mark, or the mark if it is farther than `within`."""
+    place = bisect.bisect_left(groups, mark)
+    nearest = min(groups[max(0, place - 1) : place + 1], key=lambda start: abs(start - mark), default=mark)
+    return nearest if abs(nearest - mark) <= within else mark

@@ -16,10 +16,10 @@ from launch import run_until_end
 from small import png, save_tokenizer, sentence
 
 from megatron_mm.errors import ConfigError, DataError
-from megatron_mm.ingest import pipeline, work_items
-from megatron_mm.ingest.fields import MEDIA_NAMES
+from megatron_mm.ingest import account, pipeline, records, work_items
+from megatron_mm.ingest.fields import DEFAULTS, MEDIA_NAMES, OTHER_FIELDS
 from megatron_mm.ingest.find import find_files
-from megatron_mm.ingest.lines import OTHER_FIELDS, encode_documents, encode_lines
+from megatron_mm.ingest.lines import encode_documents, encode_lines
 from megatron_mm.ingest.pipeline import preprocess, read_texts
 from megatron_mm.ingest.plan import Share
 from megatron_mm.ingest.records import read_lines
@@ -382,3 +382,45 @@ def test_texts_come_in_a_fixed_order(corpus: Path) -> None:
     texts = list(read_texts([str(corpus)]))
     assert texts == list(read_texts([str(corpus)]))
     assert len(texts) == 6 + 500 + 1
+
+
+ROWS = [
+    *({"text": "plain"}, {"text": "two\nlines\r\nend", "url": "https://a.b", "score": 0.5}, {"text": "x", "date": 3}),
+    *({"text": "  "}, {"text": ""}, {"text": None}, {"txt": "a"}, {"text": "a", "note": "photo.jpg"}),
+    *({"content": "other", "text": None}, {"text": "a", "image": None}, {"text": "a", "thumb": b"\x89PNG"}),
+    *({"text": "a", "meta": {"license": "MIT"}}, {"text": "a", "tags": ["b"]}, {"question": "q", "answer": "a"}),
+]
+"""Rows of every kind that the short way might read otherwise."""
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_are_read_the_short_way_as_the_long_one(row: dict, tmp_path: Path) -> None:
+    raws = [records.Raw("here", row, 4)]
+    found = []
+    for short in (False, True):
+        with account.collected() as counted:
+            documents, rejections = records.read_records(raws, tmp_path, DEFAULTS, kind="Parquet", short=short)
+        found.append((documents, [(one.path, one.reason) for one in rejections], counted))
+    assert found[0] == found[1]
+    assert len(found[0][0]) + len(found[0][1]) == 1
+
+
+GROUPS = {
+    "groups of ten": (100, 4, range(0, 101, 10), [20, 50, 70]),
+    "one group": (100, 4, (0, 100), [25, 50, 75]),
+    "groups that are no cuts": (100, 5, (0, 2, 100), [20, 40, 60, 80]),
+    "two groups": (100, 2, (0, 58, 100), [58]),
+    "no rows": (0, 3, (0,), []),
+    "more parts than rows": (3, 9, (0, 3), [1, 2]),
+}
+"""Rows, parts, where groups begin, and where the rows are cut."""
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_rows_are_cut_where_groups_begin(name: str) -> None:
+    rows, count, groups, expected = GROUPS[name]
+    work = work_items.WorkItem(Path("a.parquet"), start=0, stop=rows, size=997)
+    parts = work_items._cut_rows(work, count, groups=groups)
+    assert [part.start for part in parts] == [0, *expected]
+    assert [part.stop for part in parts] == [*expected, rows]
+    assert sum(part.size for part in parts) == 997
