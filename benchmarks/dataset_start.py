@@ -27,7 +27,7 @@ from verdict import finish
 
 ROUNDS = 3
 SEQ_LEN = 8192
-FETCHES = 100
+FETCHES = 1_000
 COPIES = 20
 MEAN, SIGMA = 1_000, 1.3
 MAX_SECONDS, MAX_MB = 1.0, 200.0
