@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,28 @@ def odd_files() -> Iterator[tuple[str, object]]:
             f"times{number}.jsonl": {"audio": "a.flac", "segments": [{"start": one, "end": 1, "text": other}]},
             f"book{number}.ipynb": {"cells": [cell], "metadata": other},
         }.items()
+
+
+def test_records_may_be_nested_deeply(tmp_path: Path) -> None:
+    line = '{"a":' * 1_000 + '{"image": "a.png"}' + "}" * 1_000 + "\n"
+    write(tmp_path, {"a.jsonl": line, "b.json": "[" * 1_020 + '{"image": "a.png"}' + "]" * 1_020})
+    write(tmp_path, {"a.png": png(np.random.default_rng(0)), "b.jsonl": "[" * 5_000 + "\n"})
+    corpus = read_corpus(tmp_path)
+    assert len(corpus.documents) + len(corpus.rejections) >= 2
+
+
+def test_zips_of_mmc4_may_hold_anything(tmp_path: Path) -> None:
+    for number, line in enumerate(
+        ("{}", "[]", "1", '{"image_info": 1}', '{"image_info": [1]}', '{"image_info": [{}]}', "{")
+    ):
+        with zipfile.ZipFile(tmp_path / f"{number}.jsonl.zip", "w") as archive:
+            archive.writestr("x.jsonl", line + "\n")
+    with zipfile.ZipFile(tmp_path / "deflated.jsonl.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.jsonl", '{"image_info": []}' * 99)
+    data = bytearray((tmp_path / "deflated.jsonl.zip").read_bytes())
+    data[40:50] = b"\xff" * 10
+    (tmp_path / "deflated.jsonl.zip").write_bytes(data)
+    assert len(read_corpus(tmp_path).rejections) >= 6
 
 
 def test_odd_and_damaged_files_end_no_run(tmp_path: Path) -> None:

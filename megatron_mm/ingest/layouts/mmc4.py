@@ -6,6 +6,7 @@ from pathlib import Path
 
 import orjson
 
+from megatron_mm.ingest.archive import ERRORS
 from megatron_mm.ingest.layouts.tree import Tree
 
 FOLDER = "images"
@@ -31,5 +32,5 @@ def _images(path: Path) -> Iterator[str]:
                     for line in lines:
                         for image in orjson.loads(line).get("image_info", ()):
                             yield image["image_name"]
-    except (zipfile.BadZipFile, orjson.JSONDecodeError, OSError, KeyError, AttributeError, RuntimeError):
+    except (*ERRORS, orjson.JSONDecodeError, OSError, KeyError, TypeError, AttributeError):
         return

@@ -78,18 +78,19 @@ def _names_in_lines(path: Path) -> Iterator[str]:
 
 
 def _names_in(record: Any) -> Iterator[str]:
-    """Yield what the media fields of a record say, wherever they stand."""
-    if isinstance(record, list):
-        for one in record:
-            yield from _names_in(one)
-    elif isinstance(record, dict):
-        for key, value in record.items():
-            if key in KEYS and isinstance(value, str):
-                yield value
-            elif key in KEYS and isinstance(value, list):
-                yield from (one for one in value if isinstance(one, str))
-            elif isinstance(value, list | dict):
-                yield from _names_in(value)
+    """Yield what the media fields of a record say, wherever they stand, however deep."""
+    left = [record]
+    while left:
+        one = left.pop()
+        if isinstance(one, list):
+            left += reversed(one)
+        elif isinstance(one, dict):
+            for key, value in one.items():
+                if key in KEYS:
+                    yield from (
+                        name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)
+                    )
+            left += [value for key, value in one.items() if key not in KEYS or isinstance(value, dict)]
 
 
 def _names_in_rows(path: Path) -> Iterator[str]:
