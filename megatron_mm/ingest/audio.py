@@ -12,12 +12,17 @@ import soxr
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest.document import AudioSegment, Rejection, Segment
+from megatron_mm.ingest.workers import restart_limits
 from megatron_mm.modalities.audio.spec import SAMPLE_RATE, audio_frames, decode_flac, encode_flac
 
 MISSING_FRACTION = 0.02
 """A recording that is shorter than its header says by more than this is taken to be cut off."""
 LATE_SECONDS = 0.25
 """How much longer than a recording the list of its clips may say that it is: codecs pad and cut their ends."""
+LONG_SECONDS, MAX_DECLARED_SECONDS = 600.0, 86_400.0
+LIMIT_PER_SECOND = 0.1
+"""Seconds, of CPU time too, that a second of a long recording may take beyond what any file may: it takes 0.004 of CPU
+time. A file that is damaged may declare any length."""
 ALONE = {"protocol_whitelist": ""}
 """Lets FFmpeg open nothing but what it is given: a playlist would have it open files and addresses that it names."""
 STREAMED_RIFF_BYTES = 0xFFFFFF00
@@ -65,7 +70,7 @@ def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:
 
     Raises DataError if there is none, or it is damaged; if not `complete`, what comes before the damage is returned.
     """
-    resampled = _Resampled()
+    resampled = Resampled()
     declared = None
     try:
         with av.open(file, options=ALONE) as container:
@@ -73,6 +78,8 @@ def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:
                 raise DataError("it holds no audio")
             stream = container.streams.audio[0]
             declared = float(stream.duration * stream.time_base) if stream.duration else None
+            if declared and declared > LONG_SECONDS:
+                restart_limits(int(min(declared, MAX_DECLARED_SECONDS) * LIMIT_PER_SECOND))
             resampled.rate = stream.rate
             for frame in container.decode(stream):
                 resampled.add(_to_mono(frame))
@@ -87,7 +94,7 @@ def decode_mono(file: IO[bytes], *, complete: bool = True) -> np.ndarray:
     return resampled.finish()
 
 
-class _Resampled:
+class Resampled:
     """Sound at 16 kHz, of which only that is held: an hour takes 230 MB, and 690 MB at the 48 kHz of a film."""
 
     def __init__(self) -> None:

@@ -13,12 +13,13 @@ import av
 import numpy as np
 import pypdfium2 as pdfium
 import pytest
+import soxr
 from PIL import Image
 from small import png, save_tokenizer, tone
 
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import account, kinds
-from megatron_mm.ingest.audio import read_audio
+from megatron_mm.ingest.audio import Resampled, read_audio
 from megatron_mm.ingest.detect import detect
 from megatron_mm.ingest.document import AudioSegment, ImageSegment, TextSegment
 from megatron_mm.ingest.encode import encode_document
@@ -750,3 +751,27 @@ def test_a_file_that_is_too_large_is_not_read_to_find_that_out(
     documents, (rejection,) = read_file(tmp_path / name)
     assert not documents
     assert "10,737,418,240 bytes" in rejection.reason or "its content is application/octet-stream" in rejection.reason
+
+
+@pytest.mark.parametrize(("seconds", "more"), [(5, None), (15, 1)])
+def test_a_long_recording_is_given_time(seconds: int, more: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr("megatron_mm.ingest.audio.LONG_SECONDS", 10.0)
+    monkeypatch.setattr("megatron_mm.ingest.audio.restart_limits", given.append)
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setparams((1, 2, 44_100, 0, "NONE", ""))
+        file.writeframes(bytes(2 * 44_100 * seconds))
+    assert read_audio(buffer.getvalue()).num_samples == seconds * SAMPLE_RATE
+    assert given == ([] if more is None else [more])
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000])
+@pytest.mark.parametrize("count", [1, 399, 44_100, 100_003])
+def test_sound_that_is_resampled_in_parts_is_as_resampled_at_once(rate: int, count: int) -> None:
+    samples = np.random.default_rng(0).uniform(-1, 1, count).astype(np.float32)
+    parts = Resampled()
+    parts.rate = rate
+    for start in range(0, count, 1_152):
+        parts.add(samples[start : start + 1_152])
+    np.testing.assert_array_equal(parts.finish(), soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ"))
