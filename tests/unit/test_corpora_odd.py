@@ -24,6 +24,7 @@ DAMAGED = {
     "a.stm": "x",
     "results.csv": "a|b\n||||\n",
     "metadata.tsv": "\t\t\n\t\n",
+    "short.csv": "a\nb,a.png\nc,a.png\n",
     "quoted.csv": '"a,b\n',
     "docs.jsonl.zip": b"PK\3\4junk",
     "rows.parquet": b"PAR1junkPAR1",

@@ -154,7 +154,7 @@ def test_cutting_nothing_keeps_the_samples() -> None:
 
 def voxpopuli(*folders: str) -> dict[str, bytes | str]:
     ids = [f"20090112-0900-PLENARY-{number}-en" for number in range(len(folders))]
-    rows = "".join(f"{name}\tSo it is {name[-4]}.\tso it is\t12\n" for name in ids)
+    rows = "".join(f"{name}\tSo it is {name.split('-')[3]}.\tso it is\t12\n" for name in ids)
     files = {f"{folder}/{name}.flac": flac(1) for folder, name in zip(folders, ids)}
     return {"asr_train.tsv": f"id\traw_text\tnormalized_text\tspeaker_id\n{rows}", **files}
 
@@ -165,6 +165,14 @@ def test_voxpopuli_finds_its_recordings_in_several_folders(tmp_path: Path, folde
     corpus = read_corpus(tmp_path)
     assert corpus.shapes == [["<audio 1>", f"So it is {number}."] for number in range(len(folders))]
     assert corpus.files["read with others"] == len(folders)
+
+
+@pytest.mark.parametrize("above", ["", "audio/"])
+def test_recordings_of_later_rows_may_lie_in_other_folders_than_the_first(tmp_path: Path, above: str) -> None:
+    folders = [f"{above}2009"] * 80 + [f"{above}2010"] * 3
+    corpus = read_corpus(write(tmp_path, voxpopuli(*folders)))
+    assert len(corpus.documents) == 83
+    assert not corpus.rejections
 
 
 def test_of_two_files_of_one_name_neither_is_guessed(tmp_path: Path) -> None:

@@ -5,14 +5,18 @@ models and captions in CSV are all this; which column is which is told by what t
 """
 
 import csv
+import os.path
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+from megatron_mm.errors import DataError
 from megatron_mm.ingest import kinds
 from megatron_mm.ingest.fields import Fields, Part, built_in
 from megatron_mm.ingest.layouts.naming import take_table
 from megatron_mm.ingest.layouts.pairs import is_captioned
 from megatron_mm.ingest.layouts.tree import Table, Tree, head
+from megatron_mm.ingest.table_rows import read_rows
 
 SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".psv", ".list", ".lst"})
 LOOKED_AT = 64
@@ -38,7 +42,7 @@ def arrange(tree: Tree) -> None:
                 if isinstance(table, str):
                     tree.refuse(file, table)
                 elif table is not None:
-                    take_table(tree, file, table)
+                    take_table(tree, file, _beyond_its_first_rows(file, table, media))
 
 
 class Media:
@@ -47,8 +51,10 @@ class Media:
     def __init__(self, tree: Tree) -> None:
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
+        self._by_folder: dict[Path, set[str]] = {}
         for path in tree.all():
             if is_captioned(path):
+                self._by_folder.setdefault(path.parent, set()).add(path.name)
                 self._by_name.setdefault(path.name, []).append(path)
                 self._by_stem.setdefault(path.stem, []).append(path)
 
@@ -91,6 +97,10 @@ class Media:
         first = next(path for found in places for path, own, _ in found if own == base)
         return first, base, suffix
 
+    def names_in(self, folder: Path) -> set[str]:
+        """Return the names of the media in a folder."""
+        return self._by_folder.get(folder, set())
+
     def is_in(self, folder: Path, cell: str) -> bool:
         """Tell whether a cell names a file from a folder."""
         return any(own == folder for _, own, _ in self.named(cell))
@@ -124,6 +134,8 @@ def recognise(path: Path, media: Media) -> Table | str | None:
     if where is None:
         return None
     column, folder, suffix, kind = where
+    if len(rows[0]) <= column:
+        return None
     base = path.parent if folder.is_relative_to(path.parent) else path.parent.parent
     first = rows[0][column]
     has_header = not (media.only(first, path.parent) if suffix == ANYWHERE else media.is_in(folder, first))
@@ -145,6 +157,29 @@ def recognise(path: Path, media: Media) -> Table | str | None:
     columns, anywhere = () if has_header else tuple(names), names[column] if suffix == ANYWHERE else ""
     joined_by, has_quotes = names[column], delimiter == ","
     return Table(fields, base, delimiter, columns, has_quotes, anywhere=anywhere, joined_by=joined_by)
+
+
+def _beyond_its_first_rows(path: Path, table: Table, media: Media) -> Table:
+    """Return how to read a table of names of which the first have files in one folder, and later ones in others."""
+    part, column = table.fields.parts[0], table.joined_by
+    if table.anywhere:
+        return table
+    try:
+        names = {str(row.cells.get(column, "")) for row in read_rows(path, table)}
+    except DataError:  # its reader will say so
+        return table
+    there = media.names_in(Path(os.path.normpath(table.base / part.folder)))
+    missing = [name for name in names if "/" not in name and name + part.suffix not in there]
+    if not any(media.only(name, path.parent) for name in missing):
+        return table
+    found = [place for name in names if (place := media.only(name, path.parent)) is not None]
+    if len(found) <= len(names) - len(missing):
+        return table
+    kind = KIND_OF[kinds.by_suffix(found[0])]
+    fields = Fields(name=table.fields.name, parts=[Part.model_validate({kind: column}), *table.fields.parts[1:]])
+    is_inside = all(place.is_relative_to(path.parent) for place in found)
+    base = path.parent if is_inside else path.parent.parent
+    return replace(table, fields=fields, base=base, anywhere=column)
 
 
 def _find_column(rows: list[list[str]], folder: Path, media: Media) -> tuple[int, Path, str, str] | None:
