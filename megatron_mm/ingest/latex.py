@@ -10,7 +10,6 @@ from megatron_mm.ingest import account, kinds
 from megatron_mm.ingest.beside import file_beside
 from megatron_mm.ingest.charset import NoText, decode_text, decode_utf8
 from megatron_mm.ingest.document import Rejection, Segment, TextSegment
-from megatron_mm.ingest.image import read_image
 
 CLASS = re.compile(r"^[^%\n]*\\document(?:class|style)\b", re.MULTILINE)
 BEGIN = re.compile(r"^[^%\n]*?\\begin\s*\{document\}", re.MULTILINE)
@@ -217,6 +216,8 @@ class Paper:
                 from megatron_mm.ingest.pdf import render_first_page  # loading PDFium is spared most texts
 
                 return render_first_page(figure)
+            from megatron_mm.ingest.image import read_image
+
             return read_image(figure.read_bytes())
         except DataError as error:
             self.rejections.append(Rejection(f"{self.path}#{figure.name}", str(error)))
