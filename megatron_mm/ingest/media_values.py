@@ -2,6 +2,8 @@
 
 import base64
 import binascii
+import functools
+import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,7 +23,12 @@ Read = Callable[[bytes], Sequence[Segment]]
 
 def medium_of(name: str) -> str:
     """Return which medium a file is by its name, "" if it is none; an address is none."""
-    kind = kinds.by_suffix(Path(name)) if "://" not in name else None
+    return "" if "://" in name else _medium_of_suffix(os.path.splitext(name)[1].lower())
+
+
+@functools.cache
+def _medium_of_suffix(suffix: str) -> str:
+    kind = kinds.by_suffix(Path(f"name{suffix}"))
     return kind.words if kind is not None and kind.words in MEDIA else ""
 
 

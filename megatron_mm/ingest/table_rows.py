@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,11 +97,13 @@ def _join(rows: list[Row], table: Table) -> list[Row]:
 def _places(base: Path) -> dict[str, str]:
     """Return where the media below a folder lie, by their names and their stems; "" for what several have."""
     places: dict[str, str] = {}
-    for path in sorted(base.rglob("*")):
-        place = path.relative_to(base)
-        if medium_of(path.name) and not any(part.startswith(".") for part in place.parts):
-            for name in {path.name, path.stem}:
-                places[name] = "" if name in places else str(place)
+    for folder, folders, names in os.walk(base):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in names:
+            if medium_of(file) and not file.startswith("."):
+                place = os.path.relpath(os.path.join(folder, file), base)
+                for name in {file, os.path.splitext(file)[0]}:
+                    places[name] = "" if name in places else place
     return places
 
 
