@@ -175,6 +175,12 @@ def test_recordings_of_later_rows_may_lie_in_other_folders_than_the_first(tmp_pa
     assert not corpus.rejections
 
 
+def test_folders_may_be_named_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, voxpopuli("2009", "2010", "2011"))
+    monkeypatch.chdir(tmp_path)
+    assert [len(shape) for shape in read_corpus(Path(".")).shapes] == [2, 2, 2]
+
+
 def test_of_two_files_of_one_name_neither_is_guessed(tmp_path: Path) -> None:
     write(tmp_path, {**voxpopuli("2009", "2010", "2011"), "2012/20090112-0900-PLENARY-1-en.flac": flac(1)})
     corpus = read_corpus(tmp_path)

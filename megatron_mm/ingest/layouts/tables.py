@@ -25,6 +25,8 @@ LEAST_NAMED = 0.5
 """The part of them whose cell must name a file that is there."""
 ANYWHERE = "*"
 """Stands for a suffix where names are those of files in several folders."""
+HERE = Path(".")
+"""The folder that paths are seen from which do not begin at the root."""
 KIND_OF = {kinds.IMAGE: "image", kinds.AUDIO: "audio", kinds.VIDEO: "video"}
 TEXTS = frozenset({*built_in()[-1].parts[-1].text, "comment"})
 """Columns of text; Flickr30k's captions are comments."""
@@ -122,7 +124,7 @@ class Media:
 
 def _is_below(path: Path, folder: Path) -> bool:
     """Tell whether a file lies in or below a folder, as is_relative_to does in ten times the time."""
-    return str(path).startswith(os.path.join(folder, ""))
+    return folder == HERE or str(path).startswith(os.path.join(folder, ""))
 
 
 def recognise(path: Path, media: Media) -> Table | str | None:
