@@ -92,6 +92,9 @@ def test_training_sees_the_samples_of_shards_of_the_same_documents(dtype, packin
     with ShardWriter(tmp_path / "own", tokenizer=tokenizer.info, tokenizer_content=tokenizer.content) as own:
         for document in documents:
             own.add(EncodedDocument(np.asarray(document), Source.TEXT))
+    if dtype == np.uint16:
+        for suffix in (".bin", ".idx", ".crc", ".media.bin", ".media.idx", ".tokenizer"):
+            assert Path(prefix + suffix).read_bytes() == Path(f"{tmp_path}/own{suffix}").read_bytes(), suffix
     ranks = {f"{axis}_rank": 0 for axis in ("tp", "cp", "dp")} | {f"{axis}_size": 1 for axis in ("tp", "cp", "dp")}
     mesh = SimpleNamespace(**ranks, is_first_chunk=lambda chunk: True, is_rank_0=True)
     configs = [small_config(path, tmp_path, f"data.packing={packing}") for path in (prefix, tmp_path / "own")]
