@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from megatron_mm.errors import DataError
 from megatron_mm.ingest import account
 from megatron_mm.ingest.charset import decode_text
@@ -89,6 +91,8 @@ def _json_cues(path: Path) -> list[Cue] | None:
 
 def record_cues(name: str, segments: Any) -> list[Cue]:
     """Return the words of a field of a record in the order of their times. Raises DataError if they have none."""
+    if isinstance(segments, msgspec.Raw):
+        segments = msgspec.json.decode(segments)
     if not isinstance(segments, list) or not all(isinstance(one, dict) for one in segments):
         raise DataError(f"{name} is not a list of words with their times")
     cues = [_json_cue(one) for one in segments]
