@@ -175,6 +175,20 @@ def test_recordings_of_later_rows_may_lie_in_other_folders_than_the_first(tmp_pa
     assert not corpus.rejections
 
 
+def test_multilingual_librispeech_is_read_by_its_transcripts(tmp_path: Path) -> None:
+    ids = ["4800_10003_000000", "4800_10003_000001", "5001_2_000000"]
+    files: dict[str, bytes | str] = {
+        "train/transcripts.txt": "".join(f"{name}\tes war einmal {name[:4]}\n" for name in ids),
+        "train/segments.txt": "".join(f"{name}\thttp://www.archive.org/x/{name}.mp3\t401.7\t417.5\n" for name in ids),
+    }
+    for name in ids:
+        files[f"train/audio/{name.split('_')[0]}/{name.split('_')[1]}/{name}.flac"] = flac(1)
+    corpus = read_corpus(write(tmp_path, files))
+    assert corpus.shapes == [["<audio 1>", f"es war einmal {name[:4]}"] for name in ids]
+    assert not corpus.rejections
+    assert sum(corpus.files["set aside"].values()) == 1
+
+
 def test_folders_may_be_named_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, voxpopuli("2009", "2010", "2011"))
     monkeypatch.chdir(tmp_path)

@@ -69,9 +69,9 @@ def test_joining_rows_gives_what_comparing_all_of_them_gives(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "table",
     [
-        ("Train_GCC-training.tsv", "a man in a boat\thttp://e.com/a.jpg?w=60\nreeds\thttps://e.com/b.png\n"),
-        ("cc12m.tsv", "https://e.com/x/a.jpg\ta man in a boat\nhttps://e.com/c\tx\nhttps://e.com/d.webp\ty\n"),
-        ("sbu.csv", "image_url,caption\nhttp://e.com/1,one\nhttp://e.com/2,two\n"),
+        ("Train_GCC-training.tsv", "a man in a boat\thttp://e.com/a.jpg?w=60\ntwo reeds\thttps://e.com/b.png\n"),
+        ("cc12m.tsv", "https://e.com/x/a.jpg\ta man in a boat\nhttps://e.com/c\tx y\nhttps://e.com/d.webp\ty z\n"),
+        ("sbu.csv", "image_url,caption\nhttp://e.com/1,one bird\nhttp://e.com/2,two birds\n"),
     ],
 )
 def test_tables_of_addresses_of_images_are_refused(tmp_path: Path, table: tuple[str, str]) -> None:
@@ -92,6 +92,13 @@ def test_tables_of_addresses_of_images_are_refused(tmp_path: Path, table: tuple[
 def test_other_tables_with_addresses_are_text(tmp_path: Path, table: tuple[str, str]) -> None:
     write(tmp_path, {table[0]: table[1]})
     assert read_corpus(tmp_path).shapes == [[table[1]]]
+
+
+def test_lists_of_media_without_text_are_set_aside(tmp_path: Path) -> None:
+    write(tmp_path, {"labels.csv": "a.png,3\nb.png,7\n", "a.png": PICTURE, "b.png": OTHER})
+    corpus = read_corpus(tmp_path)
+    assert corpus.shapes == [["<image>"]] * 2
+    assert corpus.files["set aside"] == {"a list of media without their text": 1}
 
 
 def coco(annotation: dict) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from megatron_mm.ingest.fields import ADDRESS_COLUMNS, ADDRESSES_ONLY
-from megatron_mm.ingest.layouts.tables import LOOKED_AT
+from megatron_mm.ingest.layouts.tables import LOOKED_AT, is_text
 from megatron_mm.ingest.layouts.tree import Tree, head
 from megatron_mm.ingest.media_values import medium_of
 
@@ -40,6 +40,7 @@ def _holds_addresses(path: Path) -> bool:
         if not cells or len(addresses) < LEAST_ADDRESSES * len(cells):
             continue
         media = sum(bool(medium_of(urlsplit(address).path)) for address in addresses)
-        if media >= LEAST_MEDIA * len(addresses) or name in ADDRESS_COLUMNS[2:]:
+        is_media = media >= LEAST_MEDIA * len(addresses) or name in ADDRESS_COLUMNS[2:]
+        if is_media and any(is_text(body, other) for other in range(len(names)) if other != column):
             return True
     return False

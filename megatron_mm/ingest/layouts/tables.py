@@ -25,6 +25,8 @@ LEAST_NAMED = 0.5
 """The part of them whose cell must name a file that is there."""
 ANYWHERE = "*"
 """Stands for a suffix where names are those of files in several folders."""
+NO_TEXT = "a list of media without their text"
+"""What a table is that says where parts of recordings come from, or what class images are of, in numbers."""
 HERE = Path(".")
 """The folder that paths are seen from which do not begin at the root."""
 KIND_OF = {kinds.IMAGE: "image", kinds.AUDIO: "audio", kinds.VIDEO: "video"}
@@ -41,7 +43,9 @@ def arrange(tree: Tree) -> None:
         for file in tree.files(folder):
             if file.suffix.lower() in SUFFIXES and not media.is_named_like(file):
                 table = recognise(file, media)
-                if isinstance(table, str):
+                if table == NO_TEXT:
+                    tree.set_aside(file, NO_TEXT)
+                elif isinstance(table, str):
                     tree.refuse(file, table)
                 elif table is not None:
                     take_table(tree, file, _beyond_its_first_rows(file, table, media))
@@ -155,9 +159,9 @@ def recognise(path: Path, media: Media) -> Table | str | None:
                 "Say which with --fields"
             )
     else:
-        texts = [names[number] for number in range(len(names)) if number != column and _is_text(rows, number)][:1]
+        texts = [names[number] for number in range(len(names)) if number != column and is_text(rows, number)][:1]
         if not texts:
-            return None
+            return NO_TEXT
     where_it_lies = {"folder": str(folder.relative_to(base)), "suffix": suffix} if suffix != ANYWHERE else {}
     part = Part.model_validate({kind: names[column], **where_it_lies})
     fields = Fields(name="table", parts=[part, Part(text=_by_preference(texts))])
@@ -201,7 +205,8 @@ def _find_column(rows: list[list[str]], folder: Path, media: Media) -> tuple[int
     return None
 
 
-def _is_text(rows: list[list[str]], column: int) -> bool:
+def is_text(rows: list[list[str]], column: int) -> bool:
+    """Tell whether most cells of a column are words."""
     cells = [row[column] for row in rows if len(row) > column]
     return sum(" " in cell.strip() and any(map(str.isalpha, cell)) for cell in cells) * 2 > len(cells)
 
