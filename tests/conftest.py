@@ -7,6 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Two processes of pytest share two cores or more: threads of one that wait for one another spin, and take the other's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import launch  # noqa: F401  # before a test imports megatron-core
 import no_accelerators  # noqa: F401
 import pytest

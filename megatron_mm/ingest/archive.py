@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from megatron_mm.errors import DataError
+from megatron_mm.ingest import account
 from megatron_mm.ingest.compression import Blocks
 from megatron_mm.ingest.document import Rejection
 
@@ -55,6 +56,7 @@ def unpack(path: Path, folder: Path, *, start: int = 0, stop: int | None = None)
                 raise DataError(f"the archive has more than {MAX_MEMBERS:,} members")
             name = PurePosixPath(member.name.replace("\\", "/"))
             if any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.parts):
+                account.count(account.SET_ASIDE, "hidden members of archives", int(member.is_file))
                 continue
             if not name.parts:  # "./", the folder itself
                 continue

@@ -17,6 +17,7 @@ from megatron_mm.ingest.beside import file_beside
 from megatron_mm.ingest.conversations import PLACEHOLDER, ChatTemplate, Turns, plainly, turns_of
 from megatron_mm.ingest.document import Document, Origin, Segment, TextSegment
 from megatron_mm.ingest.media_values import MEDIA, READERS, decode_base64, is_base64, medium_of
+from megatron_mm.ingest.origins import FIELDS as ORIGIN_FIELDS
 from megatron_mm.ingest.origins import said_of
 from megatron_mm.source import Source
 
@@ -259,7 +260,8 @@ class _Reading:
             raise DataError(f"none of its fields {there} holds text or media that is known. {HOW_TO_NAME}")
         for name, value in self.record.items():
             if value is not None:
-                account.count(account.USED if name in self.used else account.NOT_USED, name)
+                is_used = name in self.used or name in ORIGIN_FIELDS
+                account.count(account.USED if is_used else account.NOT_USED, name)
         source = next((SOURCES[kind] for kind in MEDIA if kind in self.media), Source.TEXT)
         return Document(segments, source, self.origin())
 

@@ -15,7 +15,7 @@ from megatron_mm.ingest.document import Document, Origin, Reading, Rejection, Te
 from megatron_mm.ingest.encode import encode_texts, encode_together, is_unicode
 from megatron_mm.ingest.fields import Schemas, is_plain
 from megatron_mm.ingest.filters import document_text, select, wrong_language, wrong_length
-from megatron_mm.ingest.origins import Said, origins_of, origins_of_lines, said_of
+from megatron_mm.ingest.origins import KEPT, Said, origins_of, origins_of_lines, said_of
 from megatron_mm.ingest.work_items import Options, WorkItem
 from megatron_mm.shards import EncodedBatch, EncodedDocument
 from megatron_mm.source import Source
@@ -90,7 +90,7 @@ def _count(shapes: Counter[tuple[str, ...]]) -> None:
     for names, number in shapes.items():
         account.count(account.INPUTS, "JSON lines", number)
         for name in names:
-            account.count(account.USED if name == "text" else account.NOT_USED, name, number)
+            account.count(account.USED if name in KEPT else account.NOT_USED, name, number)
 
 
 def encode_documents(

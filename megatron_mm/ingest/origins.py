@@ -15,6 +15,9 @@ DATE_FIELDS = ("date", "timestamp", "created", "published", "date_download", "wa
 FIELDS = frozenset((*URL_FIELDS, *LICENCE_FIELDS, *DATE_FIELDS))
 """Fields of a record that say where it came from; of those that mean the same the first that is there counts."""
 
+KEPT = FIELDS | {"text"}
+"""Fields of a plain record that are kept: its text, and where it came from."""
+
 Said = tuple[str, str, str]
 """The address, licence and date of a document; "" for what is not said."""
 NOTHING: Said = ("", "", "")

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -120,7 +121,7 @@ def read_texts(inputs: Sequence[str]) -> Iterator[str]:
 def _resume_key(plan: WorkPlan, tokenizer: TextTokenizer, skip_bad: bool, options: Options) -> str:
     """Return what is the same for two runs only if they write the same bytes."""
     files = [
-        (str(one.path), [str(path) for path in one.beside], size, one.refusal or one.path.stat().st_mtime_ns)
+        (str(one.path), [_changed(path) for path in one.beside], size, one.refusal or one.path.stat().st_mtime_ns)
         for one, size in zip(plan.entries, plan.sizes)
     ]
     settings = [
@@ -132,6 +133,10 @@ def _resume_key(plan: WorkPlan, tokenizer: TextTokenizer, skip_bad: bool, option
         [work_items.LINES_BYTES, work_items.ARCHIVE_BYTES],
     ]
     return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
+
+
+def _changed(path: Path) -> tuple[str, int]:
+    return str(path), path.stat().st_mtime_ns
 
 
 def _make_task(

@@ -19,7 +19,7 @@ from megatron_mm.ingest.detect import ARROW_FILE
 from megatron_mm.ingest.document import Document, Origin, Reading, Rejection, TextSegment, unexpected
 from megatron_mm.ingest.features import declared_media
 from megatron_mm.ingest.fields import DEFAULTS, Schemas, is_plain
-from megatron_mm.ingest.origins import said_of
+from megatron_mm.ingest.origins import KEPT, said_of
 from megatron_mm.ingest.table_rows import Row, Table
 from megatron_mm.source import Source
 
@@ -78,7 +78,7 @@ def _is_text(record: Any) -> bool:
 def _plain_document(record: Mapping[str, Any]) -> Document:
     for name, value in record.items():
         if value is not None:
-            account.count(account.USED if name == "text" else account.NOT_USED, name)
+            account.count(account.USED if name in KEPT else account.NOT_USED, name)
     return Document([TextSegment(record["text"])], Source.TEXT, Origin(*said_of(record)))
 
 
