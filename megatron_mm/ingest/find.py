@@ -70,7 +70,7 @@ def _below(path: Path, found: Finding, *, follow_links: bool) -> Iterator[Found]
         refusal = _refuse(inner, path, follow_links=follow_links)
         if not refusal and not inner.is_file():
             continue
-        if any(part.startswith(".") for part in inner.relative_to(path).parts):
+        if any(part.startswith(".") for part in inner.parts[len(path.parts) :]):
             found.passed_over[HIDDEN] += 1
         else:
             yield Found(inner, refusal)
@@ -84,6 +84,8 @@ def _own_files(output_prefix: str, tokenizer: str):
     names = re.compile(re.escape(prefix.name) + r"(-\d{5}-of-\d{5})?\.")
 
     def is_own(path: Path) -> bool:
+        if names.match(path.name) is None and path.name != own_tokenizer.name and not path.is_symlink():
+            return False
         resolved = path.resolve()
         return resolved == own_tokenizer or (
             resolved.parent == prefix.parent and names.match(resolved.name) is not None
