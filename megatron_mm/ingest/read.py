@@ -25,6 +25,7 @@ from megatron_mm.ingest.gutenberg import read_book
 from megatron_mm.ingest.kinds import Kind, Parts
 from megatron_mm.ingest.mail import read_mail
 from megatron_mm.ingest.mailbox import read_messages
+from megatron_mm.ingest.record import read_record
 from megatron_mm.ingest.records import element_ranges, read_elements, read_lines, read_rows, read_table
 from megatron_mm.ingest.sidecars import read_beside
 from megatron_mm.ingest.table_rows import Table
@@ -104,7 +105,7 @@ class Reader:
         said = read_beside(path, [file for file in beside if file not in media], self.schemas)
         if said.record is not None:
             with_medium = said.record | {kinds.by_suffix(path).words: path.name}
-            document = self.schemas.document(with_medium, path.parent)
+            document = read_record(with_medium, path.parent, self.schemas)
             return document, []
         if said.cues and kind == kinds.VIDEO:
             segments, rejections = read_film(path, said.cues)

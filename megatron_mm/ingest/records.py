@@ -20,6 +20,7 @@ from megatron_mm.ingest.document import Document, Origin, Reading, Rejection, Te
 from megatron_mm.ingest.features import declared_media
 from megatron_mm.ingest.fields import DEFAULTS, Schemas, is_plain
 from megatron_mm.ingest.origins import KEPT, said_of
+from megatron_mm.ingest.record import read_record
 from megatron_mm.ingest.table_rows import Row, Table
 from megatron_mm.source import Source
 
@@ -59,7 +60,7 @@ def read_records(
         account.count(account.INPUTS, kind)
         try:
             value = parse(raw.value)
-            document = _plain_document(value) if short and _is_text(value) else schemas.document(value, folder)
+            document = _plain_document(value) if short and _is_text(value) else read_record(value, folder, schemas)
             said = document.origin
             origin = Origin(said.url, said.licence, said.date, raw.start, raw.stop)
             documents.append(Document(document.segments, document.source, origin))

@@ -11,6 +11,7 @@ from megatron_mm.ingest import account
 from megatron_mm.ingest.charset import decode_text
 from megatron_mm.ingest.document import Origin, Segment, TextSegment
 from megatron_mm.ingest.fields import Schemas
+from megatron_mm.ingest.record import words_of
 from megatron_mm.ingest.transcripts import Cue, read_cues
 
 ORDER = (".vtt", ".srt", ".stm", ".tsv", ".txt", ".caption", ".cap", ".json", ".cls")
@@ -96,5 +97,5 @@ def _read_json(file: Path, schemas: Schemas) -> Beside:
     fields = schemas.of(record)
     if any(part.conversation for part in fields.parts):
         return Beside(record=record)
-    text, origin = schemas.words(record)
+    text, origin = words_of(record, schemas)
     return Beside(segments=[TextSegment(text)] if text.strip() else (), origin=origin)
