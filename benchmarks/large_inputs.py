@@ -1,12 +1,14 @@
-"""Inputs of any size in bounded memory: a long compressed stream, an hour of film and of sound, many small files.
+"""Inputs of any size in bounded memory: a long stream, a web archive, an hour of film and of sound, many small files.
 
     python benchmarks/make_corpus.py build/corpus
+    python benchmarks/make_warc.py build/corpus
     python benchmarks/large_inputs.py --corpus build/corpus
 
-Each part runs tools/preprocess_data.py as whole processes with one worker. The stream is the corpus over and over, each
-time a frame of one .jsonl.zst; it is read undisturbed, and once more by a run that is killed in the middle and gone on
-with, to the same bytes. The film (1080p H.264 at 30 frames a second, with sound) and the recording (MP3) are a few
-seconds that are made once and written after one another. Peak memory is that of all processes together.
+Each part runs tools/preprocess_data.py as whole processes with one worker. The stream is the corpus over and over,
+each time a frame of one .jsonl.zst; the archive is pages.warc.gz over and over. Both are read undisturbed, and once
+more by a run that is killed in the middle and gone on with, to the same bytes. The film (1080p H.264 at 30 frames a
+second, with sound) and the recording (MP3) are a few seconds that are made once and written after one another. Peak
+memory is that of all processes together.
 """
 
 import argparse
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="the folder that make_corpus.py made")
     parser.add_argument("--work", type=Path, help="where inputs and outputs go (default: below the corpus)")
     parser.add_argument("--gigabytes", type=float, default=5.0, help="of the stream, unpacked (default %(default)s)")
+    parser.add_argument("--archive-gigabytes", type=float, default=3.0, help="of the web archive (default %(default)s)")
     parser.add_argument("--minutes", type=int, default=60, help="of the film and the recording (default %(default)s)")
     parser.add_argument("--files", type=int, default=20_000, help="small files (default %(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="the parts to run")
@@ -114,10 +117,31 @@ def stream(arguments: argparse.Namespace, work: Path) -> tuple[bool, float]:
     frame = zstd.compress(corpus.read_bytes(), level=3)
     times = max(2, round(arguments.gigabytes * 1e9 / corpus.stat().st_size))
     inputs = fresh(work / "stream") / "corpus.jsonl.zst"
-    with inputs.open("wb") as file:
+    write_over_and_over(inputs, frame, times)
+    megabytes = corpus.stat().st_size * times / 1e6
+    return killed_alike(arguments, work, inputs, f"stream, {megabytes:.0f} MB unpacked", megabytes)
+
+
+def archive(arguments: argparse.Namespace, work: Path) -> tuple[bool, float]:
+    """Read a long web archive, as `stream` does."""
+    pages = arguments.corpus / "pages.warc.gz"
+    times = max(2, round(arguments.archive_gigabytes * 1e9 / pages.stat().st_size))
+    inputs = fresh(work / "archive") / "pages.warc.gz"
+    write_over_and_over(inputs, pages.read_bytes(), times)
+    return killed_alike(arguments, work, inputs, "web archive", inputs.stat().st_size / 1e6)
+
+
+def write_over_and_over(path: Path, data: bytes, times: int) -> None:
+    """Write the same bytes so many times after one another."""
+    with path.open("wb") as file:
         for _ in range(times):
-            file.write(frame)
-    unpacked = corpus.stat().st_size * times / 1e9
+            file.write(data)
+
+
+def killed_alike(
+    arguments: argparse.Namespace, work: Path, inputs: Path, name: str, megabytes: float
+) -> tuple[bool, float]:
+    """Read an input undisturbed and killed; return whether the bytes are the same, and the peak memory."""
     whole, killed = fresh(work / "whole"), fresh(work / "killed")
     undisturbed = run(arguments, inputs, whole)
     first = run(arguments, inputs, killed, kill_at=(whole / "p.bin").stat().st_size / 2)
@@ -125,8 +149,8 @@ def stream(arguments: argparse.Namespace, work: Path) -> tuple[bool, float]:
     names = sorted(path.name for path in whole.iterdir())
     _, differ, missing = filecmp.cmpfiles(whole, killed, names, shallow=False)
     same = not differ and not missing and names == sorted(path.name for path in killed.iterdir())
-    print(f"\nstream: {unpacked:.2f} GB of JSON lines in {inputs.stat().st_size / 1e9:.2f} GB of zstd")
-    print_row("undisturbed", undisturbed, f"{1e3 * unpacked / undisturbed.cpu_seconds:.0f} MB a CPU-second")
+    print(f"\n{name}: {inputs.stat().st_size / 1e9:.2f} GB on disk")
+    print_row("undisturbed", undisturbed, f"{megabytes / undisturbed.cpu_seconds:.0f} MB a CPU-second")
     print_row("killed in the middle", first, "")
     print_row("gone on with", second, "the same bytes" if same else "OTHER BYTES")
     peak = max(one.rss_mb for one in (undisturbed, first, second))
@@ -176,6 +200,7 @@ def files(arguments: argparse.Namespace, work: Path) -> tuple[bool, float]:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], tuple[bool, float]]] = {
     "stream": stream,
+    "archive": archive,
     "film": film,
     "recording": recording,
     "files": files,
