@@ -16,7 +16,7 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu

@@ -44,7 +44,7 @@ def main() -> int:
         help=f"how the inputs lie on disk, if it is not to be told by what they are: {', '.join(NAMES)}",
     )
     parser.add_argument(
-        "--fields", type=Path, metavar="FILE", help="YAML that says which columns of records are what (docs/inputs.md)"
+        "--fields", type=Path, metavar="FILE", help="YAML that says which columns of records are what (docs/corpora.md)"
     )
     parser.add_argument(
         "--workers", type=endings.at_least(1), default=1, metavar="N", help="processes that read (default 1)"

@@ -120,12 +120,12 @@ def load_fields(path: Path) -> tuple[Fields, ...]:
         value = yaml.safe_load(path.read_text())
         return tuple(TypeAdapter(list[Fields]).validate_python(value if isinstance(value, list) else [value]))
     except OSError as error:
-        raise ConfigError(f"--fields {path} cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"--fields {path} cannot be read: {error.strerror}. Give a YAML file.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"--fields {path} is not YAML: {error}") from error
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise ConfigError(f"--fields {path}: {wrong}. docs/inputs.md shows what it may say.") from error
+        raise ConfigError(f"--fields {path}: {wrong}. docs/corpora.md shows what it may say.") from error
 
 
 @functools.cache
