@@ -16,6 +16,7 @@ from megatron_mm import endings
 from megatron_mm.ingest.adopt import adopt
 from megatron_mm.ingest.deduplicate import deduplicate
 from megatron_mm.ingest.listing import list_documents, render_one, render_table
+from megatron_mm.ingest.report import merge_reports
 from megatron_mm.printable import line
 from megatron_mm.shards import merge, open_shards
 from megatron_mm.shards.writer import REPORT_SUFFIX
@@ -76,7 +77,9 @@ def _run(arguments: argparse.Namespace) -> None:
         # A pattern of manifests finds reports too.
         parts = [part.removesuffix(".json") for part in arguments.parts if not part.endswith(REPORT_SUFFIX)]
         manifest = merge(arguments.output_prefix, parts)
-        print(f"{line(arguments.output_prefix)}: {len(parts)} parts, {manifest['documents']} documents")
+        reports = merge_reports(arguments.output_prefix, parts)
+        said = f"{len(parts)} parts, {reports} with a report, {manifest['documents']} documents"
+        print(f"{line(arguments.output_prefix)}: {said}")
 
 
 def _deduplicate(prefixes: list[str], output_prefix: str, near: float | None) -> None:

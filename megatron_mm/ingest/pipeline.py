@@ -78,7 +78,7 @@ def preprocess(
                         documents=writer.counts.documents, rejected=writer.counts.rejected, refresh=False
                     )
             rejections = [Rejection(**record) for record in writer.rejections(LISTED)]
-            report = Report(writer.counts, plan.num_done, rejections, plan.files(), plan.account)
+            report = Report(writer.counts, plan.num_done, rejections, plan.files(), plan.account, share.task)
             if not writer.counts.documents and share.tasks == 1:
                 raise DataError(f"{report.nothing()}. {_first_bad(rejections)}".strip())
             writer.report = report.to_json()

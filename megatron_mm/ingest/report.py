@@ -3,13 +3,20 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from pydantic import ConfigDict
 
 from megatron_mm.ingest import account
 from megatron_mm.ingest.account import Account
 from megatron_mm.ingest.document import Rejection
+from megatron_mm.outside import parse_json
 from megatron_mm.printable import line
+from megatron_mm.settings import NonNegativeInt
 from megatron_mm.shards import Counts
+from megatron_mm.shards.writer import REPORT_SUFFIX
+from megatron_mm.storage import replacing
 
 LISTED = 1_000
 """Rejections that a report names; all of them are in P.rejected.jsonl."""
@@ -32,11 +39,13 @@ class Report:
     """The files that were found, by what became of them."""
     account: Account
     """What became of what is in them, by heading and name."""
+    task: int = 0
+    """Which task of an array it is of: all of them find the same files."""
 
     def to_json(self) -> bytes:
         """Return P.report.json."""
-        said = {"files": self.files, "counts": asdict(self.counts), "account": self.account}
-        return json.dumps(said, indent=1, sort_keys=True).encode()
+        said = {"files": self.files, "counts": asdict(self.counts), "account": self.account, "task": self.task}
+        return _as_json(said)
 
     def nothing(self) -> str:
         """Return what to say if no document came of the inputs."""
@@ -59,6 +68,52 @@ class Report:
             yield f"  rejected {line(rejection.path)}: {line(rejection.reason)}"
         if counts.rejected > SHOWN:
             yield f"  ... and {counts.rejected - SHOWN} more in {line(prefix)}.rejected.jsonl"
+
+
+def merge_reports(prefix: str, parts: Sequence[str]) -> int:
+    """Write PREFIX.report.json, what the reports of several sets of shards say together; return how many there are.
+
+    Files are those that the first task of each array found. Without any report nothing is written. Raises DataError
+    for what is no report.
+    """
+    reports = [_read_report(Path(part + REPORT_SUFFIX)) for part in parts if Path(part + REPORT_SUFFIX).exists()]
+    if reports:
+        merged: dict[str, Any] = {"files": {}, "counts": {}, "account": {}, "reports": len(reports)}
+        for one in reports:
+            for key in ("counts", "account", *(("files",) if one["task"] == 0 else ())):
+                _sum(merged[key], one[key])
+        with replacing(Path(prefix + REPORT_SUFFIX)) as file:
+            file.write(_as_json(merged))
+    return len(reports)
+
+
+class _ReportFile(TypedDict):
+    """What P.report.json must say."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    files: dict[str, Any]
+    counts: dict[str, Any]
+    account: dict[str, dict[str, NonNegativeInt]]
+    task: NotRequired[NonNegativeInt]
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    hint = "Preprocess the inputs again, or remove it."
+    said = parse_json(path.read_bytes(), _ReportFile, where=str(path), hint=hint)
+    return {"task": 0, **said}
+
+
+def _sum(total: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add numbers by their names, however deep."""
+    for name, value in more.items():
+        if isinstance(value, dict):
+            _sum(total.setdefault(name, {}), value)
+        elif isinstance(value, int):
+            total[name] = total.get(name, 0) + value
+
+
+def _as_json(said: dict[str, Any]) -> bytes:
+    return json.dumps(said, indent=1, sort_keys=True).encode()
 
 
 def table_of(files: dict[str, Any]) -> Iterator[str]:

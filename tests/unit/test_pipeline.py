@@ -23,7 +23,7 @@ from megatron_mm.ingest.lines import encode_documents, encode_lines
 from megatron_mm.ingest.pipeline import preprocess, read_texts
 from megatron_mm.ingest.plan import Share
 from megatron_mm.ingest.records import read_lines
-from megatron_mm.ingest.report import Report
+from megatron_mm.ingest.report import Report, merge_reports
 from megatron_mm.ingest.work_items import Options
 from megatron_mm.ingest.workers import Limits, Workers
 from megatron_mm.shards import ShardReader, merge, open_shards, writer
@@ -281,6 +281,11 @@ def test_the_shares_of_an_array_are_the_whole(corpus: Path, tmp_path: Path, monk
     parts = sorted(path.with_suffix("") for path in tmp_path.glob("p-*.json") if ".report" not in path.name)
     if tasks > 1:
         merge(tmp_path / "p", list(map(str, parts)))
+        assert merge_reports(str(tmp_path / "p"), list(map(str, parts))) == tasks
+        together, alone = (json.loads((tmp_path / f"{name}.report.json").read_text()) for name in ("p", "whole"))
+        assert [together[key] for key in ("files", "counts", "account")] == [
+            alone[key] for key in ("files", "counts", "account")
+        ]
     shards, (whole,) = open_shards([str(tmp_path / "p")]), open_shards([str(tmp_path / "whole")])
     assert len(shards) == tasks
     tokens = [shard.tokens(number).tolist() for shard in shards for number in range(shard.num_documents)]
