@@ -21,13 +21,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
 import psutil
 from backports import zstd
+from preprocess import Run
 from verdict import finish
 
 ROOT = Path(__file__).parents[1]
@@ -36,15 +36,6 @@ MAX_RSS_MB = 1_500
 MAX_DOCUMENT_MB = 4_096 + MAX_RSS_MB
 MAX_MS_PER_FILE = 1.0
 CLIP_SECONDS, FRAMES_PER_SECOND = 20, 30
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one process cost, all its children included."""
-
-    cpu_seconds: float
-    wall_seconds: float
-    rss_mb: float
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,25 @@ def _shown(part: Any) -> str:
     return f"<{part.modality}{seconds}>"
 
 
-def read_corpus(folder: Path, options: Options = DEFAULTS) -> Corpus:
+class Serial:
+    """Workers without processes of their own."""
+
+    def __init__(self, count: int, make_task: Callable[[], Callable[[Any], Any]], **_: Any) -> None:
+        self.task = make_task()
+
+    def __enter__(self) -> "Serial":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, work: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        return ((item, self.task(item)) for item in work)
+
+
+def read_corpus(folder: Path, options: Options = DEFAULTS, **find: Any) -> Corpus:
     """Read everything below a folder; fails unless inputs are documents, rejections and what is no document."""
-    plan = WorkPlan(find_files([str(folder)]), EVERYTHING, layout=options.layout)
+    plan = WorkPlan(find_files([str(folder)], **find), EVERYTHING, layout=options.layout)
     corpus = Corpus(plan.files())
     for item in plan.work():
         with account.collected() as counted:
@@ -70,18 +87,19 @@ def flac(seconds: float) -> bytes:
     return encode_flac((0.3 * np.sin(2 * np.pi * (300 * time + 100 * time**2))).astype(np.float32))
 
 
-def tar(files: dict[str, bytes]) -> bytes:
+def tar(files: Mapping[str, bytes | str]) -> bytes:
     """Return a tar of some files."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as output:
-        for name, data in files.items():
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             output.addfile(entry, io.BytesIO(data))
     return buffer.getvalue()
 
 
-def write(folder: Path, files: dict[str, bytes | str]) -> Path:
+def write(folder: Path, files: Mapping[str, bytes | str]) -> Path:
     """Write files below a folder and return it."""
     for name, data in files.items():
         path = folder / name

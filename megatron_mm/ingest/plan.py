@@ -49,7 +49,8 @@ class WorkPlan:
     _started: deque[_Started] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self.entries, self.aside = layouts.arrange(self.finding.files, only=self.layout)
+        self._arranged = layouts.arrange(self.finding.files, only=self.layout)
+        self.entries = self._arranged.entries
         self.sizes = [0 if one.refusal else one.path.stat().st_size + one.more_bytes for one in self.entries]
         total = sum(self.sizes)
         self._from = total * self.share.task // self.share.tasks
@@ -59,14 +60,12 @@ class WorkPlan:
     def files(self) -> dict[str, Any]:
         """Return what was found, by what becomes of it; all tasks of an array say the same."""
         read = Counter(one.layout for one in self.entries if not one.refusal)
-        found = len(self.finding.files)
-        beside = found - len(self.entries) - len(self.aside)
         return {
-            "found": found,
+            "found": len(self.finding.files),
             "read": dict(read),
             "refused": sum(bool(one.refusal) for one in self.entries),
-            "read with others": beside,
-            "set aside": dict(Counter(one.what for one in self.aside)),
+            "read with others": self._arranged.with_others,
+            "set aside": dict(Counter(one.what for one in self._arranged.aside)),
             "passed over": dict(self.finding.passed_over),
         }
 

@@ -130,11 +130,11 @@ class Reader:
             files, rejections = unpack(path, Path(folder), start=start, stop=stop)
             account.count(account.INPUTS, "members of archives", len(rejections))
             found = [layouts.Found(file) for file in files]
-            entries, aside = layouts.arrange(found, only=self.layout, of_archive=True)
-            for one in aside:
+            arranged = layouts.arrange(found, only=self.layout, of_archive=True)
+            for one in arranged.aside:
                 account.count(account.SET_ASIDE, one.what)
             documents: list[Document] = []
-            for entry in entries:
+            for entry in arranged.entries:
                 restart_limits()  # they are those of a document, and not of all that are packed with it
                 if entry.refusal:
                     read, rejected = self._rejected(entry.path, kinds.UNKNOWN, entry.refusal)

@@ -4,7 +4,6 @@ import base64
 import gzip
 import io
 import json
-import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +13,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from corpora import Corpus, read_corpus, tar, write
 from small import png, save_tokenizer, tone
 
 from megatron_mm.errors import ConfigError
 from megatron_mm.ingest import account
 from megatron_mm.ingest.conversations import load_template
-from megatron_mm.ingest.document import Document, Rejection, TextSegment
+from megatron_mm.ingest.document import Document, TextSegment
 from megatron_mm.ingest.encode import encode_document
 from megatron_mm.ingest.fields import Schemas, load_fields
 from megatron_mm.ingest.find import find_files
-from megatron_mm.ingest.plan import EVERYTHING, WorkPlan
+from megatron_mm.ingest.layouts import Found, Tree
 from megatron_mm.ingest.read import read_file
-from megatron_mm.ingest.work_items import Options, read_all
+from megatron_mm.ingest.work_items import Options
 from megatron_mm.modalities.audio.spec import SAMPLE_RATE, encode_flac
 from megatron_mm.tokenizer import TextTokenizer
 
@@ -36,58 +36,22 @@ FLAC = encode_flac(tone(RNG, SECONDS * SAMPLE_RATE))
 Files = Mapping[str, bytes | str]
 
 
-class Corpus:
-    """What became of a folder."""
-
-    def __init__(self, folder: Path, options: Options, **find: Any) -> None:
-        self.documents: list[Document] = []
-        self.rejections: list[Rejection] = []
-        plan = WorkPlan(find_files([str(folder)], **find), EVERYTHING, layout=options.layout)
-        self.files = plan.files()
-        with account.collected() as self.account:
-            for item in plan.work():
-                for documents, rejections in read_all(item, options):
-                    self.documents += documents
-                    self.rejections += rejections
-        whole = sum(not one.is_part for one in self.rejections)
-        assert not account.imbalance(self.account, documents=len(self.documents), rejected=whole)
-        read, aside = sum(self.files["read"].values()), sum(self.files["set aside"].values())
-        assert self.files["found"] == read + self.files["refused"] + self.files["read with others"] + aside
-
-    @property
-    def shapes(self) -> list[list[str]]:
-        """Each document: its text as it is, its media by their modality."""
-        return [
-            [part.text.strip() if isinstance(part, TextSegment) else part.modality for part in document.segments]
-            for document in self.documents
-        ]
-
-    @property
-    def reasons(self) -> str:
-        return "\n".join(f"{one.path}: {one.reason}" for one in self.rejections)
+def shapes(corpus: Corpus) -> list[list[str]]:
+    """Return of each document its text, and its media by their modality."""
+    return [
+        [part.text.strip() if isinstance(part, TextSegment) else part.modality for part in document.segments]
+        for document in corpus.documents
+    ]
 
 
-def write(folder: Path, files: Files) -> Path:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
+def reasons(corpus: Corpus) -> str:
+    """Return what was rejected, and why."""
+    return "\n".join(f"{one.path}: {one.reason}" for one in corpus.rejections)
 
 
 def read(folder: Path, files: Files, *, options: Options | None = None, **find: Any) -> Corpus:
-    return Corpus(write(folder, files), options or Options(), **find)
-
-
-def tar(files: Files) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in files.items():
-            data = content.encode() if isinstance(content, str) else content
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
+    """Write files below a folder and read it."""
+    return read_corpus(write(folder, files), options or Options(), **find)
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -403,8 +367,8 @@ PAIRED: dict[str, tuple[Files, list[list[str]]]] = {
 def test_what_belongs_together_is_one_document(name: str, tmp_path: Path) -> None:
     files, expected = PAIRED[name]
     corpus = read(tmp_path, files)
-    assert not corpus.reasons
-    assert corpus.shapes == expected
+    assert not reasons(corpus)
+    assert shapes(corpus) == expected
 
 
 def test_what_is_set_aside_is_said(tmp_path: Path) -> None:
@@ -479,14 +443,27 @@ REFUSED: dict[str, tuple[Files, str]] = {
 def test_what_cannot_be_understood_is_refused_by_name(name: str, tmp_path: Path) -> None:
     files, reason = REFUSED[name]
     corpus = read(tmp_path, files)
-    assert reason in corpus.reasons
+    assert reason in reasons(corpus)
     assert not any("text" in document.source.name.lower() for document in corpus.documents)
 
 
 def test_recordings_without_words_and_words_without_recordings_are_both_there(tmp_path: Path) -> None:
     corpus = read(tmp_path, {"a.flac": FLAC, "b.flac": FLAC, "l.trans.txt": "a ONE\nc THREE\n"})
-    assert corpus.shapes == [["audio"], ["audio", "ONE"]]
-    assert corpus.reasons == f"{tmp_path}/l.trans.txt, row 2: name 'c': it is not there"
+    assert shapes(corpus) == [["audio"], ["audio", "ONE"]]
+    assert reasons(corpus) == f"{tmp_path}/l.trans.txt, row 2: name 'c': it is not there"
+
+
+def test_a_layout_that_loses_a_file_or_takes_it_twice_fails_the_run(tmp_path: Path) -> None:
+    found = [Found(write(tmp_path, {name: "x"}) / name) for name in ("a.txt", "b.txt")]
+    tree = Tree(found)
+    tree.take(found[0].path)
+    with pytest.raises(AssertionError, match=r"b\.txt, 0 times"):
+        tree.arranged()
+    tree.set_aside(found[1].path, "a thing")
+    assert tree.arranged().with_others == 0
+    tree.use(found[0].path)
+    with pytest.raises(AssertionError, match=r"a\.txt, 2 times"):
+        tree.arranged()
 
 
 def test_a_file_of_several_names_is_read_once(tmp_path: Path) -> None:
@@ -517,10 +494,10 @@ def test_the_cache_of_the_hub_is_read_by_its_names(tmp_path: Path) -> None:
         (snapshot / name).symlink_to(f"../../blobs/{number}")
     write(hub, {"refs/main": "abc"})
     for folder in (hub, hub / "snapshots"):
-        corpus = Corpus(folder, Options())
-        assert corpus.shapes == [["image", "a heron"], ["one"]] and not corpus.reasons
+        corpus = read_corpus(folder)
+        assert shapes(corpus) == [["image", "a heron"], ["one"]] and not reasons(corpus)
     aside = {"a blob of the hub's cache, which is read by its name in snapshots/": 3}
-    assert Corpus(hub, Options()).files["set aside"] == aside | {"the name of a revision in the hub's cache": 1}
+    assert read_corpus(hub).files["set aside"] == aside | {"the name of a revision in the hub's cache": 1}
 
 
 def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
@@ -536,17 +513,17 @@ def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     }
     for suffix, data in files.items():
         Path(str(tmp_path), (b"caf\xe9" + suffix).decode("utf-8", "surrogateescape")).write_bytes(data)
-    corpus = Corpus(tmp_path, Options())
-    assert not corpus.reasons
+    corpus = read_corpus(tmp_path)
+    assert not reasons(corpus)
     texts = ["file_name,text", "five", "four", "image", *["one"] * 4, "three", "two", "two"]
-    assert sorted(shape[0] for shape in corpus.shapes) == sorted(texts)
+    assert sorted(shape[0] for shape in shapes(corpus)) == sorted(texts)
 
 
 def test_one_layout_can_be_asked_for(tmp_path: Path) -> None:
     files = PAIRED["podcast with vtt"][0]
-    assert read(tmp_path, files, options=Options(layout="pairs")).shapes == PAIRED["podcast with vtt"][1]
+    assert shapes(read(tmp_path, files, options=Options(layout="pairs"))) == PAIRED["podcast with vtt"][1]
     alone = read(tmp_path, files, options=Options(layout="files"))
-    assert [shape[0] for shape in alone.shapes] == ["audio", CUES.strip()]
+    assert [shape[0] for shape in shapes(alone)] == ["audio", CUES.strip()]
     with pytest.raises(ConfigError, match="--layout nope is none of empty, "):
         read(tmp_path, files, options=Options(layout="nope"))
 
@@ -558,7 +535,7 @@ def test_fields_of_ones_own_say_what_is_what(tmp_path: Path) -> None:
     options = Options(schemas=Schemas(load_fields(yaml / "f.yaml")))
     records = lines({"title": "One", "thumb": "a", "c": "end", "text": "not this"})
     corpus = read(tmp_path / "in", {"x.jsonl": records, "pics/a.png": PICTURE}, options=options)
-    assert corpus.shapes[-1] == ["One", "image", "end"]
+    assert shapes(corpus)[-1] == ["One", "image", "end"]
     assert corpus.account[account.NOT_USED] == {"text": 1}
 
 
@@ -588,7 +565,7 @@ def test_a_long_array_is_read_in_parts_as_it_is_whole(tmp_path: Path, monkeypatc
         assert json.loads(data[document.origin.start : document.origin.stop]) == record
     monkeypatch.setattr(work_items, "ARCHIVE_BYTES", 1_000)
     monkeypatch.setattr(work_items, "LINES_BYTES", 700)
-    assert Corpus(tmp_path, Options()).documents == whole.documents
+    assert read_corpus(tmp_path).documents == whole.documents
 
 
 def test_a_long_table_is_cut_into_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,9 +574,9 @@ def test_a_long_table_is_cut_into_rows(tmp_path: Path, monkeypatch: pytest.Monke
     files = {f"i/{number}.png": png(RNG) for number in range(9)}
     files["m.csv"] = "file_name,text\n" + "".join(f"i/{number}.png,picture {number}\n" for number in range(9))
     whole = read(tmp_path, files)
-    assert [shape[1] for shape in whole.shapes] == [f"picture {number}" for number in range(9)]
+    assert [shape[1] for shape in shapes(whole)] == [f"picture {number}" for number in range(9)]
     monkeypatch.setattr(work_items, "ARCHIVE_BYTES", 1_000)
-    assert Corpus(tmp_path, Options()).documents == whole.documents
+    assert read_corpus(tmp_path).documents == whole.documents
 
 
 def test_a_member_of_an_archive_is_named(tmp_path: Path) -> None:
@@ -632,9 +609,8 @@ def test_a_conversation_is_written_by_the_template_beside_the_tokenizer(tmp_path
         {"conversations": [gpt | {"value": "<|im_end|>"}]},
     ]
     corpus = read(tmp_path / "in", {"x.jsonl": lines(*records), "a.png": PICTURE}, options=options)
-    assert (
-        "a turn spells <|im_end|>" in corpus.reasons
-        and "the chat template does not take it: no tools" in corpus.reasons
+    assert "a turn spells <|im_end|>" in reasons(corpus) and "the chat template does not take it: no tools" in reasons(
+        corpus
     )
     tokenizer = TextTokenizer(path)
     (document,) = corpus.documents

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from corpora import Serial
 from small import VOCAB_SIZE, save_tokenizer, write_shards
 
 from megatron_mm import config as configs
@@ -41,22 +42,6 @@ from megatron_mm.source import Source
 from megatron_mm.tokenizer import TextTokenizer
 
 INFO = TokenizerInfo("0" * 64, VOCAB_SIZE, {"image": 10, "audio": 11})
-
-
-class Serial:
-    """Workers without processes of their own."""
-
-    def __init__(self, count, make_task, **_) -> None:
-        self.task = make_task()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
-    def run(self, work):
-        return ((item, self.task(item)) for item in work)
 
 
 def jsonl(name: str, count: int) -> bytes:

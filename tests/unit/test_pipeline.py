@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import Serial
 from launch import run_until_end
 from small import png, save_tokenizer, sentence
 
@@ -171,22 +172,6 @@ def test_a_file_that_explodes_in_its_parser_is_a_rejection(tmp_path: Path) -> No
 
 def make_reader():
     return lambda item: work_items.read_work(item, work_items.DEFAULTS)
-
-
-class Serial:
-    """Workers without processes of their own."""
-
-    def __init__(self, count, make_task, **_) -> None:
-        self.task = make_task()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
-    def run(self, work):
-        return ((item, self.task(item)) for item in work)
 
 
 def run_until_killed(corpus: Path, prefix: Path, *, events: int, delay: float) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from backports import zstd
+from corpora import Serial
 from small import save_tokenizer, sentence
 
 from megatron_mm.errors import DataError
@@ -58,22 +59,6 @@ def run(folder: Path, prefix: Path, **options) -> Report:
 def tokens_of(prefix: Path) -> list[list[int]]:
     shards = open_shards([str(prefix)])
     return [shard.tokens(number).tolist() for shard in shards for number in range(shard.num_documents)]
-
-
-class Serial:
-    """Workers without processes of their own."""
-
-    def __init__(self, count, make_task, **_) -> None:
-        self.task = make_task()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
-    def run(self, work):
-        return ((item, self.task(item)) for item in work)
 
 
 # Bytes

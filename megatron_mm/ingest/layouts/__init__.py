@@ -33,7 +33,7 @@ from megatron_mm.ingest.layouts import (
     webdataset,
 )
 from megatron_mm.ingest.layouts.pairs import is_captioned
-from megatron_mm.ingest.layouts.tree import Entry, Found, SetAside, Tree
+from megatron_mm.ingest.layouts.tree import Arranged, Entry, Found, SetAside, Tree
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ NAMES = (*(layout.name for layout in LAYOUTS), FILES)
 """What `--layout` may name."""
 
 
-def arrange(found: Sequence[Found], *, only: str = "", of_archive: bool = False) -> tuple[list[Entry], list[SetAside]]:
-    """Return what to read of `found`, in its order, and what is no document of its own; `only` names one layout.
+def arrange(found: Sequence[Found], *, only: str = "", of_archive: bool = False) -> Arranged:
+    """Return what becomes of each of the files `found`; `only` names the one layout that is asked.
 
     `of_archive` says that they are the members of an archive. Raises ConfigError if there is no such layout.
     """
@@ -89,7 +89,19 @@ def arrange(found: Sequence[Found], *, only: str = "", of_archive: bool = False)
             layout.arrange(tree)
     tree.layout = FILES
     tree.take_rest()
-    return tree.entries(), tree.aside
+    return tree.arranged()
 
 
-__all__ = ["FILES", "LAYOUTS", "NAMES", "Entry", "Found", "Layout", "SetAside", "Tree", "arrange", "is_captioned"]
+__all__ = [
+    "FILES",
+    "LAYOUTS",
+    "NAMES",
+    "Arranged",
+    "Entry",
+    "Found",
+    "Layout",
+    "SetAside",
+    "Tree",
+    "arrange",
+    "is_captioned",
+]

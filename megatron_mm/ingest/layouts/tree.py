@@ -1,5 +1,6 @@
 """The files under the inputs, by folder, and which of them a layout has taken."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,17 @@ class SetAside:
     what: str
 
 
+@dataclass(frozen=True)
+class Arranged:
+    """What becomes of the files of a tree: each is one of these, once."""
+
+    entries: Sequence[Entry]
+    """What to read, in the order in which it was found."""
+    aside: Sequence[SetAside]
+    with_others: int
+    """How many files are read with an entry: beside it, or named by it."""
+
+
 class Tree:
     """Files by folder. What a layout takes, or sets aside, is gone for those after it."""
 
@@ -50,6 +62,7 @@ class Tree:
         self._order = {one.path: number for number, one in enumerate(found)}
         self._left: dict[Path, dict[str, Path]] = {}
         self._used: set[Path] = set()
+        self._beside: set[Path] = set()
         self.aside: list[SetAside] = []
         self._entries: dict[int, Entry] = {}
         for one in found:
@@ -84,6 +97,7 @@ class Tree:
         """Have a file read, and `beside` with it."""
         beside = tuple(beside)
         self._entries[self._order[path]] = Entry(path, self.layout, beside, table, more_bytes=more_bytes)
+        self._beside.update(beside)
         for one in (path, *beside):
             self._forget(one)
 
@@ -118,6 +132,15 @@ class Tree:
     def entries(self) -> list[Entry]:
         """Return what to read, in the order in which it was found."""
         return [entry for _, entry in sorted(self._entries.items())]
+
+    def arranged(self) -> Arranged:
+        """Return what becomes of every file. Raises AssertionError unless each is there once: a layout is wrong."""
+        entries = self.entries()
+        counts = Counter([*(one.path for one in entries), *(one.path for one in self.aside)])
+        counts.update((self._used | self._beside) & self._order.keys())
+        wrong = [f"{path}, {counts[path]} times" for path in self._order if counts[path] != 1]
+        assert not wrong and len(counts) == len(self._order), f"layouts do not account for each file once: {wrong[:3]}"
+        return Arranged(entries, self.aside, len(counts) - len(entries) - len(self.aside))
 
     def _forget(self, path: Path) -> None:
         self._left.get(path.parent, {}).pop(path.name, None)
