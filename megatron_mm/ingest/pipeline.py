@@ -88,13 +88,19 @@ def preprocess(
 def _take_in(
     writer: ShardWriter, plan: WorkPlan, item: WorkItem, result: "Made | str | Failure", *, skip_bad: bool
 ) -> None:
-    """Write what a worker made of a piece of work. Raises DataError at something bad unless `skip_bad`."""
+    """Write what a worker made of a piece of work. Raises DataError at something bad unless `skip_bad`.
+
+    Raises AssertionError, whatever is skipped, if not all that was read is accounted for: a reader is wrong then.
+    """
     if isinstance(result, str):
         raise EncodingMismatch(result)
     if isinstance(result, Failure):
         counted = {account.INPUTS: {"what could not be read": 1}}
         result = (EncodedBatch.of([]), [Rejection(item.place, result.reason)]), counted
     (batch, rejections), counted = result
+    whole = sum(not one.is_part for one in rejections)
+    wrong = account.imbalance(counted, documents=len(batch.lengths), rejected=whole)
+    assert not wrong, f"{item.place}: {wrong}"
     plan.take_in(counted)
     if not skip_bad and (bad := [rejection for rejection in rejections if not rejection.is_filtered]):
         raise DataError(_first_bad(bad))
@@ -152,13 +158,7 @@ def _make_task(
                 encoded = _read_and_encode(work, tokenizer, options)
             except EncodingMismatch as error:  # not a rejection: it ends the run
                 return str(error)
-        if isinstance(encoded, Cut):
-            return encoded
-        batch, rejections = encoded
-        whole = sum(not one.is_part for one in rejections)
-        if wrong := account.imbalance(counted, documents=len(batch.lengths), rejected=whole):
-            raise AssertionError(f"{work.place}: {wrong}")
-        return encoded, counted
+        return encoded if isinstance(encoded, Cut) else (encoded, counted)
 
     return read_and_encode
 

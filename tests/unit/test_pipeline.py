@@ -110,6 +110,17 @@ def test_every_line_is_accounted_for(corpus: Path, tmp_path: Path, monkeypatch: 
     assert [rejection.path for rejection in report.rejections] == [f"{path}:{number + 1}" for number in bad]
 
 
+def test_a_reader_that_loses_a_document_ends_the_run_whatever_is_skipped(
+    corpus: Path, tmp_path: Path, monkeypatch
+) -> None:
+    real = pipeline.read_work
+    monkeypatch.setattr(pipeline, "Workers", Serial)
+    monkeypatch.setattr(pipeline, "read_work", lambda item, options: (real(item, options)[0][1:], []))
+    with pytest.raises(AssertionError, match="1 inputs are not 0 documents, 0 rejected and 0 that are no documents"):
+        run(corpus, tmp_path / "out" / "p", skip_bad=True)
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
 def test_nothing_to_read_is_said(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist: --input takes files and folders"):
         run(tmp_path / "none", tmp_path / "p")
